@@ -1,0 +1,59 @@
+"""Everything Pennyweight raises on purpose.
+
+    PennyweightError            exit 2: the message says what is wrong, where, and what to do next
+    ├── RecipeError             a recipe that cannot be read, or asks for what cannot be done
+    ├── DataError               rows, files or prompts that cannot be used
+    ├── ModelError              a model folder or tokenizer that cannot be used
+    ├── MethodError             a method asked of a teacher signal that cannot carry it
+    ├── RunError                a RUN folder that is taken, foreign, or cannot be written
+    ├── LedgerError             a ledger that does not verify, or a record it does not know
+    ├── MissingExtra            an optional dependency; the message holds the install line
+    └── Tripped                 exit 3: training stopped by a tripwire, last good checkpoint kept
+
+One boundary prints them: ``cli.main``. An exception carries values, never objects of a higher floor.
+"""
+
+from __future__ import annotations
+
+
+class PennyweightError(Exception):
+    """Base of all expected failures. ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+
+class RecipeError(PennyweightError):
+    """The recipe cannot be read, or asks for something that cannot be done."""
+
+
+class DataError(PennyweightError):
+    """Rows, files or prompts that cannot be used."""
+
+
+class ModelError(PennyweightError):
+    """A model folder or tokenizer that cannot be used."""
+
+
+class MethodError(PennyweightError):
+    """A method was asked of a teacher signal that cannot carry it."""
+
+
+class RunError(PennyweightError):
+    """A RUN folder that is taken, foreign, or cannot be written."""
+
+
+class LedgerError(PennyweightError):
+    """The ledger does not verify, or does not know a record it was asked about."""
+
+
+class MissingExtra(PennyweightError):
+    """An optional dependency is missing."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install 'pennyweight[{extra}]'")
+
+
+class Tripped(PennyweightError):
+    """A tripwire stopped training. The last good checkpoint is kept."""
+
+    exit_code = 3

@@ -1,0 +1,401 @@
+"""Every setting of a run, in one place.
+
+A recipe is TOML; ``a.b=c`` on the command line goes on top; unknown keys are refused with the nearest known name.
+Variants are tagged unions (``kind``), so a setting exists only where it means something, and each default is the
+recommendation. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+
+from pennyweight.errors import RecipeError
+from pennyweight.records import sha256_json
+
+
+class Settings(BaseModel):
+    """Base of every table of a recipe: unknown keys refused, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Compute(Settings):
+    """Where and in which precision to compute."""
+
+    device: str = Field("auto", description="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of training and teacher: auto is bfloat16 where the processor has it"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0 is one per core")
+
+
+class TaskSource(Settings):
+    """Problems of a reasoning-gym task, with a worked solution where Pennyweight has a generator for it."""
+
+    name: str
+    size: int = Field(1000, ge=1, description="how many problems to draw before removing repeats")
+    config: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym's own settings of the task")
+
+
+class TeacherSamples(Settings):
+    """The teacher's own samples: texts written from nothing (base models) by ancestral sampling."""
+
+    kind: Literal["teacher_samples"] = "teacher_samples"
+    count: int = Field(2000, ge=2)
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+class FileData(Settings):
+    """JSONL, JSON, CSV, Parquet or plain-text files, a saved Hugging Face dataset folder, or a hub dataset name.
+
+    Rows hold ``messages``, or a prompt and a response, or ``text``; columns are recognised by their usual names
+    unless named here. Rows without a response are answered by the teacher.
+    """
+
+    kind: Literal["files"] = "files"
+    path: str
+    split: str = Field("train", description="split of a hub or saved dataset")
+    prompt: str | None = Field(None, description="name of the prompt column")
+    response: str | None = Field(None, description="name of the response column")
+    text: str | None = Field(None, description="name of the text column")
+    answer: str | None = Field(None, description="name of the gold-answer column, for a verifier")
+    verifier: str | None = Field(None, description="row of VERIFIERS that judges responses against the answer")
+    licence: str = "undeclared"
+    limit: int | None = Field(None, ge=1, description="read at most this many rows")
+
+
+class TaskData(Settings):
+    """Procedural, verifiable problems from reasoning-gym."""
+
+    kind: Literal["tasks"] = "tasks"
+    tasks: list[TaskSource] = Field(min_length=1)
+    seed: int = 0
+
+
+Source = Annotated[Union[TeacherSamples, FileData, TaskData], Discriminator("kind")]  # noqa: UP007
+
+
+class Responses(Settings):
+    """Who writes the responses, and which of them are kept."""
+
+    by: Literal["auto", "given", "teacher"] = Field(
+        "auto", description="auto: the teacher where the row has none; given: rows must have one; teacher: always"
+    )
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(256, ge=1)
+    keep: Literal["all", "verified"] = Field("all", description="verified: only responses that their verifier accepts")
+
+
+class Data(Settings):
+    """Where prompts and texts come from, and how they are split."""
+
+    source: Source = Field(default_factory=TeacherSamples)
+    responses: Responses = Field(default_factory=Responses)
+    context: int = Field(512, ge=8, description="longest sample in tokens, prompt and response together")
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of prompts held out, chosen by content hash")
+    eval_limit: int = Field(500, ge=1, description="held-out samples used at most")
+
+
+class Shape(Settings):
+    """Size of a Llama-architecture model made from nothing."""
+
+    hidden: int = Field(ge=8)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(None, ge=1, description="default: as many as heads")
+    intermediate: int = Field(ge=8)
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> Shape:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden={self.hidden} must be heads={self.heads} times an even head width")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        return self
+
+
+class Schedule(Settings):
+    """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
+
+    steps: int = Field(300, ge=1)
+    batch: int = Field(32, ge=1, description="samples per step, over all micro-batches")
+    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; default: the whole batch")
+    pack: bool = Field(False, description="several samples in one row of `context` tokens, blind to each other")
+    lr: float = Field(1e-3, gt=0)
+    shape: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps that decay, at the end")
+    floor: float = Field(0.02, ge=0, le=1, description="last learning rate as a share of the highest")
+    weight_decay: float = Field(0.05, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    checkpoint_every: int = Field(100, ge=1, description="steps")
+
+
+class Tripwires(Settings):
+    """What stops a run: each must hold for ``patience`` measurements in a row, after the warm-up."""
+
+    loss_spike: float = Field(3.0, gt=1, description="loss above this many times its running mean")
+    entropy_low: float = Field(0.02, ge=0, description="entropy below this share of the cross-entropy: collapse")
+    entropy_high: float = Field(50.0, gt=1, description="entropy above this many times the cross-entropy: explosion")
+    patience: int = Field(5, ge=1)
+
+
+class FolderTeacher(Settings):
+    """A causal language model in a Hugging Face folder, or a hub id."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    trust_remote_code: bool = False
+    licence: str = "undeclared"
+
+
+class TrainedTeacher(Settings):
+    """A teacher trained by the recipe itself, from nothing, on worked solutions of procedural tasks."""
+
+    kind: Literal["trained"] = "trained"
+    tasks: list[TaskSource] = Field(min_length=1)
+    shape: Shape
+    schedule: Schedule = Field(default_factory=Schedule)
+    vocabulary: int = Field(256, ge=16, description="largest size of the byte-level BPE made from the tasks")
+    context: int = Field(256, ge=8)
+    seed: int = 0
+    licence: str = "Apache-2.0"
+
+
+TeacherChoice = Annotated[Union[FolderTeacher, TrainedTeacher], Discriminator("kind")]  # noqa: UP007
+
+
+class FolderStudent(Settings):
+    """A given student with the teacher's tokenizer."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    trust_remote_code: bool = False
+
+
+class ShapeStudent(Settings):
+    """A student made from nothing, with the teacher's tokenizer."""
+
+    kind: Literal["shape"] = "shape"
+    shape: Shape
+
+
+class CutStudent(Settings):
+    """A student cut from the teacher: layers chosen, widths narrowed, everything else copied."""
+
+    kind: Literal["cut"] = "cut"
+    layers: int | list[int] | None = Field(None, description="how many (spread evenly), or which, counted from 0")
+    hidden: int | None = Field(None, ge=8)
+    intermediate: int | None = Field(None, ge=8)
+
+
+StudentChoice = Annotated[Union[FolderStudent, ShapeStudent, CutStudent], Discriminator("kind")]  # noqa: UP007
+
+
+class SftMethod(Settings):
+    """Cross-entropy on the response tokens."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class KdMethod(Settings):
+    """Divergence to the teacher's distribution at every response token, with cross-entropy beside it if asked."""
+
+    kind: Literal["kd"] = "kd"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    temperature: float = Field(1.0, gt=0, description="softens both sides; the loss is scaled by its square")
+    cross_entropy: float = Field(0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
+
+
+MethodChoice = Annotated[Union[SftMethod, KdMethod], Discriminator("kind")]  # noqa: UP007
+
+
+class DenseTargets(Settings):
+    """The teacher runs beside the student; its whole distribution is used and nothing is stored."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class SampledTargets(Settings):
+    """An unbiased sparse sample of the teacher's distribution, labelled once and kept on disk."""
+
+    kind: Literal["sampled"] = "sampled"
+    threshold: float = Field(
+        0.025, gt=0, lt=1, description="probabilities from here up are kept exactly; below, sampled to weigh this much"
+    )
+    shard: int = Field(256, ge=1, description="samples per shard")
+
+
+TargetChoice = Annotated[Union[DenseTargets, SampledTargets], Discriminator("kind")]  # noqa: UP007
+
+
+class Quantize(Settings):
+    """Low-bit copies of the student."""
+
+    formats: list[Literal["int8", "int4"]] = Field(default_factory=lambda: ["int8", "int4"])
+    group: int = Field(32, ge=8, description="weights that share a scale")
+
+
+class Evaluate(Settings):
+    """What is measured on held-out samples."""
+
+    problems: int = Field(300, ge=1, description="held-out problems with a verifier, at most")
+    samples: int = Field(4, ge=0, description="samples per problem for pass@k; 0 leaves pass@k out")
+    temperature: float = Field(1.0, gt=0, description="of the pass@k samples")
+    max_tokens: int = Field(256, ge=1)
+    text: str | None = Field(None, description="a text file for bits per byte; default: the held-out samples")
+    shown: int = Field(4, ge=0, description="sample outputs shown side by side in the report")
+
+
+class Recipe(Settings):
+    """One run, from teacher to report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(0, ge=0, description="every random draw comes from this and the arm seeds")
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="one student of each arm per seed")
+    compute: Compute = Field(default_factory=Compute)
+    teacher: TeacherChoice
+    data: Data = Field(default_factory=Data)
+    targets: TargetChoice = Field(default_factory=SampledTargets)
+    student: StudentChoice
+    method: MethodChoice = Field(default_factory=KdMethod)
+    train: Schedule = Field(default_factory=Schedule)
+    tripwires: Tripwires = Field(default_factory=Tripwires)
+    quantize: Quantize = Field(default_factory=Quantize)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Recipe:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} name one seed twice")
+        return self
+
+    def hash_of(self, *sections: str) -> str:
+        """SHA-256 of the named parts, as a stage depends on them."""
+        whole = self.model_dump(mode="json")
+        return sha256_json({s: whole[s] for s in sections})
+
+
+def shipped(name: str) -> Path:
+    """Path of a recipe that comes with the package, by file name without ``.toml``.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "recipes", here.parent / "recipes"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise RecipeError(f"no recipe named {name!r} comes with Pennyweight; give the path of a .toml file")
+
+
+def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at ``path`` (the quickstart when None), with ``a.b=c`` overrides on top.
+
+    Raises:
+        RecipeError: the file is missing or malformed, a key is unknown, or a value does not fit.
+    """
+    file = shipped("quickstart") if path is None else Path(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in shipped("quickstart").parent.glob("*.toml")))
+        raise RecipeError(f"no recipe at {file}; give the path of a .toml file (shipped ones: {known})") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"cannot read the recipe {file}: {e}; check the path and its permissions") from None
+    except tomllib.TOMLDecodeError as e:
+        raise RecipeError(f"{file} is not valid TOML: {e}; correct that line") from None
+    for item in overrides or []:
+        _override(table, item)
+    return parse(table, str(file))
+
+
+def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A recipe from a plain table; ``origin`` is named in messages."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as e:
+        raise RecipeError(f"{origin}: {_explain(e)}") from None
+
+
+def _override(table: dict[str, Any], item: str) -> None:
+    """Set ``a.b=c`` in ``table``; the value is read as TOML, else taken as text. A new ``kind`` drops its siblings."""
+    path, equals, text = item.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"cannot read the setting {item!r}; write it as a.b=value, for example train.steps=500")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"cannot set {path}: {key} is a value, not a table; set {key} itself")
+        table = inner
+    if keys[-1] == "kind" and table.get("kind") != value:
+        table.clear()
+    table[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in one sentence that ends with what to do."""
+    first = error.errors()[0]
+    where = [str(p) for p in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {'.'.join(_plain(where))!r}; {hint}"
+    name = ".".join(_plain(where)) or "the recipe"
+    if first["type"] == "missing":
+        return f"{name} is missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+    return f"{name}: {message}{got}; correct that value"
+
+
+_TAGS = {"folder", "trained", "shape", "cut", "sft", "kd", "dense", "sampled", "files", "tasks", "teacher_samples"}
+
+
+def _plain(where: list[str]) -> list[str]:
+    """A location without the union tags that pydantic puts after a tagged field."""
+    tagged = {"teacher", "student", "method", "targets", "source"}
+    return [p for i, p in enumerate(where) if not (i and p in _TAGS and where[i - 1] in tagged)]
+
+
+def _fields_at(where: list[str]) -> list[str]:
+    """Names of the settings allowed at a location, for the suggestion."""
+    models: list[Any] = [Recipe]
+    for part in where:
+        found: list[Any] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+            elif part.isdigit() or part in _TAGS:
+                kind = model.model_fields.get("kind")
+                if part.isdigit() or (kind is not None and part == kind.default):
+                    found.append(model)
+        models = found or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [m for a in get_args(annotation) for m in _models_in(a)]
