@@ -8,6 +8,7 @@ recommendation. This file imports no torch.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -329,6 +330,44 @@ def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
         return Recipe.model_validate(table)
     except ValidationError as e:
         raise RecipeError(f"{origin}: {_explain(e)}") from None
+
+
+def distillation(
+    *,
+    teacher: str,
+    data: str | None,
+    student: str | None,
+    cut: str | None,
+    method: str,
+    steps: int,
+    batch: int,
+    lr: float,
+    seeds: int,
+    settings: list[str],
+    trust_remote_code: bool,
+) -> Recipe:
+    """The recipe behind ``pennyweight distill``.
+
+    Raises:
+        RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
+    """
+    if bool(student) == bool(cut):
+        raise RecipeError("say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(teacher.rstrip("/")).name).strip("-.") or "teacher"
+    table: dict[str, Any] = {
+        "name": f"distill-{name}"[:100],
+        "seeds": list(range(seeds)),
+        "teacher": {"kind": "folder", "path": teacher, "trust_remote_code": trust_remote_code},
+        "data": {"source": {"kind": "files", "path": data} if data else {"kind": "teacher_samples"}},
+        "student": {"kind": "folder", "path": student} if student else {"kind": "cut"},
+        "method": {"kind": method},
+        "train": {"steps": steps, "batch": batch, "lr": lr},
+    }
+    for pair in (cut or "").split(",") if cut else []:
+        _override(table, f"student.{pair}")
+    for item in settings:
+        _override(table, item)
+    return parse(table, "pennyweight distill")
 
 
 def _override(table: dict[str, Any], item: str) -> None:

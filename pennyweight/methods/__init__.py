@@ -1,0 +1,44 @@
+"""METHODS: what each training method makes of a batch, and which teacher signals it can use.
+
+A new method is one file here and one row below. ``apply(batch, settings, signal)`` returns the batch with its
+per-token weights and target; ``signals(settings)`` names the teacher signals that carry it (empty: none is needed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pennyweight.data.pack import Batch
+from pennyweight.errors import MethodError
+from pennyweight.methods import kd, sft
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS."""
+
+    apply: Callable[[Batch, Any, Any], Batch]
+    signals: Callable[[Any], frozenset[str]]
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method(sft.sft, sft.signals),
+    "kd": Method(kd.kd, kd.signals),
+}
+
+
+def check(settings: Any, gives: frozenset[str]) -> None:
+    """Refuse a method that the teacher's signals cannot carry.
+
+    Raises:
+        MethodError: with the reason and the cure.
+    """
+    wanted = METHODS[settings.kind].signals(settings)
+    if wanted and not wanted & gives:
+        raise MethodError(
+            f"method {settings.kind} with divergence={settings.divergence} needs {' or '.join(sorted(wanted))} targets, "
+            f"and the teacher gives {', '.join(sorted(gives))}: the divergence is not linear in the teacher's "
+            "probabilities, so a sample of them would bias it; set targets.kind=dense or method.divergence=forward_kl"
+        )

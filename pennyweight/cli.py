@@ -1,0 +1,329 @@
+"""The command line: argv -> one stage or view. The only place that prints an error; heavy imports are inside."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pennyweight.errors import PennyweightError, RecipeError
+
+app = typer.Typer(
+    name="pennyweight",
+    help="From a large language model to a small, low-bit one, with the proof beside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ledger_app = typer.Typer(no_args_is_help=True, help="Look after a run's ledger.")
+app.add_typer(ledger_app, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+@app.command()
+def run(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe and settings on top of it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
+    log: Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole line: teacher, targets, students, low-bit copies, evaluation, ledger, report.
+
+    Without a recipe, the quickstart. The same command again goes on where it stopped.
+
+    Examples:
+
+        pennyweight run
+
+        pennyweight run recipes/quickstart.toml train.steps=500 --out runs/longer
+    """
+    from pennyweight.recipe import load
+
+    words = arguments or []
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
+    settings = [w for w in words if "=" in w] + ([f"log={json.dumps(log)}"] if log else [])
+    recipe = load(files[0] if files else None, settings)
+    _line(recipe, out, as_json)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Option(help="Hugging Face folder or hub id.")],
+    data: Annotated[str | None, typer.Option(help="JSONL, CSV, Parquet, text, dataset folder or hub name.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder of a student with the teacher's tokenizer.")] = None,
+    cut: Annotated[str | None, typer.Option(help="Cut from the teacher: layers=N[,hidden=N][,intermediate=N].")] = None,
+    method: Annotated[str, typer.Option(help="kd or sft.")] = "kd",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    seeds: Annotated[int, typer.Option(min=1, help="Students per arm; 1 is cheapest, 3 give intervals.")] = 3,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe setting, a.b=c.")] = None,
+    trust_remote_code: Remote = False,
+    out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/distill-TEACHER.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Distil a teacher into a small student, with no recipe to write.
+
+    Without --data, the teacher's own samples are the data.
+
+    Examples:
+
+        pennyweight distill --teacher ./llama --cut layers=8
+
+        pennyweight distill --teacher ./llama --data pairs.jsonl --student ./tiny-llama --steps 1000 --out runs/mine
+    """
+    from pennyweight.recipe import distillation
+
+    recipe = distillation(
+        teacher=teacher,
+        data=data,
+        student=student,
+        cut=cut,
+        method=method,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        seeds=seeds,
+        settings=settings or [],
+        trust_remote_code=trust_remote_code,
+    )
+    _line(recipe, out, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    tasks: Annotated[list[str] | None, typer.Option(help="reasoning-gym task, NAME or NAME:setting=value,...")] = None,
+    text: Annotated[str | None, typer.Option(help="Text file: bits per byte and calibration.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Problems per task.")] = 200,
+    samples: Annotated[int, typer.Option(min=0, help="Samples per problem for pass@k; 0 leaves it out.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems and the samples.")] = 1_000_003,
+    device: Device = "auto",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy with intervals on verifiable tasks, bits per byte on text.
+
+    Examples:
+
+        pennyweight evaluate runs/quickstart/student --tasks basic_arithmetic:operators=["+"]
+
+        pennyweight evaluate ./llama --text book.txt --json
+    """
+    from pennyweight import commands
+
+    found = commands.evaluate(
+        model,
+        tasks,
+        text,
+        problems_per_task=problems,
+        samples=samples,
+        max_tokens=max_tokens,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _tell(found, as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    b: Annotated[str, typer.Argument(help="Another, with the same tokenizer.")],
+    text: Annotated[str, typer.Option(help="Text file.")],
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """KL both ways, top-1 agreement, and bits per byte of both models.
+
+    Example:
+
+        pennyweight compare runs/quickstart/student runs/quickstart/student-int4 --text held_out.txt
+    """
+    from pennyweight import commands
+
+    _tell(commands.compare(a, b, text, device=device), as_json)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder.")],
+    out: Annotated[str, typer.Option(help="Folder to write.")],
+    fmt: Annotated[str, typer.Option("--format", help="int8 or int4.")] = "int4",
+    group: Annotated[int, typer.Option(min=8, help="Weights that share a scale.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Write a low-bit copy that transformers and vLLM open.
+
+    Example:
+
+        pennyweight quantize runs/quickstart/student --format int4 --out student-int4
+    """
+    from pennyweight import commands
+
+    _tell(commands.quantize(model, fmt, out, group=group), as_json)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal; an empty line or Ctrl-D leaves.
+
+    Example:
+
+        pennyweight chat runs/quickstart/student --prompt "Calculate 12 + 34 + 56."
+    """
+    from pennyweight.commands import Chat
+
+    talk = Chat(model, temperature=temperature, max_tokens=max_tokens, seed=seed, device=device)
+    if prompt is not None:
+        _reply(talk, prompt)
+        return
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        _reply(talk, line)
+
+
+@app.command()
+def report(folder: Annotated[str, typer.Argument(metavar="RUN")]) -> None:
+    """Draw report.html of a finished run again, and say where it is."""
+    from pennyweight import commands
+
+    typer.echo(str(commands.redraw(folder)))
+
+
+@app.command()
+def show(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    sample: Annotated[int | None, typer.Option(min=0, help="Print one training sample's masked token stream.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run found; or the exact tokens of one training sample, learnt ones marked."""
+    from pennyweight import commands
+
+    if sample is not None:
+        typer.echo(commands.show_sample(folder, sample))
+        return
+    found = commands.show(folder)
+    if as_json:
+        _tell(found, True)
+    else:
+        from pennyweight.report.terminal import print_summary
+
+        print_summary(found)
+
+
+@ledger_app.command("verify")
+def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Re-derive every hash of the ledger and of what it names; exit 2 names the first row that was tampered with."""
+    from pennyweight import commands
+    from pennyweight.errors import LedgerError
+
+    found = commands.verify(folder)
+    if as_json:
+        _tell({k: getattr(found, k) for k in found.__dataclass_fields__}, True)
+    if not found.ok:
+        raise LedgerError(f"the ledger of {folder} does not verify: {found.problem}")
+    if not as_json:
+        typer.echo(f"verified: {found.entries:,} entries, {found.records:,} records, {found.artifacts:,} artifacts")
+
+
+def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
+    from pennyweight.report.terminal import print_summary
+    from pennyweight.stages import run_line
+
+    folder = out or Path("runs") / recipe.name
+    summary = run_line(recipe, folder)
+    if as_json:
+        _tell(summary, True)
+    else:
+        print_summary(summary)
+        typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _reply(talk: Any, text: str) -> None:
+    for piece in talk.say(text):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _tell(found: dict[str, Any], as_json: bool) -> None:
+    """JSON, or one line per value."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from pennyweight.report.terminal import print_values
+
+    print_values(found)
+
+
+def main() -> None:
+    """Entry point: runs the command, prints what went wrong in one sentence, and exits with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except PennyweightError as e:
+        _fail(str(e), e.exit_code)
+    except typer.Abort:
+        _fail("stopped; the same command goes on from here", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as e:
+        _fail(_of_the_system(e), 2)
+    except Exception as e:
+        _fail_unless_expected(e)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail_unless_expected(e: Exception) -> None:
+    """Usage errors of the command line, and full disks as the safetensors library reports them; others are ours."""
+    if hasattr(e, "format_message") and hasattr(e, "exit_code"):
+        _fail(f"{e.format_message()}; see pennyweight --help", 2)  # type: ignore[attr-defined]
+    if type(e).__name__ == "SafetensorError" and "os error" in str(e).lower():
+        _fail(f"could not write a weight file: {e}; free some space or check permissions, then run the command again", 2)
+    raise e
+
+
+def _of_the_system(e: OSError) -> str:
+    where = f" at {e.filename}" if e.filename else ""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; free some space, and the same command goes on from here"
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
+    return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"pennyweight: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What can be done with models outside a run: evaluate, compare, quantise, chat; and looking into a RUN folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pennyweight.data.render import encode, learnt_bytes, prompt_ids, shown, windows
+from pennyweight.data.store import read_samples
+from pennyweight.data.tasks import problems
+from pennyweight.errors import DataError, RunError
+from pennyweight.evaluate.agreement import score
+from pennyweight.evaluate.held_out import HeldOut
+from pennyweight.evaluate.suite import Sampling, as_scorer, examine
+from pennyweight.ledger.store import Ledger, Verification
+from pennyweight.model.device import choose, set_threads
+from pennyweight.model.generate import stream
+from pennyweight.model.load import Loaded, load, same_tokenizer
+from pennyweight.progress import counting
+from pennyweight.quant.export import export
+from pennyweight.records import Message, Sample
+from pennyweight.report.draw import draw
+from pennyweight.run import read_json
+from pennyweight.verifiers import judge
+
+
+def evaluate(
+    model: str,
+    tasks: list[str] | None = None,
+    text: str | None = None,
+    *,
+    problems_per_task: int = 200,
+    samples: int = 4,
+    temperature: float = 1.0,
+    max_tokens: int = 256,
+    seed: int = 1_000_003,
+    device: str = "auto",
+    threads: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Accuracy and pass@k on reasoning-gym tasks, bits per byte and calibration on a text file.
+
+    Args:
+        tasks: names, or ``name:setting=value,setting=value``.
+
+    Raises:
+        DataError: neither tasks nor text were given, or one of them cannot be used.
+        ModelError: the model cannot be used.
+    """
+    if not tasks and not text:
+        raise DataError("nothing to evaluate on; give --tasks NAME or --text FILE")
+    loaded, compute = _open(model, device, threads, trust_remote_code)
+    sampling = Sampling(max_tokens, samples, temperature, seed)
+    out: dict[str, Any] = {"model": loaded.facts(), "tasks": {}}
+    for task in tasks or []:
+        name, settings = _task(task)
+        asked = problems(name, problems_per_task, seed, settings)
+        held_out = HeldOut([], [], asked, [prompt_ids(s, loaded.tokenizer) for s in asked])
+        with counting(name, len(asked) * (1 + samples), "answers") as c:
+            found = examine(loaded, held_out, judge, sampling, compute, progress=c.advance)
+        out["tasks"][name] = {k: v.to_json() for k, v in found.metrics.items()}
+        out["tasks"][name]["decode_tokens_per_second"] = found.decode_tokens_per_second
+    if text:
+        encoded = windows(text, loaded.tokenizer, loaded.context)
+        held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), [], [])
+        with counting("text", len(encoded), "windows") as c:
+            found = examine(loaded, held_out, judge, sampling, compute, progress=c.advance)
+        out["text"] = {k: v.to_json() for k, v in found.metrics.items()}
+    return out
+
+
+def compare(a: str, b: str, text: str, *, device: str = "auto", threads: int = 0) -> dict[str, Any]:
+    """KL both ways, top-1 agreement and bits per byte of both models on a text file.
+
+    Raises:
+        ModelError: a model cannot be used, or their tokenizers differ.
+        DataError: the text cannot be used.
+    """
+    first, compute = _open(a, device, threads, False)
+    second, _ = _open(b, device, threads, False)
+    same_tokenizer(first.tokenizer, second.tokenizer)
+    encoded = windows(text, first.tokenizer, min(first.context, second.context))
+    spelt = learnt_bytes(encoded, first.tokenizer)
+    sides = as_scorer(first, compute), as_scorer(second, compute)
+    with counting("comparing", 2 * len(encoded), "windows") as c:
+        of_b = score(encoded, spelt, sides[1], sides[0], first.pad_id, progress=c.advance)
+        of_a = score(encoded, spelt, sides[0], None, first.pad_id, progress=c.advance)
+    return {
+        "a": first.facts(),
+        "b": second.facts(),
+        "tokens": int(of_b.tokens.sum()),
+        "kl_a_to_b": of_b.per_token("kl_to").to_json(),
+        "kl_b_to_a": of_b.per_token("kl_from").to_json(),
+        "agreement": of_b.per_token("same").to_json(),
+        "bits_per_byte_a": of_a.bits_per_byte().to_json(),
+        "bits_per_byte_b": of_b.bits_per_byte().to_json(),
+        "ece_a": of_a.ece,
+        "ece_b": of_b.ece,
+    }
+
+
+def quantize(model: str, fmt: str, out: str, *, group: int = 32) -> dict[str, Any]:
+    """Write a low-bit copy of a model folder to ``out``.
+
+    Raises:
+        ModelError: the model cannot be used or holds nothing to quantise.
+        RunError: ``out`` is there already.
+    """
+    place = Path(out)
+    if place.exists():
+        raise RunError(f"{place} is there already; choose another --out, or remove it")
+    if not Path(model).is_dir():
+        raise DataError(f"{model} is not a folder; quantize reads a Hugging Face model folder")
+    loaded, _ = _open(model, "cpu", 0, False)
+    made = export(loaded.model, Path(model), place, fmt, group)
+    return {
+        "path": str(place),
+        "format": fmt,
+        "params": loaded.params,
+        "bytes": made.bytes,
+        "parent_bytes": loaded.bytes,
+        "linears_by_group": made.grouped,
+        "linears_by_row": made.per_row,
+    }
+
+
+class Chat:
+    """A conversation with a model: ``say`` yields the reply piece by piece."""
+
+    def __init__(self, model: str, *, temperature: float = 0.7, max_tokens: int = 256, seed: int = 0, device: str = "auto"):
+        self.loaded, _ = _open(model, device, 0, False)
+        self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self.turns: list[Message] = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """The reply to ``text``, as it is written; afterwards both are part of the conversation."""
+        tokenizer = self.loaded.tokenizer
+        self.turns.append(Message("user", text))
+        prompt = prompt_ids(Sample(tuple(self.turns), None, "chat"), tokenizer)
+        ids: list[int] = []
+        told = ""
+        pieces = stream(
+            self.loaded.model,
+            prompt,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            eos_ids=self.loaded.eos_ids,
+            seed=self.seed + len(self.turns),
+            context=self.loaded.context,
+        )
+        for token in pieces:
+            ids.append(token)
+            whole = tokenizer.decode(ids, skip_special_tokens=True)
+            if whole.endswith("\ufffd"):  # a character whose other bytes are still to come
+                continue
+            yield whole[len(told) :]
+            told = whole
+        self.turns.append(Message("assistant", told))
+
+
+def show(folder: str) -> dict[str, Any]:
+    """The summary of a RUN folder, or, of an unfinished one, its recipe and the stages so far."""
+    root = _run_folder(folder)
+    if (root / "summary.json").exists():
+        return read_json(root / "summary.json")
+    with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
+        return {"recipe": read_json(root / "recipe.json"), "unfinished": True, "stages": ledger.stages()}
+
+
+def show_sample(folder: str, number: int) -> str:
+    """The exact masked token stream of one training sample."""
+    root = _run_folder(folder)
+    file = root / "data" / "train.jsonl"
+    if not file.exists():
+        raise RunError(f"{root} has no training samples yet; let the run get past its data stage")
+    samples = read_samples(file)
+    if not 0 <= number < len(samples):
+        raise RunError(f"{root} has training samples 0 to {len(samples) - 1}, not {number}; choose one of them")
+    recipe = read_json(root / "recipe.json")
+    teacher = recipe["teacher"].get("path") or str(root / "teacher")
+    trust = recipe["teacher"].get("trust_remote_code", False)
+    tokenizer = load(teacher, device="cpu", trust_remote_code=trust).tokenizer
+    encoded = encode(samples[number], tokenizer)
+    assert encoded is not None
+    return shown(encoded, tokenizer)
+
+
+def redraw(folder: str) -> Path:
+    """Draw report.html again from what the run has measured."""
+    root = _run_folder(folder)
+    if not (root / "summary.json").exists():
+        raise RunError(f"{root} is not finished, so there is no report yet; run it again to go on")
+    return draw(root)
+
+
+def verify(folder: str) -> Verification:
+    """Re-derive every hash of a RUN folder's ledger and of the artifacts it names."""
+    root = _run_folder(folder)
+    expected = None
+    if (root / "summary.json").exists():
+        head = read_json(root / "summary.json").get("ledger", {})
+        expected = (head["seq"], head["head"]) if "seq" in head and "head" in head else None
+    with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
+        return ledger.verify(root, expected)
+
+
+def _open(model: str, device: str, threads: int, trust_remote_code: bool) -> tuple[Loaded, Any]:
+    set_threads(threads)
+    compute = choose(device, "auto")
+    return load(model, device=compute.device, trust_remote_code=trust_remote_code), compute
+
+
+def _run_folder(folder: str) -> Path:
+    root = Path(folder)
+    if not (root / "recipe.json").exists():
+        raise RunError(f"{root} is not a RUN folder (it has no recipe.json); give the folder that pennyweight run made")
+    return root
+
+
+def _task(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:a=1,b=2`` -> name and settings."""
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise DataError(f"cannot read the task setting {pair!r} of {text!r}; write it as name:setting=value")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return name, settings

@@ -1,0 +1,141 @@
+"""Samples -> fixed-shape batches. A batch is a pure function of the step, so the whole state is that number.
+
+Letters: B rows, T positions in a row, N positions that carry loss (row-major over the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pennyweight.loss.divergence import Divergence, Target
+from pennyweight.records import Encoded
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. ``placed`` lists its samples in the row-major order of their loss positions.
+
+    ``ids``, ``positions``, ``labels`` are (B, T) int64; labels are next tokens, -100 where nothing is learnt.
+    A method fills in the (N,) weights, the divergence, and ``target(a, b)``.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    placed: tuple[Encoded, ...]
+    ce_weight: Tensor | None = None
+    kd_weight: Tensor | None = None
+    divergence: Divergence = field(default_factory=Divergence)
+    target: Callable[[int, int], Target] | None = None
+
+    @property
+    def selected(self) -> Tensor:
+        """(N,) flat indices of the positions that carry loss."""
+        return (self.labels.flatten() != IGNORE).nonzero().squeeze(-1)
+
+    @property
+    def loss_labels(self) -> Tensor:
+        """(N,) labels at those positions."""
+        flat = self.labels.flatten()
+        return flat[flat != IGNORE]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the samples, without padding."""
+        return sum(len(s.ids) for s in self.placed)
+
+    def weighted(self, ce: float, kd: float, divergence: Divergence, target: Callable[[int, int], Target] | None) -> Batch:
+        """This batch with the same weights at every loss position."""
+        ones = torch.ones(self.count)
+        return replace(self, ce_weight=ce * ones, kd_weight=kd * ones, divergence=divergence, target=target)
+
+
+def collate(rows: list[list[Encoded]], pad_id: int, length: int | None = None) -> Batch:
+    """Rows of samples -> one batch, padded on the right to ``length`` or to the longest row (a multiple of 8).
+
+    Positions restart at 0 with each sample; a model that is given them and no mask keeps samples of one row blind to
+    each other. In a row of one sample the padding continues its positions, which no earlier token can see.
+    """
+    longest = max(sum(len(s.ids) for s in row) for row in rows)
+    width = length or -(-longest // 8) * 8
+    ids = torch.full((len(rows), width), pad_id)
+    positions = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORE)
+    for r, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + len(sample.ids)
+            tokens = torch.tensor(sample.ids)
+            ids[r, start:end] = tokens
+            positions[r, start:end] = torch.arange(len(tokens))
+            learnt = torch.tensor(sample.mask[1:])
+            labels[r, start : end - 1][learnt] = tokens[1:][learnt]
+            start = end
+        if len(row) == 1:
+            positions[r] = torch.arange(width)
+        else:
+            positions[r, start:] = torch.arange(width - start)
+    return Batch(ids, positions, labels, tuple(s for row in rows for s in row))
+
+
+def first_fit(samples: list[Encoded], length: int) -> list[list[Encoded]]:
+    """Samples laid into as few rows of ``length`` tokens as first-fit by falling length finds."""
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        for r, free in enumerate(room):
+            if len(sample.ids) <= free:
+                rows[r].append(sample)
+                room[r] -= len(sample.ids)
+                break
+        else:
+            rows.append([sample])
+            room.append(length - len(sample.ids))
+    return rows
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Batches of ``batch`` samples, epoch after epoch, each epoch in its own seeded order.
+
+    Calling it with a step gives that step's micro-batches of at most ``micro`` rows. With ``pack`` samples share
+    rows of ``context`` tokens; without, each has a row of its own, and rows of like length go together.
+    """
+
+    samples: list[Encoded]
+    batch: int
+    micro: int
+    seed: int
+    pad_id: int
+    pack: bool = False
+    context: int = 512
+
+    def __call__(self, step: int) -> list[Batch]:
+        chosen = [self._at(i) for i in range(step * self.batch, (step + 1) * self.batch)]
+        if self.pack:
+            rows = first_fit(chosen, max(self.context, *(len(s.ids) for s in chosen)))
+        else:
+            rows = [[s] for s in sorted(chosen, key=lambda s: len(s.ids))]
+        return [collate(rows[a : a + self.micro], self.pad_id) for a in range(0, len(rows), self.micro)]
+
+    def _at(self, index: int) -> Encoded:
+        epoch, place = divmod(index, len(self.samples))
+        return self.samples[int(_order(len(self.samples), self.seed, epoch)[place])]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of one epoch; cached, since steps walk through it in order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

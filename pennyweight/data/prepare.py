@@ -1,0 +1,101 @@
+"""A recipe's data, made ready: gathered, split by content, answered by the teacher, checked and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pennyweight.data.render import prompt_ids
+from pennyweight.data.sources import read, read_tasks
+from pennyweight.data.split import Split
+from pennyweight.errors import DataError
+from pennyweight.recipe import Responses, Source, TaskData, TeacherSamples
+from pennyweight.records import Sample, Teacher, Verdict
+from pennyweight.teacher.answers import keep, write_answers
+from pennyweight.teacher.own_samples import own_samples
+
+Progress = Callable[[int], None]
+Counting = Callable[[str, int, str], Any]
+"""(label, total, unit) -> a context manager that yields something with ``advance``"""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A teacher that writes, its tokenizer, the folder its finished parts wait in, a seed, and how to show progress."""
+
+    teacher: Teacher
+    tokenizer: Any
+    parts: Path
+    seed: int
+    counting: Counting
+
+
+def gather(source: Source, writer: Writer | None, licence: str) -> list[Sample]:
+    """Prompts and texts from where the recipe says; ``writer`` is needed for the teacher's own samples."""
+    if isinstance(source, TaskData):
+        return read_tasks(source)
+    if not isinstance(source, TeacherSamples):
+        return read(source)
+    assert writer is not None
+    with writer.counting("teacher writes samples", source.count, "samples") as c:
+        return own_samples(
+            writer.teacher, writer.tokenizer, source.count, writer.seed, writer.parts / "own", licence, c.advance
+        )
+
+
+def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], name: str) -> list[Sample]:
+    """Samples with a response each: theirs or the teacher's, as ``by`` (auto, given, teacher) says.
+
+    Raises:
+        DataError: ``by`` is given and a sample has none.
+    """
+    missing = [s for s in samples if s.response is None]
+    if by == "given" and missing:
+        raise DataError(
+            f"data.responses.by=given, but {len(missing):,} of {len(samples):,} rows have no response; add them, or "
+            "leave it to the teacher with data.responses.by=auto"
+        )
+    asked = [s for s in samples if s.prompt] if by == "teacher" else missing
+    if not asked:
+        return list(samples)
+    w = writer()
+    with w.counting(f"teacher answers ({name})", len(asked), "prompts") as c:
+        ids = lambda s: prompt_ids(s, w.tokenizer)  # noqa: E731
+        replies = iter(write_answers(asked, ids, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
+    chosen = {id(s) for s in asked}
+    return [next(replies) if id(s) in chosen else s for s in samples]
+
+
+def prepare(
+    parts: Split, responses: Responses, writer: Callable[[], Writer], judge: Callable[[Sample], Verdict | None]
+) -> tuple[list[Sample], list[Sample], int]:
+    """(training samples, held-out samples, training samples turned down): answered, and judged where asked for.
+
+    Raises:
+        DataError: nothing is left on one side.
+    """
+    wanted = judge if responses.keep == "verified" else None
+    train, rejected = keep(answer(parts.train, responses.by, writer, "train"), wanted)
+    held_out, _ = keep(answer(parts.evaluation, responses.by, writer, "eval"), None)
+    if not train or not held_out:
+        raise DataError(
+            f"no sample is left of {len(parts.train):,} for training or {len(parts.evaluation):,} for evaluation; "
+            "give more data, or set data.responses.keep=all"
+        )
+    return train, held_out, rejected
+
+
+def facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: int) -> dict[str, Any]:
+    """What the report says of the data."""
+    return {
+        "source": ", ".join(sorted({s.source for s in train})),
+        "licence": ", ".join(sorted({s.licence for s in train})),
+        "train": len(train),
+        "evaluation": len(held_out),
+        "duplicates": parts.duplicates,
+        "rejected": rejected,
+        "overlap": parts.overlap,
+        "authors": {a: sum(s.author == a for s in train) for a in sorted({s.author for s in train})},
+    }

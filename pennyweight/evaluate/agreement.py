@@ -1,0 +1,110 @@
+"""How two models agree on given tokens, and how well one predicts them; before and after quantising.
+
+Sums per sample come out, so that means, bootstrap intervals and paired differences can all be made from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pennyweight.data.pack import Batch, collate
+from pennyweight.evaluate.intervals import ratio
+from pennyweight.loss.divergence import cross_entropy, kl
+from pennyweight.records import Encoded, Interval
+
+_BINS = 15
+_TILE_ENTRIES = 1 << 23
+
+Hidden = Callable[[Batch], Tensor]
+"""batch -> (N, D) last hidden states at its loss positions"""
+Logits = Callable[[Tensor], Tensor]
+"""(n, D) -> (n, V) float32 logits"""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Per-sample sums, one entry a sample: tokens, UTF-8 bytes, nats of cross-entropy, and against the reference
+    KL both ways and top-1 matches (zeros without one). ``bins`` is (15, 3): tokens, confidence, hits by confidence.
+    """
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+    nats: np.ndarray
+    kl_to: np.ndarray
+    kl_from: np.ndarray
+    same: np.ndarray
+    bins: np.ndarray
+
+    def bits_per_byte(self, seed: int = 0) -> Interval:
+        return ratio(self.nats / math.log(2), self.bytes, seed)
+
+    def per_token(self, what: str, seed: int = 0) -> Interval:
+        """Mean per token of ``kl_to`` (reference || model), ``kl_from`` (model || reference) or ``same``."""
+        return ratio(getattr(self, what), self.tokens, seed)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the top-1 next-token prediction, 15 equal bins (Guo et al., arXiv 1706.04599)."""
+        count, confidence, hits = self.bins.T
+        return float(np.abs(confidence - hits).sum() / max(1.0, count.sum()))
+
+
+@torch.no_grad()
+def score(
+    samples: Sequence[Encoded],
+    byte_counts: Sequence[int],
+    model: tuple[Hidden, Logits],
+    reference: tuple[Hidden, Logits] | None,
+    pad_id: int,
+    rows: int = 32,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Scored:
+    """Run ``model`` (and ``reference``) over the loss positions of ``samples``.
+
+    Args:
+        byte_counts: UTF-8 bytes of what each sample's loss tokens spell.
+    """
+    sums = np.zeros((len(samples), 4))
+    bins = torch.zeros(_BINS, 3, dtype=torch.float64)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+    for a in range(0, len(order), rows):
+        chosen = order[a : a + rows]
+        batch = collate([[samples[i]] for i in chosen], pad_id)
+        owner = np.repeat(chosen, [len(samples[i].loss_positions) for i in chosen])
+        values = _values(batch, model, reference, bins)
+        np.add.at(sums, owner, values)
+        progress(len(chosen))
+    tokens = np.array([len(s.loss_positions) for s in samples], float)
+    nats, kl_to, kl_from, same = sums.T
+    return Scored(tokens, np.asarray(byte_counts, float), nats, kl_to, kl_from, same, bins.numpy())
+
+
+def _values(batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden, Logits] | None, bins: Tensor) -> np.ndarray:
+    """(N, 4) nats, KL to, KL from, same top-1; adds the top-1 confidences to ``bins``."""
+    hidden, logits_of = model
+    states = hidden(batch)
+    theirs = reference[0](batch) if reference else None
+    labels = batch.loss_labels.to(states.device)
+    out = np.zeros((len(labels), 4))
+    tile = max(16, _TILE_ENTRIES // max(1, logits_of(states[:1]).shape[-1]))
+    for a in range(0, len(labels), tile):
+        log_q = torch.log_softmax(logits_of(states[a : a + tile]), -1)
+        label = labels[a : a + tile]
+        out[a : a + tile, 0] = cross_entropy(log_q, label).cpu()
+        confidence, top = log_q.max(-1)
+        confidence = confidence.exp().double().cpu()
+        bin_of = (confidence * _BINS).long().clamp(max=_BINS - 1)
+        hit = (top == label).double().cpu()
+        bins.index_add_(0, bin_of, torch.stack([torch.ones_like(hit), confidence, hit], -1))
+        if reference is not None and theirs is not None:
+            log_p = torch.log_softmax(reference[1](theirs[a : a + tile]), -1)
+            out[a : a + tile, 1] = kl(log_p, log_q).cpu()
+            out[a : a + tile, 2] = kl(log_q, log_p).cpu()
+            out[a : a + tile, 3] = (log_p.argmax(-1) == top).cpu()
+    return out

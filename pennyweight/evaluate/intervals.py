@@ -1,0 +1,64 @@
+"""Estimates with their 95 % intervals: proportions, means, pass@k, and means over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pennyweight.records import Interval
+
+_Z = 1.959963984540054
+# Two-sided 97.5 % quantiles of Student's t by degrees of freedom (NIST/SEMATECH e-Handbook, table 1.3.6.7.2).
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """A proportion with its score interval (Wilson, 1927)."""
+    if trials == 0:
+        return Interval(float("nan"), 0.0, 1.0, "no trials")
+    p = successes / trials
+    middle = (p + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
+    half = _Z / (1 + _Z**2 / trials) * math.sqrt(p * (1 - p) / trials + _Z**2 / (4 * trials**2))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(p, min(low, p), max(high, p), f"Wilson, {trials:,} trials")
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Chance that at least one of k samples is right, unbiased from ``samples`` >= k (Chen et al., arXiv 2107.03374)."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 1000) -> Interval:
+    """sum / sum over samples (nats per token, bits per byte) with a percentile bootstrap over samples."""
+    n, d = np.asarray(numerators, float), np.asarray(denominators, float)
+    if not len(n) or d.sum() <= 0:
+        return Interval(float("nan"), float("nan"), float("nan"), "nothing measured")
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(n), (resamples, len(n)))
+    values = n[picks].sum(1) / np.maximum(d[picks].sum(1), 1e-12)
+    low, high = np.percentile(values, [2.5, 97.5])
+    value = float(n.sum() / d.sum())
+    return Interval(value, min(float(low), value), max(float(high), value), f"bootstrap over {len(n):,} samples")
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean over seeds with Student's t interval: how far another seed would move it."""
+    n = len(values)
+    if n < 2:
+        raise ValueError("an interval over seeds needs at least two seeds")
+    mean = float(np.mean(values))
+    t = _T[n - 2] if n - 2 < len(_T) else _Z
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, f"t interval over {n} seeds")
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Mean of paired differences a - b over seeds; with one seed the bounds are not known."""
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    if len(d) >= 2:
+        return over_seeds(d)
+    return Interval(d[0], float("-inf"), float("inf"), "one seed: no interval")

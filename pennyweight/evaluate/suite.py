@@ -1,0 +1,171 @@
+"""What is measured of one model: pass@1 and pass@k on problems, bits per byte and calibration on held-out tokens,
+agreement with its teacher, and for a low-bit copy with its full-precision parent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pennyweight.data.pack import Batch
+from pennyweight.evaluate.agreement import Hidden, Logits, Scored, score
+from pennyweight.evaluate.intervals import pass_at_k, ratio, wilson
+from pennyweight.model.device import Compute
+from pennyweight.model.generate import Generated, generate
+from pennyweight.model.head import forward_hidden, head_of
+from pennyweight.model.load import Loaded
+from pennyweight.records import Encoded, Interval, Sample, Task, Verdict
+
+Judge = Callable[[str, Task], Verdict]
+
+
+@dataclass
+class Examined:
+    """Metrics with sampling intervals, outputs on problems, generated tokens a second, and tokens worked through."""
+
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    decode_tokens_per_second: float | None = None
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metrics": {k: v.to_json() for k, v in self.metrics.items()},
+            "outputs": self.outputs,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out material, encoded once for all models: token samples with the bytes they spell, and problems."""
+
+    encoded: list[Encoded]
+    bytes: list[int]
+    problems: list[Sample]
+    prompts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers to problems are generated; ``samples`` 0 leaves pass@k out."""
+
+    max_tokens: int
+    samples: int
+    temperature: float
+    seed: int
+
+
+def as_scorer(loaded: Loaded, compute: Compute) -> tuple[Hidden, Logits]:
+    """Hidden states and float32 logits of a model, for ``agreement.score``."""
+    head = head_of(loaded.model)
+    device = compute.device
+
+    def hidden(batch: Batch) -> Tensor:
+        states = forward_hidden(loaded.model, batch.ids.to(device), batch.positions.to(device))
+        return states.flatten(0, 1)[batch.selected.to(device)]
+
+    return hidden, head.logits
+
+
+def examine(
+    loaded: Loaded,
+    held_out: HeldOut,
+    judge: Judge,
+    sampling: Sampling,
+    compute: Compute,
+    teacher: Loaded | None = None,
+    parent: Loaded | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Examined:
+    """Measure one model. ``teacher`` adds agreement with it, ``parent`` agreement with that."""
+    found = Examined()
+    if held_out.encoded:
+        scored = _scored(loaded, held_out, compute, teacher, progress)
+        found.tokens += int(scored.tokens.sum())
+        found.metrics |= _token_metrics(scored, teacher is not None, sampling.seed)
+    if held_out.encoded and parent is not None:
+        beside = _scored(loaded, held_out, compute, parent, progress)
+        found.metrics["kl_parent"] = beside.per_token("kl_to", sampling.seed)
+        found.metrics["agreement_parent"] = beside.per_token("same", sampling.seed)
+    if held_out.problems:
+        _solve(found, loaded, held_out, judge, sampling, progress)
+    return found
+
+
+def _scored(
+    loaded: Loaded, held_out: HeldOut, compute: Compute, reference: Loaded | None, progress: Callable[[int], None]
+) -> Scored:
+    other = as_scorer(reference, compute) if reference else None
+    model = as_scorer(loaded, compute)
+    return score(held_out.encoded, held_out.bytes, model, other, loaded.pad_id, progress=progress)
+
+
+def _token_metrics(scored: Scored, with_teacher: bool, seed: int) -> dict[str, Interval]:
+    ece = scored.ece
+    out = {
+        "bits_per_byte": scored.bits_per_byte(seed),
+        "ece": Interval(ece, ece, ece, f"{int(scored.tokens.sum()):,} tokens, no interval"),
+    }
+    if with_teacher:
+        out["kl_to_teacher"] = scored.per_token("kl_to", seed)
+        out["kl_from_teacher"] = scored.per_token("kl_from", seed)
+        out["agreement"] = scored.per_token("same", seed)
+    return out
+
+
+def _solve(
+    found: Examined,
+    loaded: Loaded,
+    held_out: HeldOut,
+    judge: Judge,
+    sampling: Sampling,
+    progress: Callable[[int], None],
+) -> None:
+    """Greedy answers for pass@1, sampled ones for pass@k."""
+    began = time.monotonic()
+    greedy = _answers(loaded, held_out.prompts, sampling, 0.0, sampling.seed)
+    seconds = time.monotonic() - began
+    written = sum(len(g.ids) for g in greedy)
+    found.decode_tokens_per_second = round(written / max(seconds, 1e-9), 1)
+    found.tokens += written
+    progress(len(greedy))
+    verdicts = []
+    for sample, answer in zip(held_out.problems, greedy, strict=True):
+        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        assert sample.task is not None
+        verdicts.append(judge(text, sample.task))
+        found.outputs.append({"text": text, "correct": verdicts[-1].correct})
+    found.metrics["accuracy"] = wilson(sum(v.correct for v in verdicts), len(verdicts))
+    if not sampling.samples:
+        return
+    right = [0] * len(held_out.problems)
+    for k in range(sampling.samples):
+        sampled = _answers(loaded, held_out.prompts, sampling, sampling.temperature, sampling.seed + 1 + k)
+        found.tokens += sum(len(g.ids) for g in sampled)
+        progress(len(sampled))
+        for i, (sample, answer) in enumerate(zip(held_out.problems, sampled, strict=True)):
+            assert sample.task is not None
+            right[i] += judge(loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True), sample.task).correct
+    n = sampling.samples
+    made = ratio([pass_at_k(c, n, n) for c in right], [1.0] * len(right), sampling.seed)
+    found.metrics["pass_at_k"] = Interval(made.mean, made.low, made.high, f"k={n}, {made.how}")
+
+
+def _answers(
+    loaded: Loaded, prompts: Sequence[list[int]], sampling: Sampling, temperature: float, seed: int
+) -> list[Generated]:
+    return generate(
+        loaded.model,
+        list(prompts),
+        max_tokens=sampling.max_tokens,
+        temperature=temperature,
+        eos_ids=loaded.eos_ids,
+        pad_id=loaded.pad_id,
+        seed=seed,
+        batch=256,
+        context=loaded.context,
+    )

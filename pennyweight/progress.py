@@ -1,0 +1,69 @@
+"""How far long work is: a bar with rate and time left in a terminal, plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Counter:
+    """Counts finished units. ``advance`` adds; ``reach`` sets; a note is shown beside the rate."""
+
+    label: str
+    total: int
+    unit: str
+    bar: Progress | None = None
+    done: int = 0
+    first: int | None = None
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.reach(self.done + n, note)
+
+    def reach(self, done: int, note: str = "") -> None:
+        if self.first is None:
+            self.first = self.done
+        self.done = done
+        now = time.monotonic()
+        rate = (done - self.first) / max(now - self.began, 1e-6)
+        text = f"{rate:,.1f} {self.unit}/s  {note}"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done, note=text)
+        elif now - self.told >= _SECONDS_BETWEEN_LINES:
+            self.told = now
+            left = (self.total - done) / rate if rate > 0 else float("nan")
+            print(f"  {self.label}: {done:,}/{self.total:,} {text}  {left:,.0f} s left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counting(label: str, total: int, unit: str) -> Iterator[Counter]:
+    """A ``Counter`` that is shown while the block runs."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Counter(label, total, unit)
+        return
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(label, total=total, note="")
+        yield Counter(label, total, unit, bar)
+
+
+def say(text: str) -> None:
+    """One line about the run's progress, for people."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,171 @@
+"""Evaluations of every arm and seed -> the numbers of summary.json: means, intervals, gap recovered, verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pennyweight.evaluate.intervals import difference, over_seeds
+from pennyweight.records import METRICS, Interval, sha256_json
+
+Evaluation = Mapping[str, Any]
+
+
+def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Metrics of one arm over its seeds.
+
+    From two seeds on, the t interval over seeds; with one, the sampling interval of that evaluation. Where all
+    seeds start from the same weights (a cut student's base arm) there is nothing to vary, and the sampling interval
+    of the first stands.
+    """
+    first = next(iter(evaluations.values()))["metrics"]
+    out = {}
+    for name, interval in first.items():
+        values = [e["metrics"][name]["mean"] for e in evaluations.values()]
+        vary = len(set(values)) > 1 and all(math.isfinite(v) for v in values)
+        out[name] = over_seeds(values).to_json() if vary else dict(interval)
+        low, high = (0.0, 1.0) if METRICS[name].unit == "percent" else (0.0, math.inf)
+        out[name]["low"] = max(low, out[name]["low"])
+        out[name]["high"] = min(high, out[name]["high"])
+    return out
+
+
+def gap_recovered(
+    teacher: Evaluation, sft: Mapping[int, Evaluation], kd: Mapping[int, Evaluation], arm: str
+) -> dict[str, dict[str, Any]]:
+    """(kd - sft) / (teacher - sft) for each metric that both arms have, with a verdict.
+
+    The verdict goes by the paired difference kd - sft: over seeds its t interval; with one seed whether the two
+    sampling intervals are apart. An interval that holds zero is a draw.
+    """
+    out = {}
+    seeds = sorted(set(sft) & set(kd))
+    shared = set(sft[seeds[0]]["metrics"]) & set(kd[seeds[0]]["metrics"])
+    for name in METRICS:
+        if name not in shared:
+            continue
+        a = [kd[s]["metrics"][name]["mean"] for s in seeds]
+        b = [sft[s]["metrics"][name]["mean"] for s in seeds]
+        best = _teacher_value(teacher, name)
+        gap = best - sum(b) / len(b) if best is not None else None
+        recovered = [(x - y) / gap for x, y in zip(a, b, strict=True)] if gap and abs(gap) > 1e-9 else None
+        whole = over_seeds(recovered) if recovered and len(recovered) > 1 else None
+        delta = difference(a, b)
+        out[name] = {
+            "mean": sum(recovered) / len(recovered) if recovered else None,
+            "low": whole.low if whole else None,
+            "high": whole.high if whole else None,
+            "how": whole.how if whole else delta.how,
+            "difference": _finite(delta),
+            "verdict": _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm),
+        }
+    return out
+
+
+def _teacher_value(teacher: Evaluation, name: str) -> float | None:
+    """The teacher against itself: KL 0, agreement 1; otherwise as measured."""
+    if name in ("kl_to_teacher", "kl_from_teacher"):
+        return 0.0
+    if name == "agreement":
+        return 1.0
+    return teacher["metrics"].get(name, {}).get("mean")
+
+
+def _verdict(name: str, delta: Interval, kd: Mapping[str, Any], sft: Mapping[str, Any], arm: str) -> str:
+    if math.isfinite(delta.low):
+        low, high = delta.low, delta.high
+    elif kd["low"] > sft["high"] or kd["high"] < sft["low"]:
+        low = high = delta.mean
+    else:
+        return "draw"
+    if low <= 0 <= high:
+        return "draw"
+    better = (low > 0) == METRICS[name].higher_is_better
+    return f"{arm} better" if better else "sft better"
+
+
+def _finite(interval: Interval) -> dict[str, Any]:
+    """JSON has no infinity: an unknown bound is null."""
+    row = interval.to_json()
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def per_seed(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The value of each metric for each seed."""
+    return {str(s): {n: e["metrics"][n]["mean"] for n in names} for s, e in evaluations.items()}
+
+
+def summarise(
+    *,
+    recipe: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    start: Mapping[str, Any],
+    trained: Mapping[str, Mapping[str, Any]],
+    evaluations: Mapping[str, Any],
+    copies: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The measured part of summary.json.
+
+    Args:
+        teacher, start: facts of the teacher and of the untouched student (name, params, bytes, fingerprint).
+        trained: by arm, the steps and tokens of its training.
+        evaluations: ``teacher`` -> evaluation; each arm -> seed -> evaluation.
+        copies: by format, facts of the low-bit copy and its evaluation.
+    """
+    arms = {}
+    for arm, by_seed in evaluations.items():
+        if arm == "teacher":
+            continue
+        first = next(iter(by_seed.values()))
+        arms[arm] = {
+            "params": start["params"],
+            "bytes": start["bytes"],
+            "seeds": sorted(by_seed),
+            **trained.get(arm, {"steps": 0, "tokens": 0}),
+            "decode_tokens_per_second": first["decode_tokens_per_second"],
+            "metrics": combine(by_seed),
+            "per_seed": per_seed(by_seed, list(first["metrics"])),
+        }
+    method = recipe["method"]["kind"]
+    both = method != "sft"
+    return {
+        "schema": 1,
+        "name": recipe["name"],
+        "recipe_hash": sha256_json(recipe),
+        "seeds": list(recipe["seeds"]),
+        "teacher": {
+            **{k: teacher[k] for k in ("name", "path", "fingerprint", "licence", "params", "bytes")},
+            "bytes_fp32": 4 * teacher["params"],
+            "decode_tokens_per_second": evaluations["teacher"]["decode_tokens_per_second"],
+            "metrics": combine({0: evaluations["teacher"]}),
+        },
+        "arms": arms,
+        "gap_recovered": (
+            gap_recovered(evaluations["teacher"], evaluations["sft"], evaluations[method], method) if both else {}
+        ),
+        "quantized": {fmt: _copy(fmt, facts) for fmt, facts in copies.items()},
+    }
+
+
+def _copy(fmt: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    evaluation = facts["evaluation"]
+    return {
+        "format": f"{fmt}, compressed-tensors pack-quantized",
+        "path": f"student-{fmt}",
+        "bytes": facts["bytes"],
+        "params": facts["params"],
+        "decode_tokens_per_second": evaluation["decode_tokens_per_second"],
+        "metrics": combine({0: evaluation}),
+    }
+
+
+def shown_samples(
+    problems: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], count: int
+) -> list[dict[str, Any]]:
+    """The first ``count`` held-out problems with every model's greedy output; not picked, so not flattering."""
+    out = []
+    for i, problem in enumerate(problems[:count]):
+        outputs = {name: e["outputs"][i] for name, e in evaluations.items() if i < len(e["outputs"])}
+        out.append({"prompt": problem["prompt"], "gold": problem["gold"], "outputs": outputs})
+    return out

@@ -1,0 +1,182 @@
+"""One run, one folder. A stage that is finished is skipped; one whose inputs changed runs again; both are recorded."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pennyweight.errors import RunError
+from pennyweight.ledger.hashing import artifact
+from pennyweight.ledger.store import Ledger
+from pennyweight.progress import say
+from pennyweight.recipe import Recipe
+from pennyweight.records import sha256_json
+
+_FORMAT = 1  # goes into every stage key: raise it when a stage's output changes meaning
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage: what it found out (JSON), and the hashes of what it wrote."""
+
+    name: str
+    facts: dict[str, Any]
+    outputs: dict[str, str]
+
+
+@dataclass
+class Made:
+    """What a stage hands back: facts, tokens it processed, paths it wrote (relative to the run), own seconds if known."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    paths: list[str] = field(default_factory=list)
+    seconds: float | None = None
+
+
+class Run:
+    """A RUN folder held open by this process alone.
+
+    Args:
+        folder: made if it is not there.
+        recipe: what the folder is, or becomes, a run of.
+
+    Raises:
+        RunError: the folder cannot be written, is in use, or belongs to another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder, self.recipe = folder, recipe
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until close
+        except OSError as e:
+            raise RunError(f"cannot write the RUN folder {folder}: {e.strerror}; choose another with --out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder} is in use by another pennyweight process; wait for it, or choose another --out") from None
+        self._claim()
+        self.ledger = Ledger.open(folder / "ledger.sqlite")
+
+    def close(self) -> None:
+        self.ledger.close()
+        self._lock.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _claim(self) -> None:
+        """Write recipe.json, once it is sure that the folder is empty or belongs to a recipe of the same name."""
+        file = self.folder / "recipe.json"
+        if file.exists():
+            try:
+                owner = json.loads(file.read_text())["name"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise RunError(f"{file} is damaged; choose another --out, or remove that folder") from None
+            if owner != self.recipe.name:
+                raise RunError(
+                    f"{self.folder} holds a run of the recipe {owner!r}, not {self.recipe.name!r}; "
+                    "choose another --out, or remove that folder"
+                )
+        elif any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and is not a RUN folder; choose another --out")
+        write_json(file, self.recipe.model_dump(mode="json"))
+
+    def stage(self, name: str, depends: dict[str, Any], make: Callable[[], Made]) -> Done:
+        """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed."""
+        key = sha256_json({"stage": name, "format": _FORMAT, **depends})
+        done = self.ledger.stage_finished(name)
+        if done and done["key"] == key and self._intact(done["artifacts"]):
+            say(f"{name}: finished before, skipped")
+            return Done(name, done["facts"], {a["path"]: a["sha256"] for a in done["artifacts"]})
+        say(f"{name}: ...")
+        self.ledger.append("stage", {"name": name, "key": key, "status": "started"})
+        _reset_peak_memory()
+        began = time.monotonic()
+        made = make()
+        artifacts = [artifact(self.folder, path).to_json() for path in made.paths]
+        seconds = made.seconds if made.seconds is not None else time.monotonic() - began
+        body = {
+            "name": name,
+            "key": key,
+            "status": "finished",
+            "seconds": round(seconds, 3),
+            "tokens": made.tokens,
+            "peak_memory_bytes": _peak_memory(),
+            "facts": made.facts,
+            "artifacts": artifacts,
+        }
+        self.ledger.append("stage", body)
+        say(f"{name}: done in {seconds:,.1f} s" + (f", {made.tokens:,} tokens" if made.tokens else ""))
+        return Done(name, made.facts, {a["path"]: a["sha256"] for a in artifacts})
+
+    def _intact(self, artifacts: list[dict[str, Any]]) -> bool:
+        try:
+            return all(artifact(self.folder, a["path"]).sha256 == a["sha256"] for a in artifacts)
+        except OSError:
+            return False
+
+    @contextmanager
+    def stoppable(self) -> Iterator[Callable[[], bool]]:
+        """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function True; the second one interrupts."""
+        asked: list[int] = []
+
+        def ask(number: int, frame: object) -> None:
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(number)
+            say("stopping after this step (Ctrl-C again to stop at once)")
+
+        try:
+            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are somebody else's
+            yield lambda: False
+            return
+        try:
+            yield lambda: bool(asked)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the new one, whole."""
+    making = path.with_name(f".making-{path.name}")
+    making.parent.mkdir(parents=True, exist_ok=True)
+    with open(making, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(making, path)
+
+
+def _reset_peak_memory() -> None:
+    """Start the peak anew, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_memory() -> int:
+    """Largest resident size since the last reset, in bytes (since the start of the process where it cannot reset)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

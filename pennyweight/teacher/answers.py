@@ -1,0 +1,55 @@
+"""Prompts -> the teacher's responses, in parts on disk so that a killed pass goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pennyweight.records import Sample, Teacher, Verdict, sha256_json
+
+_PART = 512  # prompts a part; also the unit of the random seed, so the text does not depend on where a pass stopped
+
+
+class Judge(Protocol):
+    """Judges a sample's response, or returns None when the sample has nothing to judge it by."""
+
+    def __call__(self, sample: Sample) -> Verdict | None: ...
+
+
+def write_answers(
+    samples: Sequence[Sample],
+    prompt_ids: Callable[[Sample], list[int]],
+    teacher: Teacher,
+    folder: Path,
+    seed: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Sample]:
+    """Every sample with a response by ``teacher``, in order. ``folder`` holds the finished parts meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out: list[Sample] = []
+    for number, start in enumerate(range(0, len(samples), _PART)):
+        group = samples[start : start + _PART]
+        path = folder / f"{number:06d}.{sha256_json([s.prompt_hash for s in group])[:16]}.json"
+        if path.exists():
+            pairs = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            pairs = teacher.write([prompt_ids(s) for s in group], seed * 1_000_003 + number)
+            making = path.with_suffix(".making")
+            making.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
+            os.replace(making, path)
+        out += [s.answered(text, teacher.name, ended) for s, (text, ended) in zip(group, pairs, strict=True)]
+        progress(len(group))
+    return out
+
+
+def keep(samples: Sequence[Sample], judge: Judge | None) -> tuple[list[Sample], int]:
+    """Samples whose response is not empty and, with a judge, is not judged wrong; and how many were turned down."""
+    kept = []
+    for sample in samples:
+        verdict = judge(sample) if judge else None
+        if (sample.response or "").strip() and (verdict is None or verdict.correct):
+            kept.append(sample)
+    return kept, len(samples) - len(kept)

@@ -1,0 +1,177 @@
+"""The one training loop. It knows no method, no teacher, no ledger and no precision by name.
+
+Its loss is a sum of cross-entropy and divergence terms whose per-token weights came with the batch, divided once by
+the number of loss positions of the whole step. So micro-batches and packing change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.data.pack import Batch
+from pennyweight.errors import Tripped
+from pennyweight.loss.chunked import Terms, Totals, tiled_loss
+from pennyweight.model.device import Compute
+from pennyweight.model.head import Head, forward_hidden, head_of
+from pennyweight.recipe import Schedule, Tripwires
+from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.optim import adamw, lr_at
+from pennyweight.train.tripwire import Tripwire
+
+
+class Stopped(Exception):
+    """The user asked to stop; a checkpoint after ``step`` steps was written."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run went: steps in all, tokens seen, seconds (over all of its sessions)."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    next_batch: Callable[[int], list[Batch]],
+    *,
+    schedule: Schedule,
+    tripwires: Tripwires,
+    compute: Compute,
+    checkpoints: Checkpoints,
+    admit: Callable[[Iterable[str]], None],
+    log: Callable[[dict], None],
+    rewind: Callable[[int], None] = lambda step: None,
+    progress: Callable[[int, str], None] = lambda step, note: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train ``model`` in place, from its newest checkpoint if there is one.
+
+    Args:
+        next_batch: step -> its micro-batches, the same ones every time it is asked.
+        admit: raises for sample ids that the ledger does not know; called before a batch is used.
+        log: takes one line of metrics, at the first, the last and every hundredth part of the steps.
+        rewind: called with the step from which training goes on, to drop log lines written after it.
+        progress: called with the number of finished steps and a short note.
+        should_stop: asked after each step; when True a checkpoint is written and ``Stopped`` raised.
+
+    Raises:
+        Tripped: a tripwire held; the last good checkpoint is kept.
+        LedgerError: from ``admit``.
+        Stopped: the user asked.
+    """
+    model.to(compute.device).train()
+    head = head_of(model)
+    optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay)
+    facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"))
+    start, tokens, seconds = facts["step"], facts["tokens"], facts["seconds"]
+    rewind(start)
+    every = max(1, schedule.steps // 100)
+    began = time.monotonic()
+    for step in range(start, schedule.steps):
+        batches = next_batch(step)
+        for batch in batches:
+            admit(sample.id for sample in batch.placed)
+        last = step + 1 == schedule.steps
+        measured = step == 0 or last or (step + 1) % every == 0
+        lr = _set_lr(optimizer, step, schedule)
+        sums, norm = _step(model, head, optimizer, batches, compute, schedule.clip, measured)
+        tokens += sum(b.tokens for b in batches)
+        spent = seconds + time.monotonic() - began
+        line = _means(sums)
+        warm = step >= schedule.warmup * schedule.steps
+        tripped = wire.check(
+            line["loss"], norm, line["cross_entropy"] if warm else None, line["entropy"] if warm else None
+        )
+        if tripped:
+            raise Tripped(_what_to_do(tripped, step + 1, checkpoints))
+        if measured:
+            log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(spent, 3)})
+        stop = should_stop()
+        due = (step + 1) % schedule.checkpoint_every == 0 and not wire.armed
+        if last or stop or due:
+            kept = {"tokens": tokens, "seconds": spent, **wire.state()}
+            checkpoints.save(step + 1, model, optimizer, kept)
+        progress(step + 1, f"loss {line['loss']:.4f}")
+        if stop and not last:
+            raise Stopped(step + 1)
+    model.eval()
+    return Outcome(schedule.steps, tokens, seconds + time.monotonic() - began)
+
+
+def _step(
+    model: nn.Module,
+    head: Head,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    compute: Compute,
+    clip: float,
+    measured: bool,
+) -> tuple[list[Totals], float]:
+    """One optimizer step over its micro-batches; the totals of each and the gradient norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    count = max(1, sum(b.count for b in batches))
+    sums = []
+    for batch in batches:
+        totals = batch_loss(model, head, batch, compute, measured)
+        (totals.loss / count).backward()
+        sums.append(totals)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    optimizer.step()
+    return sums, norm
+
+
+def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, measured: bool = False) -> Totals:
+    """Forward pass of one micro-batch: the sum of its loss over the positions that carry loss."""
+    assert batch.ce_weight is not None and batch.kd_weight is not None, "a method weighs a batch before the loop"
+    device = compute.device
+    with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
+        hidden = forward_hidden(model, batch.ids.to(device), batch.positions.to(device))
+    selected: Tensor = hidden.flatten(0, 1)[batch.selected.to(device)]
+    terms = Terms(
+        labels=batch.loss_labels.to(device),
+        ce_weight=batch.ce_weight.to(device),
+        kd_weight=batch.kd_weight.to(device),
+        divergence=batch.divergence,
+        target=batch.target,
+    )
+    return tiled_loss(selected, head, terms, measure=measured)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, step: int, s: Schedule) -> float:
+    lr = lr_at(step, s.steps, s.lr, s.shape, s.warmup, s.decay, s.floor)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _means(sums: list[Totals]) -> dict[str, float | None]:
+    """Per-token means over the step, for the log."""
+    count = max(1, sum(t.count for t in sums))
+
+    def mean(values: list[float | None]) -> float | None:
+        return None if any(v is None for v in values) else sum(v for v in values if v is not None) / count
+
+    return {
+        "loss": sum(float(t.loss) for t in sums) / count,
+        "cross_entropy": mean([t.cross_entropy for t in sums]),
+        "divergence": mean([t.divergence for t in sums]),
+        "entropy": mean([t.entropy for t in sums]),
+    }
+
+
+def _what_to_do(tripped: str, step: int, checkpoints: Checkpoints) -> str:
+    newest = checkpoints.newest()
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
+    return f"training stopped at step {step}: {tripped}; {kept}; lower train.lr, or loosen [tripwires] if this is right"
