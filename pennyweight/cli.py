@@ -47,7 +47,7 @@ def run(
 
         pennyweight run recipes/quickstart.toml train.steps=500 --out runs/longer
     """
-    from pennyweight.recipe import load
+    from pennyweight.recipe_file import load
 
     words = arguments or []
     files = [w for w in words if "=" not in w]
@@ -84,7 +84,7 @@ def distill(
 
         pennyweight distill --teacher ./llama --data pairs.jsonl --student ./tiny-llama --steps 1000 --out runs/mine
     """
-    from pennyweight.recipe import distillation
+    from pennyweight.recipe_file import distillation
 
     recipe = distillation(
         teacher=teacher,

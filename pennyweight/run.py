@@ -67,6 +67,7 @@ class Run:
             raise RunError(f"{folder} is in use by another pennyweight process; wait for it, or choose another --out") from None
         self._claim()
         self.ledger = Ledger.open(folder / "ledger.sqlite")
+        self._walked: list[str] = []
 
     def close(self) -> None:
         self.ledger.close()
@@ -97,6 +98,7 @@ class Run:
 
     def stage(self, name: str, depends: dict[str, Any], make: Callable[[], Made]) -> Done:
         """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed."""
+        self._walked.append(name)
         key = sha256_json({"stage": name, "format": _FORMAT, **depends})
         done = self.ledger.stage_finished(name)
         if done and done["key"] == key and self._intact(done["artifacts"]):
@@ -122,6 +124,14 @@ class Run:
         self.ledger.append("stage", body)
         say(f"{name}: done in {seconds:,.1f} s" + (f", {made.tokens:,} tokens" if made.tokens else ""))
         return Done(name, made.facts, {a["path"]: a["sha256"] for a in artifacts})
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Seconds, tokens and peak memory of every stage of this run, in the order of its line."""
+        out = {}
+        for name in self._walked:
+            body = self.ledger.stage_finished(name) or {}
+            out[name] = {k: body.get(k) for k in ("seconds", "tokens", "peak_memory_bytes")}
+        return out
 
     def _intact(self, artifacts: list[dict[str, Any]]) -> bool:
         try:
@@ -161,6 +171,11 @@ def write_json(path: Path, value: Any) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(making, path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _reset_peak_memory() -> None:

@@ -7,39 +7,60 @@ in the rooms below. Models are opened only by stages that run, so a finished run
 from __future__ import annotations
 
 import shutil
-from functools import cached_property
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pennyweight.bench import Bench
 from pennyweight.data.pack import Batch, Packer
 from pennyweight.data.prepare import Writer, facts, gather, prepare
-from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, windows
+from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
 from pennyweight.data.split import is_held_out, split
-from pennyweight.data.store import read_samples, write_samples
-from pennyweight.evaluate.suite import HeldOut, Sampling, examine
+from pennyweight.data.store import write_samples
+from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
+from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
-from pennyweight.model.device import choose, set_threads
-from pennyweight.model.load import Loaded, fingerprint_of, load, same_tokenizer, save
+from pennyweight.model.load import fingerprint_of, same_tokenizer, save
 from pennyweight.model.student import cut, from_shape
 from pennyweight.model.tokenizer import train_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
-from pennyweight.recipe import FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
-from pennyweight.records import Encoded, Sample, sha256_json
-from pennyweight.report.page import render
-from pennyweight.report.summary import summarise
+from pennyweight.recipe import (
+    FileData,
+    FolderTeacher,
+    Recipe,
+    SftMethod,
+    TaskData,
+    TeacherSamples,
+    TrainedTeacher,
+)
+from pennyweight.recipe_file import distillation, load
+from pennyweight.records import sha256_json
+from pennyweight.report.draw import draw
+from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.run import Done, Made, Run, read_json, write_json
 from pennyweight.teacher import store
-from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
 from pennyweight.verifiers import judge, judge_sample
 from pennyweight.version import __version__
+
+
+def run(recipe: str | Path | None = None, settings: list[str] | None = None, out: str | Path | None = None) -> dict[str, Any]:
+    """Run a recipe (the quickstart when None) with ``a.b=c`` settings on top; what summary.json holds."""
+    resolved = load(recipe, settings)
+    return run_line(resolved, Path(out) if out else Path("runs") / resolved.name)
+
+
+def distill(teacher: str, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Distil with no recipe to write: options as ``recipe.distillation`` takes them; what summary.json holds."""
+    resolved = distillation(teacher=teacher, **options)
+    return run_line(resolved, Path(out) if out else Path("runs") / resolved.name)
 
 
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -51,14 +72,13 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     check(recipe.method, frozenset({recipe.targets.kind}))
     with Run(out, recipe) as run:
         line = Line(run)
-        line.open_ledger()
         teacher = the_teacher(line)
         data = the_data(line, teacher)
         starts = {seed: a_start(line, teacher, seed) for seed in recipe.seeds}
         targets = the_targets(line, teacher, data)
         arms = {
             arm: {seed: an_arm(line, arm, seed, starts[seed], teacher, data, targets) for seed in recipe.seeds}
-            for arm in line.trained_arms
+            for arm in dict.fromkeys(["sft", recipe.method.kind])
         }
         student = the_student(line, arms)
         copies = {fmt: a_copy(line, fmt, student) for fmt in recipe.quantize.formats}
@@ -67,85 +87,18 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 class Line:
-    """What the stages share: the run, the device, and models and samples opened when first asked for."""
+    """A run in progress: its folder and ledger, the bench its stages share, and where its measurements go."""
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
-        set_threads(self.recipe.compute.threads)
-        self.compute = choose(self.recipe.compute.device, self.recipe.compute.dtype)
+        self.bench = Bench(run.recipe, run.folder)
+        self.compute = self.bench.compute
         settings = self.recipe.model_dump(mode="json")
-        also = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings) if self.recipe.log else None
-        self.journal = Journal(self.folder / "metrics.jsonl", [also] if also else [])
+        also = [trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)] if self.recipe.log else []
+        self.journal = Journal(self.folder / "metrics.jsonl", also)
         self.journal.path.touch()
-
-    def open_ledger(self) -> None:
-        """The run and its environment, said at the start of every session."""
-        body = {"recipe": self.recipe.model_dump(mode="json"), "version": __version__}
-        self.run.ledger.append("run", body)
-        self.run.ledger.append("environment", environment(self.compute.name, self.compute.threads))
-
-    @property
-    def trained_arms(self) -> list[str]:
-        return list(dict.fromkeys(["sft", self.recipe.method.kind]))
-
-    @cached_property
-    def teacher_path(self) -> str:
-        t = self.recipe.teacher
-        return t.path if isinstance(t, FolderTeacher) else str(self.folder / "teacher")
-
-    @cached_property
-    def teacher(self) -> Loaded:
-        trust = isinstance(self.recipe.teacher, FolderTeacher) and self.recipe.teacher.trust_remote_code
-        return self.opened(self.teacher_path, trust)
-
-    def opened(self, path: str | Path, trust_remote_code: bool = False) -> Loaded:
-        return load(str(path), device=self.compute.device, trust_remote_code=trust_remote_code)
-
-    @cached_property
-    def context(self) -> int:
-        return min(self.recipe.data.context, self.teacher.context)
-
-    def sample_writer(self, source: TeacherSamples) -> LocalTeacher:
-        """The teacher as it writes from nothing."""
-        return LocalTeacher(self.teacher, self.compute, 128, source.temperature, 1.0, source.max_tokens, self.context)
-
-    @cached_property
-    def local_teacher(self) -> LocalTeacher:
-        r = self.recipe.data.responses
-        return LocalTeacher(self.teacher, self.compute, 64, r.temperature, r.top_p, r.max_tokens, self.context)
-
-    def encode(self, samples: list[Sample]) -> list[Encoded]:
-        return encode_all(samples, self.teacher.tokenizer, self.context, self.recipe.data.too_long)
-
-    @cached_property
-    def train_samples(self) -> list[Sample]:
-        return read_samples(self.folder / "data" / "train.jsonl")
-
-    @cached_property
-    def encoded(self) -> list[Encoded]:
-        return self.encode(self.train_samples)
-
-    @cached_property
-    def cache(self) -> TargetCache:
-        """Sampled targets of the training samples; labels what is missing."""
-        t = self.recipe.targets
-        assert t.kind == "sampled"
-        temperature = getattr(self.recipe.method, "temperature", 1.0)
-        label = self.local_teacher.targets
-        cache = TargetCache(self.folder / "targets", self.teacher.fingerprint, t.threshold, temperature, t.shard, label)
-        with counting("targets", len(self.encoded), "samples") as c:
-            cache.fill(self.encoded, c.advance)
-        return cache
-
-    @cached_property
-    def held_out(self) -> HeldOut:
-        """Held-out samples and problems, or the recipe's text in place of the samples."""
-        e = self.recipe.evaluate
-        samples = read_samples(self.folder / "data" / "eval.jsonl")
-        tokenizer = self.teacher.tokenizer
-        encoded = windows(e.text, tokenizer, self.context) if e.text else self.encode(samples)
-        problems = [s for s in samples if s.task][: e.problems]
-        return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, [prompt_ids(s, tokenizer) for s in problems])
+        run.ledger.append("run", {"recipe": settings, "version": __version__})
+        run.ledger.append("environment", environment(self.compute.name, self.compute.threads))
 
 
 def the_teacher(line: Line) -> Done:
@@ -154,7 +107,7 @@ def the_teacher(line: Line) -> Done:
     if isinstance(recipe.teacher, FolderTeacher):
         fingerprint = fingerprint_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
         depends = {"teacher": recipe.hash_of("teacher"), "fingerprint": fingerprint}
-        return line.run.stage("teacher", depends, lambda: Made(line.teacher.facts()))
+        return line.run.stage("teacher", depends, lambda: Made(line.bench.teacher.facts()))
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": recipe.data.eval_fraction, "compute": line.compute.name}
     return line.run.stage("teacher", depends, lambda: _trained_teacher(line, sha256_json([depends, __version__])))
 
@@ -167,7 +120,7 @@ def _trained_teacher(line: Line, key: str) -> Made:
     line.run.ledger.add_records(problems, "teacher-train", None)
     if store.adopt(store.place_of(key), place):
         say("teacher: trained by an earlier run, taken from the cache")
-        return Made({**line.teacher.facts(), "cached": True}, paths=["teacher"])
+        return Made({**line.bench.teacher.facts(), "cached": True}, paths=["teacher"])
     texts = [m.content for s in problems for m in s.messages]
     tokenizer = train_tokenizer(texts, t.vocabulary, t.context)
     model = from_shape(t.shape, tokenizer, t.context, t.seed)
@@ -176,7 +129,7 @@ def _trained_teacher(line: Line, key: str) -> Made:
     outcome = _fit(line, "teacher", t.seed, model, t.schedule, lambda step: [_plain(b) for b in batches(step)])
     save(model, tokenizer, place)
     store.keep(place, store.place_of(key))
-    return Made({**line.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
+    return Made({**line.bench.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
 
 
 def _plain(batch: Batch) -> Batch:
@@ -205,7 +158,9 @@ def _fit(line: Line, arm: str, seed: int, model: Any, schedule: Any, next_batch:
 
 def the_data(line: Line, teacher: Done) -> Done:
     """Prompts and texts, split by content hash, answered by the teacher where they have no response."""
-    depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["fingerprint"]}
+    source = line.recipe.data.source
+    given = content_hash(source.path) if isinstance(source, FileData) else None
+    depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["fingerprint"], "given": given}
     return line.run.stage("data", depends, lambda: _data(line))
 
 
@@ -213,18 +168,18 @@ def _data(line: Line) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
     def writer(teacher: LocalTeacher | None = None) -> Writer:
-        parts = folder / "parts" / sha256_json([recipe.hash_of("data", "seed"), line.teacher.fingerprint])[:16]
-        return Writer(teacher or line.local_teacher, line.teacher.tokenizer, parts, recipe.seed, counting)
+        parts = folder / "parts" / sha256_json([recipe.hash_of("data", "seed"), line.bench.teacher.fingerprint])[:16]
+        return Writer(teacher or line.bench.answering, line.bench.teacher.tokenizer, parts, recipe.seed, counting)
 
-    own = writer(line.sample_writer(d.source)) if isinstance(d.source, TeacherSamples) else None
+    own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
     parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
     train, held_out, rejected = prepare(parts, d.responses, writer, judge_sample)
     found = facts(train, held_out, parts, rejected)
     for name, samples in (("train", train), ("eval", held_out)):
-        encoded = line.encode(samples)
+        encoded = line.bench.encode(samples)
         found["train_tokens" if name == "train" else "evaluation_tokens"] = sum(len(e.ids) for e in encoded)
         write_samples(folder / f"{name}.jsonl", samples)
-        line.run.ledger.add_records(samples, name, line.teacher.fingerprint)
+        line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     say(
         f"data: {len(train):,} to train on, {len(held_out):,} held out; {rejected:,} rejected; train/eval overlap: "
@@ -244,15 +199,15 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     def make() -> Made:
         place = line.folder / "arms" / f"base-{own}"
         if s.kind == "folder":
-            given = line.opened(s.path, s.trust_remote_code)
-            same_tokenizer(line.teacher.tokenizer, given.tokenizer)
+            given = line.bench.opened(s.path, s.trust_remote_code)
+            same_tokenizer(line.bench.teacher.tokenizer, given.tokenizer)
             model = given.model
         elif s.kind == "shape":
-            model = from_shape(s.shape, line.teacher.tokenizer, line.context, own)
+            model = from_shape(s.shape, line.bench.teacher.tokenizer, line.bench.context, own)
         else:
-            model = cut(line.teacher.model, s)
-        save(model, line.teacher.tokenizer, place)
-        return Made(line.opened(place).facts(), paths=[f"arms/base-{own}"])
+            model = cut(line.bench.teacher.model, s)
+        save(model, line.bench.teacher.tokenizer, place)
+        return Made(line.bench.opened(place).facts(), paths=[f"arms/base-{own}"])
 
     return line.run.stage(f"start-{own}", depends, make)
 
@@ -270,12 +225,12 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
     }
 
     def make() -> Made:
-        tokens = sum(len(e.loss_positions) for e in line.encoded)
+        tokens = sum(len(e.loss_positions) for e in line.bench.encoded)
         facts: dict[str, Any] = {"kind": recipe.targets.kind, "tokens": tokens}
         (line.folder / "targets").mkdir(exist_ok=True)
         if recipe.method.kind == "sft" or recipe.targets.kind == "dense":
             return Made({**facts, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, 0)
-        made = line.cache.facts
+        made = line.bench.fill_cache()
         for name in made.damaged:
             say(f"targets: shard {name} was damaged and has been made again")
         facts |= {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token, "entries_per_token": made.entries / max(1, tokens)}
@@ -301,23 +256,17 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
     def make() -> Made:
-        begin = line.opened(line.folder / next(iter(start.outputs)))
-        batches = Packer(line.encoded, s.batch, s.micro_batch or s.batch, seed, begin.pad_id, s.pack, line.context)
-        signal = (lambda b: _signal(line, b)) if uses_teacher else None
+        begin = line.bench.opened(line.folder / next(iter(start.outputs)))
+        batches = Packer(line.bench.encoded, s.batch, s.micro_batch or s.batch, seed, begin.pad_id, s.pack, line.bench.context)
+        signal = line.bench.signal if uses_teacher else None
         weigh = METHODS[arm].apply
         outcome = _fit(line, arm, seed, begin.model, s, lambda step: [weigh(b, method, signal) for b in batches(step)])
         save(begin.model, begin.tokenizer, line.folder / "arms" / f"{arm}-{seed}")
-        return Made({"steps": outcome.steps}, outcome.tokens, [f"arms/{arm}-{seed}"], outcome.seconds)
+        return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [f"arms/{arm}-{seed}"], outcome.seconds)
 
     done = line.run.stage(f"{arm}-{seed}", depends, make)
     Checkpoints(line.folder / "checkpoints" / f"{arm}-{seed}").clear()
     return done
-
-
-def _signal(line: Line, batch: Batch) -> Any:
-    if line.recipe.targets.kind == "dense":
-        return line.local_teacher.dense(batch)
-    return line.cache.signal(batch, line.compute.device)
 
 
 def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
@@ -328,7 +277,7 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
     def make() -> Made:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(line.folder / next(iter(chosen.outputs)), place)
-        return Made(line.opened(place).facts(), paths=["student"])
+        return Made(line.bench.opened(place).facts(), paths=["student"])
 
     return line.run.stage("student", {"from": chosen.outputs}, make)
 
@@ -338,7 +287,7 @@ def a_copy(line: Line, fmt: str, student: Done) -> Done:
 
     def make() -> Made:
         parent, out = line.folder / "student", line.folder / f"student-{fmt}"
-        made = export(line.opened(parent).model, parent, out, fmt, line.recipe.quantize.group)
+        made = export(line.bench.opened(parent).model, parent, out, fmt, line.recipe.quantize.group)
         facts = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
         return Made(facts, paths=[out.name])
 
@@ -355,13 +304,15 @@ def the_evaluations(
     copies: dict[str, Done],
 ) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
-    models = {"teacher": (line.teacher_path, teacher.facts["fingerprint"])}
+    models = {"teacher": (line.bench.teacher_path, teacher.facts["fingerprint"])}
     for name, done in {d.name: d for d in starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
     for by_seed in arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in copies.items()}
-    shared = {"evaluate": line.recipe.hash_of("evaluate"), "teacher": teacher.facts["fingerprint"], "data": data.outputs}
+    text = line.recipe.evaluate.text
+    given = content_hash(text) if text else None
+    shared = {"evaluate": line.recipe.hash_of("evaluate"), "text": given, "teacher": teacher.facts["fingerprint"], "data": data.outputs}
     return {
         name: an_evaluation(line, name, path, {**shared, "model": made, "parent": student.outputs if name in copies else None})
         for name, (path, made) in models.items()
@@ -374,12 +325,12 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
     file = f"evaluation/{name}.json"
 
     def make() -> Made:
-        model = line.teacher if name == "teacher" else line.opened(path)
-        parent = line.opened(line.folder / "student") if depends["parent"] else None
+        model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
+        parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, e.samples, e.temperature, line.recipe.seed)
-        with counting(f"evaluating {name}", len(line.held_out.encoded), "samples") as c:
-            teacher = None if name == "teacher" else line.teacher
-            found = examine(model, line.held_out, judge, sampling, line.compute, teacher, parent, c.advance)
+        with counting(f"evaluating {name}", len(line.bench.held_out.encoded), "samples") as c:
+            teacher = None if name == "teacher" else line.bench.teacher
+            found = examine(model, line.bench.held_out, judge, sampling, line.bench.measuring, teacher, parent, c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
 
@@ -397,29 +348,31 @@ def the_report(
     copies: dict[str, Done],
     evaluations: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """summary.json and report.html."""
-    run, recipe = line.run, line.recipe
-    start = starts[recipe.seeds[0]]
-    base = {seed: evaluations[d.name.replace("start", "base")] for seed, d in starts.items()}
-    trained = {arm: {seed: evaluations[d.name] for seed, d in by_seed.items()} for arm, by_seed in arms.items()}
-    sides = {arm: [d.facts["steps"] for d in by_seed.values()][0] for arm, by_seed in arms.items()}
-    seq, head = run.ledger.head
+    """summary.json, and report.html drawn from it; made anew every time, since it costs next to nothing."""
+    recipe, ledger = line.recipe, line.run.ledger
+    seq, head = ledger.head
     summary = summarise(
         recipe=recipe.model_dump(mode="json"),
-        teacher={**teacher.facts, "path": line.teacher_path, "licence": recipe.teacher.licence},
-        start=start.facts,
-        steps=sides,
-        tokens={arm: run.ledger.stage_finished(f"{arm}-{recipe.seeds[0]}")["tokens"] for arm in arms},
-        evaluations={"teacher": evaluations["teacher"], "base": base, **trained},
+        teacher={**teacher.facts, "path": line.bench.teacher_path, "licence": recipe.teacher.licence},
+        start=starts[recipe.seeds[0]].facts,
+        trained={arm: by_seed[recipe.seeds[0]].facts for arm, by_seed in arms.items()},
+        evaluations={
+            "teacher": evaluations["teacher"],
+            "base": {seed: evaluations[d.name.replace("start", "base")] for seed, d in starts.items()},
+            **{arm: {seed: evaluations[d.name] for seed, d in by_seed.items()} for arm, by_seed in arms.items()},
+        },
         copies={fmt: {**d.facts, "evaluation": evaluations[fmt]} for fmt, d in copies.items()},
     )
     summary |= {
         "version": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": targets.facts,
         "data": data.facts,
-        "stages": run.stages(),
-        "environment": environment(line.compute.name, line.compute.threads),
-        "ledger": {**run.ledger.counts(), "seq": seq, "head": head},
+        "stages": line.run.stages(),
+        "environment": environment(line.compute.name, recipe.compute.threads),
+        "ledger": {**ledger.counts(), "seq": seq, "head": head},
     }
+    write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)
-    return draw_report(line.folder, recipe.evaluate.shown)
+    draw(line.folder)
+    return summary

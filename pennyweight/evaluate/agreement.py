@@ -94,7 +94,8 @@ def _values(batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden,
     out = np.zeros((len(labels), 4))
     tile = max(16, _TILE_ENTRIES // max(1, logits_of(states[:1]).shape[-1]))
     for a in range(0, len(labels), tile):
-        log_q = torch.log_softmax(logits_of(states[a : a + tile]), -1)
+        logits = logits_of(states[a : a + tile])
+        log_q = torch.log_softmax(logits, -1)
         label = labels[a : a + tile]
         out[a : a + tile, 0] = cross_entropy(log_q, label).cpu()
         confidence, top = log_q.max(-1)
@@ -103,8 +104,8 @@ def _values(batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden,
         hit = (top == label).double().cpu()
         bins.index_add_(0, bin_of, torch.stack([torch.ones_like(hit), confidence, hit], -1))
         if reference is not None and theirs is not None:
-            log_p = torch.log_softmax(reference[1](theirs[a : a + tile]), -1)
-            out[a : a + tile, 1] = kl(log_p, log_q).cpu()
-            out[a : a + tile, 2] = kl(log_q, log_p).cpu()
-            out[a : a + tile, 3] = (log_p.argmax(-1) == top).cpu()
+            other = reference[1](theirs[a : a + tile])
+            out[a : a + tile, 1] = kl(other, logits).cpu()
+            out[a : a + tile, 2] = kl(logits, other).cpu()
+            out[a : a + tile, 3] = (other.argmax(-1) == top).cpu()
     return out

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from pennyweight.data.pack import Batch
 from pennyweight.evaluate.agreement import Hidden, Logits, Scored, score
+from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import pass_at_k, ratio, wilson
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.load import Loaded
-from pennyweight.records import Encoded, Interval, Sample, Task, Verdict
+from pennyweight.records import Interval, Task, Verdict
 
 Judge = Callable[[str, Task], Verdict]
 
@@ -37,16 +38,6 @@ class Examined:
             "outputs": self.outputs,
             "decode_tokens_per_second": self.decode_tokens_per_second,
         }
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out material, encoded once for all models: token samples with the bytes they spell, and problems."""
-
-    encoded: list[Encoded]
-    bytes: list[int]
-    problems: list[Sample]
-    prompts: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +84,8 @@ def examine(
         found.metrics["agreement_parent"] = beside.per_token("same", sampling.seed)
     if held_out.problems:
         _solve(found, loaded, held_out, judge, sampling, progress)
+    elif held_out.openings:
+        _write_on(found, loaded, held_out.openings, sampling)
     return found
 
 
@@ -138,7 +131,8 @@ def _solve(
         text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         assert sample.task is not None
         verdicts.append(judge(text, sample.task))
-        found.outputs.append({"text": text, "correct": verdicts[-1].correct})
+        prompt = "\n".join(m.content for m in sample.prompt)
+        found.outputs.append({"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": verdicts[-1].correct})
     found.metrics["accuracy"] = wilson(sum(v.correct for v in verdicts), len(verdicts))
     if not sampling.samples:
         return
@@ -153,6 +147,16 @@ def _solve(
     n = sampling.samples
     made = ratio([pass_at_k(c, n, n) for c in right], [1.0] * len(right), sampling.seed)
     found.metrics["pass_at_k"] = Interval(made.mean, made.low, made.high, f"k={n}, {made.how}")
+
+
+def _write_on(found: Examined, loaded: Loaded, openings: list[list[int]], sampling: Sampling) -> None:
+    """Greedy continuations, for the reader's eye: nothing judges them."""
+    began = time.monotonic()
+    written = _answers(loaded, openings, replace(sampling, max_tokens=min(64, sampling.max_tokens)), 0.0, sampling.seed)
+    found.decode_tokens_per_second = round(sum(len(g.ids) for g in written) / max(time.monotonic() - began, 1e-9), 1)
+    for opening, answer in zip(openings, written, strict=True):
+        prompt, text = (loaded.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (opening, answer.ids))
+        found.outputs.append({"prompt": prompt, "gold": None, "text": text, "correct": None})
 
 
 def _answers(

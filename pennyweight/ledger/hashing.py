@@ -128,3 +128,11 @@ def _name(file: Path) -> bytes:
 
 def _reraise(error: OSError) -> None:
     raise error
+
+
+def content_hash(path: Path | str) -> str | None:
+    """Hash of a file's or folder's contents; None where there is none (a hub name, say)."""
+    place = Path(path)
+    if place.is_file():
+        return hash_file(place)
+    return hash_folder(place) if place.is_dir() else None

@@ -10,6 +10,7 @@ Sources: forward and reverse KL, Kullback and Leibler (1951); temperature and it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,23 +54,48 @@ def cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
     return -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), (N,), from two (N, V) log-probabilities.
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q), (N,), from two (N, V) logits.
 
-    Summed as p * (d + expm1(-d)) with d = log p - log q: equal to p * d because both sides sum to 1, but every
-    term is non-negative, so nothing cancels when p and q nearly agree. Entries with p = 0 contribute q, which is
-    what the other form leaves to normalisation.
+    Precise also where p and q nearly agree, by two equalities. The difference d = log p - log q is taken from the
+    logits first, where close numbers subtract without error, and only then normalised. And p * d is summed as
+    p * (d + expm1(-d)), the same because both sides sum to 1, whose terms are all non-negative: nothing cancels.
     """
-    delta = log_p - log_q
-    terms = log_p.exp() * (delta + torch.expm1(-delta))
+    log_p, log_q, d = _aligned(p_logits, q_logits)
+    terms = log_p.exp() * (d + torch.expm1(-d))
     return torch.where(torch.isneginf(log_p), log_q.exp(), terms).sum(-1)
 
 
-def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; p the teacher, q the student."""
-    weights = torch.tensor([beta, 1.0 - beta], dtype=log_p.dtype, device=log_p.device).log()
-    log_m = torch.logaddexp(log_p + weights[0], log_q + weights[1])
-    return beta * kl(log_p, log_m) + (1.0 - beta) * kl(log_q, log_m)
+def jsd(p_logits: Tensor, q_logits: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p the teacher, q the student; (N,).
+
+    Both logarithms of the mixture are taken relative to one side, log(m / q) = log(1 - beta + beta e^d), so that
+    they vanish with d; each KL is summed with the non-negative terms of ``kl``.
+    """
+    log_p, log_q, d = _aligned(p_logits, q_logits)
+    one_sided = torch.isneginf(log_p) | torch.isneginf(log_q)
+    d = torch.where(one_sided, 0.0, d)
+    from_p, from_q = -_log_mixture(-d, 1.0 - beta), -_log_mixture(d, beta)
+    p, q = log_p.exp(), log_q.exp()
+    terms = beta * p * (from_p + torch.expm1(-from_p)) + (1.0 - beta) * q * (from_q + torch.expm1(-from_q))
+    alone = -beta * math.log(beta) * p - (1.0 - beta) * math.log1p(-beta) * q
+    return torch.where(one_sided, alone, terms).sum(-1)
+
+
+def _aligned(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p, log q, and log p - log q; the difference is 0 where p is 0, which the callers treat apart."""
+    log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
+    shift = torch.logsumexp(p_logits, -1, keepdim=True) - torch.logsumexp(q_logits, -1, keepdim=True)
+    impossible = torch.isneginf(p_logits)
+    d = torch.where(impossible, 0.0, torch.where(impossible, 0.0, p_logits) - q_logits - shift)
+    return log_p, log_q, d
+
+
+def _log_mixture(d: Tensor, share: float) -> Tensor:
+    """log(1 - share + share e^d), precise near d = 0 and without overflow far from it."""
+    near = torch.log1p(share * torch.expm1(d.clamp(-1.0, 1.0)))
+    far = torch.logaddexp(d + math.log(share), torch.full_like(d, math.log1p(-share)))
+    return torch.where(d.abs() <= 1.0, near, far)
 
 
 def sampled_kl(log_q: Tensor, target: Sparse) -> Tensor:
@@ -84,19 +110,19 @@ def divergence(spec: Divergence, student_logits: Tensor, target: Target) -> Tens
         ValueError: a divergence that is not linear in the teacher's probabilities, asked of a sample of them; its
             expectation would be another objective. ``methods.check`` says so to the user before anything runs.
     """
-    log_q = torch.log_softmax(student_logits / spec.temperature, -1)
+    student = student_logits / spec.temperature
     scale = spec.temperature**2
     if isinstance(target, Sparse):
         if spec.kind != "forward_kl":
             raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
-        return scale * sampled_kl(log_q, target)
-    log_p = torch.log_softmax(target.logits / spec.temperature, -1)
+        return scale * sampled_kl(torch.log_softmax(student, -1), target)
+    teacher = target.logits / spec.temperature
     if spec.kind == "forward_kl":
-        return scale * kl(log_p, log_q)
+        return scale * kl(teacher, student)
     if spec.kind == "reverse_kl":
-        return scale * kl(log_q, log_p)
+        return scale * kl(student, teacher)
     if spec.kind == "jsd":
-        return scale * jsd(log_p, log_q, spec.beta)
+        return scale * jsd(teacher, student, spec.beta)
     raise ValueError(f"no divergence named {spec.kind!r}")
 
 

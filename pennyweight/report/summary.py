@@ -160,12 +160,16 @@ def _copy(fmt: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shown_samples(
-    problems: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], count: int
-) -> list[dict[str, Any]]:
-    """The first ``count`` held-out problems with every model's greedy output; not picked, so not flattering."""
-    out = []
-    for i, problem in enumerate(problems[:count]):
-        outputs = {name: e["outputs"][i] for name, e in evaluations.items() if i < len(e["outputs"])}
-        out.append({"prompt": problem["prompt"], "gold": problem["gold"], "outputs": outputs})
-    return out
+def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dict[str, Any]]:
+    """The first ``count`` held-out prompts with every model's greedy output; not picked, so not flattering."""
+    first = next(iter(evaluations.values()))["outputs"][:count]
+    return [
+        {
+            "prompt": row["prompt"],
+            "gold": row["gold"],
+            "outputs": {
+                name: {k: e["outputs"][i][k] for k in ("text", "correct")} for name, e in evaluations.items()
+            },
+        }
+        for i, row in enumerate(first)
+    ]

@@ -83,6 +83,10 @@ class TargetCache:
         ids, weights, entropy = (t.to(device) for t in (whole.ids, whole.weights, whole.entropy))
         return lambda a, b: Sparse(ids[a:b], weights[a:b], entropy[a:b])
 
+    @property
+    def filled(self) -> bool:
+        return bool(self._kept)
+
     def _key(self, hashes: list[str]) -> str:
         made_from = [self.fingerprint, "threshold", self.threshold, self.temperature, hashes]
         return sha256_json(made_from)[:32]

@@ -164,7 +164,7 @@ def _means(sums: list[Totals]) -> dict[str, float | None]:
         return None if any(v is None for v in values) else sum(v for v in values if v is not None) / count
 
     return {
-        "loss": sum(float(t.loss) for t in sums) / count,
+        "loss": sum(float(t.loss.detach()) for t in sums) / count,
         "cross_entropy": mean([t.cross_entropy for t in sums]),
         "divergence": mean([t.divergence for t in sums]),
         "entropy": mean([t.entropy for t in sums]),

@@ -1,0 +1,21 @@
+"""Held-out material, encoded once for all models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pennyweight.records import Encoded, Sample
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Token samples with the bytes their learnt tokens spell, and problems with their prompts as token ids.
+
+    ``openings`` are token ids to write on from, to be shown where there are no problems.
+    """
+
+    encoded: list[Encoded]
+    bytes: list[int]
+    problems: list[Sample]
+    prompts: list[list[int]]
+    openings: list[list[int]] = field(default_factory=list)

@@ -1,0 +1,62 @@
+"""Where and in which precision to compute, chosen by themselves unless they are set."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pennyweight.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device; the autocast dtype (None: float32 throughout); and both in words, for people and stage keys."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+    name: str
+
+
+def choose(device: str, dtype: str) -> Compute:
+    """Resolve ``auto``: cuda, then mps, then cpu; bfloat16 where the processor multiplies it natively.
+
+    Raises:
+        RecipeError: the device is not known or not there.
+    """
+    place = _device(device)
+    wants = {"float32": False, "bfloat16": True}.get(dtype)
+    autocast = torch.bfloat16 if (_has_bfloat16(place) if wants is None else wants) else None
+    return Compute(place, autocast, f"{place} {'bfloat16' if autocast else 'float32'}")
+
+
+def set_threads(threads: int) -> None:
+    """Use ``threads`` CPU threads; 0 is one per usable core."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _device(name: str) -> torch.device:
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
+    if name == "auto":
+        return torch.device(there[0])
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"no device named {name!r}; here are {', '.join(there)}") from None
+    asked = f"cuda:{place.index or 0}" if place.type == "cuda" else place.type
+    if asked not in there:
+        raise RecipeError(f"device {name!r} is not here; here are {', '.join(there)}")
+    return torch.device(asked)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

@@ -1,0 +1,99 @@
+"""The output head of a causal language model apart from its trunk, so that full logits need never exist.
+
+Logits are float32 whatever the model's dtype: rounded to bfloat16 they make the distillation gradient 22 to 38 %
+wrong where student and teacher are close (docs/losses.md).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pennyweight.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = softcap(scale * (hidden W^T + b))``; weight (V, D), bias (V) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, D) hidden states of any float dtype -> (N, V) float32 logits. Gradients flow to hidden and weight."""
+        if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
+            out = _mm_float32.apply(hidden_ND, self.weight.to(hidden_ND.dtype))
+        else:
+            out = hidden_ND.float() @ self.weight.float().T
+        assert isinstance(out, Tensor)
+        if self.bias is not None:
+            out = out + self.bias.float()
+        if self.scale != 1.0:
+            out = out * self.scale
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+
+class _mm_float32(torch.autograd.Function):  # noqa: N801 - it is used as a function
+    """hidden @ weight.T in 16 bits with float32 out, which ``torch.mm`` does on CUDA but does not differentiate."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        low = grad.to(hidden.dtype)
+        return low @ weight, low.T @ hidden
+
+
+def head_of(model: Any) -> Head:
+    """The head of a Hugging Face causal LM: its output embedding, with the scaling its architecture applies.
+
+    Gemma caps logits (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Granite divides
+    (``logits_scaling``).
+    """
+    layer = model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise ModelError(f"{type(model).__name__} has no output head that could be found; it is not a causal language model")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, float(cap) if cap else None)
+
+
+def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """(B, T, D) last hidden states, after the final norm.
+
+    No attention mask is given: rows are padded on the right, where causal attention never looks, and transformers
+    reads from positions that restart where one packed sample ends, and keeps samples blind to each other.
+    """
+    trunk = model.get_decoder() if hasattr(model, "get_decoder") and model.get_decoder() is not None else model.base_model
+    given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        given["position_ids"] = positions_BT
+    return trunk(**given).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise ModelError unless trunk and head together give the model's own logits on a few tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device).unsqueeze(0)
+    want = model(input_ids=ids, use_cache=False).logits.float()[0]
+    got = head_of(model).logits(forward_hidden(model, ids, positions)[0])
+    # Compared by cosine and size: 16-bit models round their own logits, which is no misunderstanding.
+    error = float((got - want).norm() / want.norm().clamp(min=1e-6))
+    if not error < 0.05:
+        raise ModelError(
+            f"the output head of {type(model).__name__} does more than this version of Pennyweight knows (its logits "
+            f"differ by {100 * error:.0f} % from the model's own); use another architecture, or report it"
+        )

@@ -1,0 +1,233 @@
+"""A Hugging Face folder or hub id -> an opened model; and back to a folder. safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pennyweight.errors import ModelError
+from pennyweight.ledger.hashing import hash_file
+from pennyweight.model.head import check_head
+from pennyweight.model.loaded import Loaded
+from pennyweight.records import sha256_json
+
+_NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naïve café 🙂👩‍👩‍👧", "<|endoftext|></s>[INST]"]
+
+
+def load(
+    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Loaded:
+    """Open a causal language model, its weights as ``dtype`` on ``device``.
+
+    Raises:
+        ModelError: there is no such model, it is not a causal language model, its weights are missing, damaged, or
+            not safetensors, it has no tokenizer, or its output head is not understood.
+    """
+    folder = _folder_of(path, trust_remote_code)
+    config = _config(folder, path, trust_remote_code)
+    weights = _weight_files(folder, path)
+    for file in weights:
+        _check_readable(file)
+    with _quiet():
+        model = _open_model(folder, path, dtype, trust_remote_code)
+        tokenizer = _open_tokenizer(folder, path, trust_remote_code)
+        model = model.to(device).eval()
+        check_head(model)
+    text = config.get_text_config()
+    shape = {
+        "architecture": type(model).__name__,
+        "hidden": getattr(text, "hidden_size", None),
+        "layers": getattr(text, "num_hidden_layers", None),
+        "vocabulary": getattr(text, "vocab_size", None),
+    }
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        name=Path(path.rstrip("/")).name or path,
+        fingerprint=fingerprint_of(str(folder), trust_remote_code),
+        params=sum(p.numel() for p in model.parameters()),
+        bytes=sum(f.stat().st_size for f in weights),
+        context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20),
+        shape=shape,
+    )
+
+
+def fingerprint_of(path: str, trust_remote_code: bool = False) -> str:
+    """SHA-256 over the weight files' contents and the architecture; the same wherever the folder lies."""
+    folder = _folder_of(path, trust_remote_code)
+    files = _weight_files(folder, path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {e}; copy the model again") from None
+    defining = {k: v for k, v in config.items() if k not in _NOT_DEFINING}
+    return sha256_json([defining, [[f.name, hash_file(f)] for f in files]])
+
+
+def same_tokenizer(a: Any, b: Any) -> None:
+    """Raise ModelError, naming the first difference, unless both give every text the same token ids."""
+    cure = "distillation compares token by token; use a student with the teacher's tokenizer, or cut one from the teacher"
+    first, second = a.get_vocab(), b.get_vocab()
+    if len(first) != len(second):
+        raise ModelError(f"the tokenizers differ: {len(first):,} and {len(second):,} entries; {cure}")
+    for token, i in first.items():
+        if second.get(token) != i:
+            raise ModelError(f"the tokenizers differ: {token!r} is {i} in one and {second.get(token)} in the other; {cure}")
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(a, name) != getattr(b, name):
+            raise ModelError(f"the tokenizers differ: {name} is {getattr(a, name)} and {getattr(b, name)}; {cure}")
+    for text in _HARD:
+        if a(text)["input_ids"] != b(text)["input_ids"]:
+            raise ModelError(f"the tokenizers differ: they cut {text!r} differently; {cure}")
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens, tokenizer and generation settings included.
+
+    It is written beside its place and moved in, so one that exists is whole.
+    """
+    making = folder.with_name(f".making-{folder.name}")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    with _quiet():
+        model.save_pretrained(making)
+        tokenizer.save_pretrained(making)
+    for file in making.iterdir():
+        file.chmod(0o644)
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(making, folder)
+
+
+def _folder_of(path: str, trust_remote_code: bool) -> Path:
+    """The folder of a local path, or the snapshot of a hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
+    if looks_local:
+        raise ModelError(f"there is no model folder at {path}; give a folder with config.json, or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        with _quiet():
+            return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as e:
+        raise ModelError(
+            f"{path} is not a folder, and the hub could not give it ({type(e).__name__}); check the name and the "
+            "network, or give a folder"
+        ) from None
+
+
+def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder; give one that has")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(raw, dict)
+    except (ValueError, AssertionError):
+        raise ModelError(f"{file} is not a JSON object; copy the model again") from None
+    if raw.get("auto_map") and not trust_remote_code:
+        raise ModelError(f"{path} comes with its own code, which is not run unless you say so: add --trust-remote-code")
+    named = raw.get("architectures") or []
+    causal = [a for a in named if a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
+    if raw.get("is_encoder_decoder") or (named and not causal):
+        raise ModelError(
+            f"{path} is a {', '.join(named) or raw.get('model_type')}, not a causal language model; give a decoder-only "
+            "model (…ForCausalLM)"
+        )
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ModelError(f"transformers does not understand {file}: {_line(e)}; check it, or update transformers") from None
+
+
+def _weight_files(folder: Path, path: str) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+        raise ModelError(
+            f"{path} holds only pickled weights, which can run code when opened; convert them to safetensors where you "
+            "trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder; give one that has")
+    raise ModelError(f"{path} holds no weights (*.safetensors); copy the model again")
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as f:
+            f.keys()
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{file} is not a whole safetensors file ({_line(e)}); copy or download it again") from None
+
+
+def _open_model(folder: Path, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as e:
+        raise ModelError(f"transformers could not open {path} as a causal language model: {_line(e)}; check the folder") from None
+    missing = sorted(info.get("missing_keys") or ()) + sorted(str(k) for k in info.get("mismatched_keys") or ())
+    if missing:
+        raise ModelError(
+            f"{path} lacks weights or has them in another shape ({len(missing)}, the first: {missing[0]}); they would "
+            "be random, so copy the model again or correct its config.json"
+        )
+    return model
+
+
+def _open_tokenizer(folder: Path, path: str, trust_remote_code: bool) -> Any:
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise ModelError(f"{path} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ModelError(f"the tokenizer of {path} cannot be opened: {_line(e)}; copy its files again") from None
+
+
+def _line(e: Exception) -> str:
+    """The first line of an error, short."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bars and notices, and compressed-tensors without its; as before afterwards."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
+    tqdm_off = os.environ.get("TQDM_DISABLE")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        logging.disable(disabled)
+        if tqdm_off is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = tqdm_off

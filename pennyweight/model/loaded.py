@@ -1,0 +1,50 @@
+"""A model that has been opened: the noun that load makes and everybody else is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model in evaluation mode, with its tokenizer.
+
+    ``fingerprint`` is the SHA-256 of its weights and architecture; ``params`` counts tied weights once; ``bytes`` are
+    those of its weight files; ``context`` is the longest sequence in tokens; ``shape`` is a short summary of sizes.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    params: int
+    bytes: int
+    context: int
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a response: those of the generation settings, and the tokenizer's."""
+        asked = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = asked if isinstance(asked, list) else [asked]
+        return {i for i in (*listed, self.tokenizer.eos_token_id) if i is not None}
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill rows with; never learnt and never seen, so any will do where there is none."""
+        for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if i is not None:
+                return int(i)
+        return 0
+
+    def facts(self) -> dict[str, Any]:
+        """What the ledger and the report keep of it."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "params": self.params,
+            "bytes": self.bytes,
+            "context": self.context,
+            "shape": self.shape,
+        }

@@ -1,0 +1,164 @@
+"""Recipes in and out of text: TOML files, ``a.b=c`` settings on top, and what is wrong with them in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from pennyweight.errors import RecipeError
+from pennyweight.recipe import Recipe
+
+
+def shipped(name: str) -> Path:
+    """Path of a recipe that comes with the package, by file name without ``.toml``.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "recipes", here.parent / "recipes"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise RecipeError(f"no recipe named {name!r} comes with Pennyweight; give the path of a .toml file")
+
+
+def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at ``path`` (the quickstart when None), with ``a.b=c`` overrides on top.
+
+    Raises:
+        RecipeError: the file is missing or malformed, a key is unknown, or a value does not fit.
+    """
+    file = shipped("quickstart") if path is None else Path(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in shipped("quickstart").parent.glob("*.toml")))
+        raise RecipeError(f"no recipe at {file}; give the path of a .toml file (shipped ones: {known})") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"cannot read the recipe {file}: {e}; check the path and its permissions") from None
+    except tomllib.TOMLDecodeError as e:
+        raise RecipeError(f"{file} is not valid TOML: {e}; correct that line") from None
+    for item in overrides or []:
+        _override(table, item)
+    return parse(table, str(file))
+
+
+def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A recipe from a plain table; ``origin`` is named in messages."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as e:
+        raise RecipeError(f"{origin}: {_explain(e)}") from None
+
+
+def distillation(
+    *,
+    teacher: str,
+    data: str | None = None,
+    student: str | None = None,
+    cut: str | None = None,
+    method: str = "kd",
+    steps: int = 300,
+    batch: int = 16,
+    lr: float = 1e-3,
+    seeds: int = 3,
+    settings: list[str] | None = None,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """The recipe behind ``pennyweight distill``.
+
+    Raises:
+        RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
+    """
+    if bool(student) == bool(cut):
+        raise RecipeError("say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(teacher.rstrip("/")).name).strip("-.") or "teacher"
+    table: dict[str, Any] = {
+        "name": f"distill-{name}"[:100],
+        "seeds": list(range(seeds)),
+        "teacher": {"kind": "folder", "path": teacher, "trust_remote_code": trust_remote_code},
+        "data": {"source": {"kind": "files", "path": data} if data else {"kind": "teacher_samples"}},
+        "student": {"kind": "folder", "path": student} if student else {"kind": "cut"},
+        "method": {"kind": method},
+        "train": {"steps": steps, "batch": batch, "lr": lr},
+    }
+    for pair in (cut or "").split(",") if cut else []:
+        _override(table, f"student.{pair}")
+    for item in settings or []:
+        _override(table, item)
+    return parse(table, "pennyweight distill")
+
+
+def _override(table: dict[str, Any], item: str) -> None:
+    """Set ``a.b=c`` in ``table``; the value is read as TOML, else taken as text. A new ``kind`` drops its siblings."""
+    path, equals, text = item.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"cannot read the setting {item!r}; write it as a.b=value, for example train.steps=500")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"cannot set {path}: {key} is a value, not a table; set {key} itself")
+        table = inner
+    if keys[-1] == "kind" and table.get("kind") != value:
+        table.clear()
+    table[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in one sentence that ends with what to do."""
+    first = error.errors()[0]
+    where = [str(p) for p in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {'.'.join(_plain(where))!r}; {hint}"
+    name = ".".join(_plain(where)) or "the recipe"
+    if first["type"] == "missing":
+        return f"{name} is missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+    return f"{name}: {message}{got}; correct that value"
+
+
+_TAGS = {"folder", "trained", "shape", "cut", "sft", "kd", "dense", "sampled", "files", "tasks", "teacher_samples"}
+
+
+def _plain(where: list[str]) -> list[str]:
+    """A location without the union tags that pydantic puts after a tagged field."""
+    tagged = {"teacher", "student", "method", "targets", "source"}
+    return [p for i, p in enumerate(where) if not (i and p in _TAGS and where[i - 1] in tagged)]
+
+
+def _fields_at(where: list[str]) -> list[str]:
+    """Names of the settings allowed at a location, for the suggestion."""
+    models: list[Any] = [Recipe]
+    for part in where:
+        found: list[Any] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+            elif part.isdigit() or part in _TAGS:
+                kind = model.model_fields.get("kind")
+                if part.isdigit() or (kind is not None and part == kind.default):
+                    found.append(model)
+        models = found or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [m for a in get_args(annotation) for m in _models_in(a)]

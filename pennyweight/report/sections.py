@@ -1,0 +1,229 @@
+"""The middle parts of the report: size and speed, training, sample outputs, and what the run took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pennyweight.report.charts import Mark, Panel, bars, curves
+from pennyweight.report.markup import Html, element, figure, section, table
+from pennyweight.report.view import Model, View
+from pennyweight.report.wording import (
+    MISSING,
+    count,
+    duration,
+    finite,
+    number,
+    part_of,
+    size,
+    size_unit,
+)
+
+
+def size_and_speed(view: View) -> Html | None:
+    """Bytes and decoding speed of the teacher, the student and its low-bit copies."""
+    rows = _sizes(view)
+    if not rows:
+        return None
+    whole = teacher_bytes(view)
+    unit, one = size_unit(max(n for _, _, n in rows))
+    marks = [Mark(m.role, label, n / one, _beside(n, whole)) for label, m, n in rows]
+    smallest_label, smallest, least = min(rows, key=lambda r: r[2])
+    part = part_of(least, whole)
+    finding = (
+        f"The {smallest_label} takes {part} of the teacher’s bytes"
+        if part and smallest.role in ("int8", "int4")
+        else "How many bytes do the models take?"
+    )
+    return section(
+        "size",
+        "How small and how fast?",
+        figure(
+            finding,
+            bars(
+                "size-bytes",
+                marks,
+                f"size on disk, {unit}",
+                "Size on disk. " + "; ".join(f"{label} {size(n)}" for label, _, n in rows) + ".",
+            ),
+        ),
+        table(
+            "Sizes and decoding speed",
+            ["model", "parameters", "size on disk", "of the teacher", "speed, tokens/s"],
+            [
+                [
+                    label,
+                    count(m.facts.get("params")),
+                    size(n),
+                    part_of(n, whole) or MISSING,
+                    number(m.facts.get("decode_tokens_per_second")),
+                ]
+                for label, m, n in rows
+            ],
+        ),
+        _machine(view),
+    )
+
+
+def teacher_bytes(view: View) -> float | None:
+    """What sizes are compared with: the teacher as it is stored, which never flatters; in 32 bit if that is unknown."""
+    known = view.teacher.facts if view.teacher else {}
+    return finite(known.get("bytes")) or finite(known.get("bytes_fp32"))
+
+
+def _sizes(view: View) -> list[tuple[str, Model, float]]:
+    """Label, model and bytes; the teacher twice where it is not stored in 32 bit."""
+    out = []
+    if view.teacher:
+        full, stored = (finite(view.teacher.facts.get(k)) for k in ("bytes_fp32", "bytes"))
+        twice = bool(full and stored and abs(full - stored) > 0.05 * full)
+        if full and (twice or not stored):
+            out.append(("Teacher, in 32 bit", view.teacher, full))
+        if stored:
+            out.append(("Teacher, as stored" if twice else "Teacher", view.teacher, stored))
+    for m in [view.student, *view.copies]:
+        n = finite(m.facts.get("bytes")) if m else None
+        if m and n:
+            out.append(("Student" if m is view.student else m.label, m, n))
+    return out
+
+
+def _beside(n: float, whole: float | None) -> str:
+    part = part_of(n, whole)
+    return f"{size(n)}, {part}" if part and n != whole else size(n)
+
+
+def _machine(view: View) -> Html | None:
+    if not any(m.facts.get("decode_tokens_per_second") for m in view.models):
+        return None
+    device = (view.summary.get("environment") or {}).get("device")
+    where = f", {device}" if device else ""
+    return element(
+        "p",
+        f"Speed is tokens generated per second, measured on this run’s machine{where}; another gives other numbers.",
+        class_="small",
+    )
+
+
+def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Loss curves: a panel for each arm, a thin line for each seed."""
+    arms: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in metrics:
+        step, loss = finite(line.get("step")), finite(line.get("loss"))
+        if line.get("arm") is not None and step is not None and loss is not None:
+            arms.setdefault(str(line["arm"]), {}).setdefault(str(line.get("seed", 0)), []).append((step, loss))
+    if not arms:
+        return None
+    order = sorted(arms, key=lambda a: (a != "teacher", a != "sft", a))
+    panels, said = [], []
+    for arm in order:
+        seeds = {seed: _columns(points) for seed, points in sorted(arms[arm].items())}
+        first, last = (sum(v[i] for _, v in seeds.values()) / len(seeds) for i in (0, -1))
+        panels.append(Panel(view.role(arm), view.label(arm), seeds, f"ends at {number(last)}"))
+        said.append(f"{view.label(arm)} from {number(first)} to {number(last)}")
+    several = any(len(p.seeds) > 1 for p in panels)
+    thin = "Thin lines are single seeds, the thick line is their mean. " if several else ""
+    return section(
+        "training",
+        "How did training go?",
+        figure(
+            "Did the loss of each arm come down and settle?",
+            curves(
+                "training-loss", panels, "training step", "loss, nats per token", f"Training loss: {'; '.join(said)}."
+            ),
+            f"{thin}Each arm minimises its own loss on its own scale, so compare the shapes, not the heights.",
+        ),
+    )
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Steps in order and their losses; the last word on a step counts, should it have been logged twice."""
+    ordered = sorted(dict(points).items())
+    return [s for s, _ in ordered], [v for _, v in ordered]
+
+
+def outputs(view: View, samples: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Sample prompts with every model's answer side by side."""
+    if not samples:
+        return None
+    return section(
+        "samples",
+        "What do they write?",
+        element(
+            "p", "The first held-out samples, not picked by hand, with each model’s most likely answer.", class_="small"
+        ),
+        *(_sample(view, i, s) for i, s in enumerate(samples, 1)),
+    )
+
+
+def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
+    asked = [(element("dt", "Prompt"), element("dd", _pre(sample.get("prompt")), dir="auto"))]
+    if sample.get("gold") is not None:
+        asked.append((element("dt", "Right answer"), element("dd", _pre(sample["gold"]), dir="auto")))
+    given: Mapping[str, Any] = sample.get("outputs") or {}
+    order = [m.key for m in view.models]
+    ranked = sorted(given, key=lambda k: (order.index(k) if k in order else len(order), k))
+    answers = [
+        element(
+            "li",
+            element("p", element("b", view.label(key)), _judged((given[key] or {}).get("correct")), class_="who"),
+            _pre((given[key] or {}).get("text")),
+        )
+        for key in ranked
+    ]
+    return element(
+        "article",
+        element("h3", f"Sample {index}"),
+        element("dl", *(part for pair in asked for part in pair), class_="asked"),
+        element("ul", *answers, class_="outputs") if answers else None,
+        class_="sample",
+    )
+
+
+def _judged(correct: Any) -> Html:
+    if correct is None:
+        return element("span", "not judged", class_="note")
+    return element("span", "✓ correct", class_="right") if correct else element("span", "✗ wrong", class_="wrong")
+
+
+def _pre(text: Any) -> Html:
+    if text is None or not str(text).strip():
+        return element("span", "(empty)", class_="empty")
+    long = len(str(text)) > 600 or str(text).count("\n") > 9
+    return element("pre", text, dir="auto", tabindex="0" if long else None)
+
+
+def cost(view: View) -> Html | None:
+    """Time, tokens and peak memory of each stage."""
+    stages: Mapping[str, Any] = view.summary.get("stages") or {}
+    known = {name: s for name, s in stages.items() if isinstance(s, Mapping)}
+    if not known:
+        return None
+    seconds = {name: finite(s.get("seconds")) or 0.0 for name, s in known.items()}
+    longest = max(seconds.values()) or 1.0
+    rows = [
+        [
+            name,
+            element("span", duration(s.get("seconds")), _bar(seconds[name] / longest)),
+            count(s.get("tokens")) if s.get("tokens") else MISSING,
+            size(s.get("peak_memory_bytes")),
+        ]
+        for name, s in known.items()
+    ]
+    peaks = [p for s in known.values() if (p := finite(s.get("peak_memory_bytes"))) is not None]
+    tokens = sum(finite(s.get("tokens")) or 0 for s in known.values())
+    foot = ["all stages", duration(sum(seconds.values())), count(tokens), size(max(peaks)) if peaks else MISSING]
+    slowest = max(seconds, key=lambda n: seconds[n])
+    return section(
+        "cost",
+        "What did it take?",
+        element(
+            "p",
+            f"{duration(sum(seconds.values()))} in all; {slowest} took the most, {duration(seconds[slowest])}.",
+        ),
+        table("Time, tokens and peak memory of each stage", ["stage", "time", "tokens", "peak memory"], rows, foot),
+    )
+
+
+def _bar(share: float) -> Html:
+    return element("i", class_="bar", style=f"width:{max(1.0, 100 * share):.0f}%", aria_hidden="true")

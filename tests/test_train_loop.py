@@ -1,0 +1,198 @@
+"""The loop: any split of a batch gives the same gradient, stopped and resumed equals never stopped, tripwires hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pennyweight.data.pack import IGNORE, Packer, collate, first_fit
+from pennyweight.errors import LedgerError, Tripped
+from pennyweight.loss.divergence import Dense, Divergence
+from pennyweight.model.device import choose
+from pennyweight.model.head import forward_hidden, head_of
+from pennyweight.recipe import Schedule, Tripwires
+from pennyweight.records import Encoded
+from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.loop import Stopped, batch_loss, train
+
+V = 97
+FLOAT32 = choose("cpu", "float32")
+
+
+def model(seed=0, tied=True, hidden=32, layers=2):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config)
+
+
+def samples(n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        length = int(torch.randint(6, 30, (1,), generator=g))
+        ids = torch.randint(3, V, (length,), generator=g).tolist()
+        prompt = int(torch.randint(1, length - 1, (1,), generator=g))
+        out.append(Encoded(f"{i:064x}", tuple(ids), tuple(j >= prompt for j in range(length))))
+    return out
+
+
+def weighted(batch, teacher, kind):
+    def target(a, b):
+        with torch.no_grad():
+            hidden = forward_hidden(teacher, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
+            return Dense(head_of(teacher).logits(hidden[a:b]))
+
+    if kind == "sft":
+        return batch.weighted(1.0, 0.0, Divergence(), None)
+    return batch.weighted(0.3, 0.7, Divergence(kind, 0.4, 1.5), target)
+
+
+def gradient(student, batches):
+    student.zero_grad()
+    count = sum(b.count for b in batches)
+    for b in batches:
+        (batch_loss(student, head_of(student), b, FLOAT32).loss / count).backward()
+    return torch.cat([p.grad.flatten().double() for p in student.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["sft", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_split_of_a_batch_gives_the_same_gradient(kind, tied):
+    seed = torch.seed() % 10**6
+    data, student, teacher = samples(12, seed), model(seed + 1, tied), model(seed + 2)
+    ways = {
+        "one batch": [collate([[s] for s in data], 0)],
+        "one by one": [collate([[s]], 0) for s in data],
+        "uneven": [collate([[s] for s in data[:5]], 0), collate([[s] for s in data[5:6]], 0), collate([[s] for s in data[6:]], 0)],
+        "packed": [collate(first_fit(data, 64), 0)],
+        "packed and split": [collate([row], 0, length=64) for row in first_fit(data, 64)],
+    }
+    grads = {name: gradient(student, [weighted(b, teacher, kind) for b in way]) for name, way in ways.items()}
+    want = grads.pop("one batch")
+    for name, got in grads.items():
+        error = float((got - want).norm() / want.norm())
+        assert error < 1e-6, f"seed {seed}, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_teacher_equal_to_student_gives_loss_and_gradient_zero(kind):
+    student = model(5)
+    batch = collate([[s] for s in samples(6)], 0)
+    same = weighted(batch, student, kind)
+    same = same.weighted(0.0, 1.0, same.divergence, same.target)
+    totals = batch_loss(student, head_of(student), same, FLOAT32)
+    totals.loss.backward()
+    assert float(totals.loss.detach()) == 0.0
+    assert max(float(p.grad.abs().max()) for p in student.parameters()) < 1e-6
+
+
+def test_labels_are_the_next_token_of_the_same_sample_only():
+    data = samples(9)
+    batch = collate(first_fit(data, 70), 0)
+    assert batch.count == sum(len(s.loss_positions) for s in data)
+    want = [s.ids[t + 1] for s in batch.placed for t in s.loss_positions]
+    assert batch.loss_labels.tolist() == want
+    assert int((batch.labels != IGNORE).sum()) == len(want)
+
+
+def test_packer_is_a_function_of_the_step_and_goes_through_every_sample():
+    data = samples(10)
+    packer = Packer(data, batch=4, micro=2, seed=3, pad_id=0)
+    seen = [s.id for step in range(5) for b in packer(step) for s in b.placed]
+    assert sorted(seen) == sorted([s.id for s in data] * 2)
+    again = [s.id for s in (x for b in Packer(data, 4, 2, 3, 0)(3) for x in b.placed)]
+    assert again == [s.id for b in packer(3) for s in b.placed]
+    assert all(b.ids.shape[0] <= 2 for b in packer(0))
+
+
+def fit(folder, steps=12, stop_at=None, admit=lambda ids: None, lr=3e-3, seed=0, wires=None, poison=None):
+    student = model(seed)
+    packer = Packer(samples(24, seed), 6, 3, 1, 0)
+    lines = []
+
+    def next_batch(step):
+        if poison is not None and step == poison:
+            with torch.no_grad():
+                student.model.norm.weight.fill_(float("nan"))
+        return [b.weighted(1.0, 0.0, Divergence(), None) for b in packer(step)]
+
+    asked = iter(range(10**6))
+    outcome = train(
+        student,
+        next_batch,
+        schedule=Schedule(steps=steps, batch=6, lr=lr, checkpoint_every=4, warmup=0.1),
+        tripwires=wires or Tripwires(),
+        compute=FLOAT32,
+        checkpoints=Checkpoints(folder),
+        admit=admit,
+        log=lines.append,
+        rewind=lambda step: lines.append({"rewind": step}),
+        should_stop=lambda: stop_at is not None and next(asked) + 1 == stop_at,
+    )
+    return student, lines, outcome
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8])
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(tmp_path, stop_at):
+    never, lines, outcome = fit(tmp_path / "a")
+    with pytest.raises(Stopped):
+        fit(tmp_path / "b", stop_at=stop_at)
+    torch.manual_seed(999)  # what happened meanwhile must not matter
+    resumed, more, again = fit(tmp_path / "b")
+    assert more[0] == {"rewind": stop_at}
+    for (name, a), (_, b) in zip(never.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.tokens == outcome.tokens
+    losses = {x["step"]: x["loss"] for x in lines if "loss" in x}
+    assert all(losses[x["step"]] == x["loss"] for x in more if "loss" in x)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    with pytest.raises(Stopped):
+        fit(tmp_path, stop_at=9)
+    newest = Checkpoints(tmp_path).newest()
+    (newest / "tensors.safetensors").write_bytes(b"torn")
+    resumed, more, _ = fit(tmp_path)
+    assert more[0] == {"rewind": 8}
+    never, _, _ = fit(tmp_path.with_name("other"))
+    assert all(torch.equal(a, b) for a, b in zip(never.parameters(), resumed.parameters(), strict=True))
+
+
+def test_loss_falls(tmp_path):
+    _, lines, _ = fit(tmp_path, steps=60)
+    losses = [x["loss"] for x in lines if "loss" in x]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_record_that_the_ledger_does_not_know_is_refused(tmp_path):
+    def admit(ids):
+        if f"{7:064x}" in set(ids):
+            raise LedgerError("unknown")
+
+    with pytest.raises(LedgerError):
+        fit(tmp_path, admit=admit)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(Tripped, match=r"step 7.*step-00000004"):
+        fit(tmp_path, poison=6)
+    student = model(0)
+    optimizer = torch.optim.AdamW(student.parameters())
+    assert Checkpoints(tmp_path).restore(student, optimizer)["step"] == 4
+    assert all(bool(torch.isfinite(p).all()) for p in student.parameters())
+
+
+def test_a_loss_spike_stops_the_run(tmp_path):
+    with pytest.raises(Tripped, match="running mean"):
+        fit(tmp_path, steps=60, lr=30.0, wires=Tripwires(loss_spike=1.5, patience=3))
