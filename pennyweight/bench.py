@@ -13,7 +13,8 @@ from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, window
 from pennyweight.data.store import read_samples
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.model.device import Compute, choose, set_threads
-from pennyweight.model.load import Loaded, load
+from pennyweight.model.load import load
+from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting
 from pennyweight.recipe import FolderTeacher, Recipe, SampledTargets, TeacherSamples
 from pennyweight.records import Encoded, Sample

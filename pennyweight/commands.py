@@ -17,7 +17,8 @@ from pennyweight.evaluate.suite import Sampling, as_scorer, examine
 from pennyweight.ledger.store import Ledger, Verification
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream
-from pennyweight.model.load import Loaded, load, same_tokenizer
+from pennyweight.model.load import load, same_tokenizer
+from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting
 from pennyweight.quant.export import export
 from pennyweight.records import Message, Sample

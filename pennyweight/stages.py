@@ -98,7 +98,7 @@ class Line:
         self.journal = Journal(self.folder / "metrics.jsonl", also)
         self.journal.path.touch()
         run.ledger.append("run", {"recipe": settings, "version": __version__})
-        run.ledger.append("environment", environment(self.compute.name, self.compute.threads))
+        run.ledger.append("environment", environment(self.compute.name, self.recipe.compute.threads))
 
 
 def the_teacher(line: Line) -> Done:

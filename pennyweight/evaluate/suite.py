@@ -17,7 +17,7 @@ from pennyweight.evaluate.intervals import pass_at_k, ratio, wilson
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
 from pennyweight.model.head import forward_hidden, head_of
-from pennyweight.model.load import Loaded
+from pennyweight.model.loaded import Loaded
 from pennyweight.records import Interval, Task, Verdict
 
 Judge = Callable[[str, Task], Verdict]

@@ -15,11 +15,11 @@ from pennyweight.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """New tokens of one prompt, without the end token; whether the model ended by itself; and the log-probability of
-    each token under the model's own distribution (temperature 1, nothing cut), in nats."""
+    """New tokens of one prompt, without the end token; the token the model ended with, or None when it was cut off;
+    and the log-probability of each token under the model's own distribution (temperature 1, nothing cut), in nats."""
 
     ids: tuple[int, ...]
-    ended: bool
+    end: int | None
     logprobs: tuple[float, ...]
 
 
@@ -147,9 +147,9 @@ def _collect(tokens: Tensor, logprobs: Tensor, eos_ids: set[int]) -> list[Genera
     out = []
     for ids, values in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         new = ids[: ids.index(-1)] if -1 in ids else ids
-        ended = bool(new) and new[-1] in eos_ids
-        new = new[:-1] if ended else new
-        out.append(Generated(tuple(new), ended, tuple(values[: len(new)])))
+        end = new[-1] if new and new[-1] in eos_ids else None
+        new = new if end is None else new[:-1]
+        out.append(Generated(tuple(new), end, tuple(values[: len(new)])))
     return out
 
 

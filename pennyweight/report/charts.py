@@ -76,13 +76,13 @@ def intervals(
         axis: label of the value axis, with its unit.
         description: what a reader who cannot see it is told.
         reference: a value to draw a dashed line at (the teacher's).
-        bounds: values that the axis never goes beyond. A logarithmic axis is taken where values span a decade.
+        bounds: values that the axis never goes beyond. Without them, it is logarithmic where values span a decade.
     """
 
     def draw(figure: Figure, narrow: bool) -> None:
         ax = figure.subplots()
         ends = [x for m in marks for x in (m.value, m.low, m.high) if x is not None]
-        if min(ends) > 0 and max(ends) / min(ends) > 10:
+        if bounds is None and min(ends) > 0 and max(ends) / min(ends) > 10:
             _log(ax, "x", min(ends), max(ends), 4 if narrow else 7)
         else:
             _linear(ax, min(ends), max(ends), bounds, 4 if narrow else 7)
@@ -152,7 +152,7 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_formatter(FuncFormatter(_tick))
     last = max(steps[-1] for steps, _ in panel.seeds.values())
-    ax.set_xlim(0, last)
+    ax.set_xlim(0, max(last, 1))
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(_tick))
     ax.grid(axis="y", color=_STAND_IN["grid"], linewidth=1)

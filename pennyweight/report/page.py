@@ -15,7 +15,7 @@ from pennyweight.report.markup import Html, element, join
 from pennyweight.report.quality import how_good, outcome, plain, verdict
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
-from pennyweight.report.wording import count, finite, parameters, part_of, size, with_unit
+from pennyweight.report.wording import finite, parameters, part_of, size, with_unit
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -103,9 +103,9 @@ def _achievement(seen: View, student: Model) -> str:
 
 
 def _smallest_words(seen: View) -> str:
-    copies = seen.copies
-    part = part_of(copies[-1].facts.get("bytes"), sections.teacher_bytes(seen)) if copies else ""
-    return f"; its {copies[-1].label} takes {part} of the teacher’s bytes" if part else ""
+    copy = seen.smallest
+    part = part_of(copy.facts["bytes"], sections.teacher_bytes(seen)) if copy else ""
+    return f"; its {copy.label} takes {part} of the teacher’s bytes" if copy and part else ""
 
 
 def _against_control(seen: View) -> Html | None:
@@ -123,11 +123,11 @@ def _decisive(seen: View) -> str | None:
 def _notice(seen: View) -> Html | None:
     if not seen.unfinished:
         return None
-    done = len(seen.summary.get("stages") or {})
+    done = ", ".join(seen.summary.get("stages") or {}) or "none"
     return element(
         "p",
         element("strong", "This run is not finished. "),
-        f"{count(done)} of its stages are done; below is what they found. Start the run again to go on.",
+        f"Stages done so far: {done}. Start the run again to go on.",
         class_="notice",
         role="note",
     )
@@ -182,13 +182,13 @@ def _quality_tile(seen: View) -> _Tile:
 
 
 def _size_tile(seen: View) -> _Tile:
-    smallest = seen.copies[-1] if seen.copies else seen.student
+    smallest = seen.smallest or seen.student
     mine = smallest.facts.get("bytes") if smallest else None
     if smallest is None or not finite(mine):
         return None
     whole = sections.teacher_bytes(seen)
     part = part_of(mine, whole)
-    name = f"Size of the {smallest.label}" if seen.copies else "Size of the student"
+    name = f"Size of the {smallest.label}" if seen.smallest else "Size of the student"
     return name, size(mine), f"{part} of the teacher’s {size(whole)}" if part else "on disk"
 
 

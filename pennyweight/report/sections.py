@@ -27,7 +27,7 @@ def size_and_speed(view: View) -> Html | None:
         return None
     whole = teacher_bytes(view)
     unit, one = size_unit(max(n for _, _, n in rows))
-    marks = [Mark(m.role, label, n / one, _beside(n, whole)) for label, m, n in rows]
+    marks = [Mark(m.role, label, n / one, size(n) if m is view.teacher else _beside(n, whole)) for label, m, n in rows]
     smallest_label, smallest, least = min(rows, key=lambda r: r[2])
     part = part_of(least, whole)
     finding = (
@@ -90,7 +90,7 @@ def _sizes(view: View) -> list[tuple[str, Model, float]]:
 
 def _beside(n: float, whole: float | None) -> str:
     part = part_of(n, whole)
-    return f"{size(n)}, {part}" if part and n != whole else size(n)
+    return f"{size(n)}, {part}" if part else size(n)
 
 
 def _machine(view: View) -> Html | None:
@@ -219,7 +219,8 @@ def cost(view: View) -> Html | None:
         "What did it take?",
         element(
             "p",
-            f"{duration(sum(seconds.values()))} in all; {slowest} took the most, {duration(seconds[slowest])}.",
+            f"{duration(sum(seconds.values()))} in all",
+            f"; {slowest} took the most, {duration(seconds[slowest])}." if len(known) > 1 else ".",
         ),
         table("Time, tokens and peak memory of each stage", ["stage", "time", "tokens", "peak memory"], rows, foot),
     )

@@ -59,8 +59,13 @@ class View:
     @property
     def copies(self) -> list[Model]:
         """Low-bit copies, the largest first."""
-        found = [m for m in self.models if m.role in ("int8", "int4")]
+        found = [m for m in self.models if m.key in (self.summary.get("quantized") or {})]
         return sorted(found, key=lambda m: -(m.facts.get("bytes") or 0))
+
+    @property
+    def smallest(self) -> Model | None:
+        """The smallest low-bit copy whose size is known."""
+        return next((m for m in reversed(self.copies) if m.facts.get("bytes")), None)
 
     @property
     def leading(self) -> str | None:
@@ -92,7 +97,7 @@ def view(summary: Mapping[str, Any]) -> View:
     arms: Mapping[str, Any] = summary.get("arms") or {}
     copies: Mapping[str, Any] = summary.get("quantized") or {}
     others = [a for a in arms if a not in ("base", "sft")]
-    method = others[0] if others else next((a for a in ("sft", "base") if a in arms), None)
+    method = others[0] if others else "sft" if "sft" in arms else None
     order = ["base", "sft", *others]
     listed: Iterable[tuple[str, Any]] = [
         ("teacher", summary.get("teacher")),

@@ -115,11 +115,13 @@ def duration(value: Any) -> str:
 
 
 def part_of(part: Any, whole: Any) -> str:
-    """How small ``part`` is beside ``whole``: ``1/31``, ``1/2.4``, ``83 %``; empty where it cannot be said."""
+    """How small ``part`` is beside ``whole``: ``1/31``, ``1/2.4``, ``83 %``, ``2.0 times``; empty if unknown."""
     a, b = finite(part), finite(whole)
     if not a or not b or a < 0 or b < 0:
         return ""
     times = b / a
+    if times < 0.995:
+        return f"{a / b:,.1f}{_SPACE}times"
     if times < 1.95:
         return f"{100 * a / b:.0f}{_SPACE}%"
     return f"1/{times:,.0f}" if times >= 4.95 or abs(times - round(times)) < 0.05 else f"1/{times:.1f}"

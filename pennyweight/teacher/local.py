@@ -13,7 +13,7 @@ from pennyweight.loss.divergence import Dense
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import generate
 from pennyweight.model.head import Head, forward_hidden, head_of
-from pennyweight.model.load import Loaded
+from pennyweight.model.loaded import Loaded
 from pennyweight.records import Encoded
 from pennyweight.teacher.targets import Kept, draw, join
 
@@ -52,21 +52,24 @@ class LocalTeacher:
         return head_of(self.loaded.model)
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[str, bool]]:
-        """Responses to prompts of token ids: (text, whether it ended by itself)."""
-        tokenizer = self.loaded.tokenizer
+        """Responses to prompts of token ids: (text, whether it ended by itself).
+
+        A beginning-of-text token ends a text too, since another one would start there, but is no end it was taught.
+        """
+        tokenizer, ends = self.loaded.tokenizer, self.loaded.eos_ids
         written = generate(
             self.loaded.model,
             [list(p) for p in prompts],
             max_tokens=self.write_tokens,
             temperature=self.write_temperature,
             top_p=self.write_top_p,
-            eos_ids=self.loaded.eos_ids,
+            eos_ids=ends | ({tokenizer.bos_token_id} - {None}),
             pad_id=self.loaded.pad_id,
             seed=seed,
             batch=self.rows,
             context=self.context or self.loaded.context,
         )
-        return [(tokenizer.decode(list(g.ids), skip_special_tokens=True), g.ended) for g in written]
+        return [(tokenizer.decode(list(g.ids), skip_special_tokens=True), g.end in ends) for g in written]
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
