@@ -3,7 +3,7 @@
     import pennyweight
 
     summary = pennyweight.run(out="runs/quickstart")
-    pennyweight.evaluate("runs/quickstart/student-int4", tasks=["basic_arithmetic"])
+    pennyweight.evaluate_model("runs/quickstart/student-int4", tasks=["basic_arithmetic"])
 
 What is named here is loaded when it is first used, so that importing the package costs nothing.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pennyweight.version import __version__
 
 if TYPE_CHECKING:
-    from pennyweight.commands import Chat, compare, evaluate, quantize, show, verify
+    from pennyweight.api import distill, run
+    from pennyweight.commands import Chat, compare, evaluate_model, quantize, show, verify
     from pennyweight.errors import PennyweightError
-    from pennyweight.stages import distill, run
 
 __all__ = [
     "Chat",
@@ -26,14 +26,14 @@ __all__ = [
     "__version__",
     "compare",
     "distill",
-    "evaluate",
+    "evaluate_model",
     "quantize",
     "run",
     "show",
     "verify",
 ]
 
-_HOMES = {"run": "stages", "distill": "stages", "PennyweightError": "errors"}
+_HOMES = {"run": "api", "distill": "api", "PennyweightError": "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pennyweight.data.pack import Batch
+from pennyweight.data.pack import Batch, Packer
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, windows
 from pennyweight.data.store import read_samples
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.model.device import Compute, choose, set_threads
-from pennyweight.model.load import load
+from pennyweight.model.load import load, same_tokenizer
 from pennyweight.model.loaded import Loaded
+from pennyweight.model.student import cut, from_shape
 from pennyweight.progress import counting
-from pennyweight.recipe import FolderTeacher, Recipe, SampledTargets, TeacherSamples
+from pennyweight.recipe import FolderTeacher, Recipe, SampledTargets, Schedule, TeacherSamples
 from pennyweight.records import Encoded, Sample
 from pennyweight.teacher.cache import CacheFacts, TargetCache
 from pennyweight.teacher.local import LocalTeacher
@@ -82,6 +84,35 @@ class Bench:
         """The training samples as tokens."""
         return self.encode(read_samples(self.folder / "data" / "train.jsonl"))
 
+    def batches(self, schedule: Schedule, seed: int) -> Packer:
+        """The training samples in the order of ``seed``."""
+        return packer(self.encoded, schedule, seed, self.teacher.pad_id, self.context)
+
+    def first_student(self, seed: int) -> Any:
+        """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
+        s = self.recipe.student
+        if s.kind == "shape":
+            return from_shape(s.shape, self.teacher.tokenizer, self.context, seed)
+        if s.kind == "cut":
+            return cut(self.teacher.model, s)
+        given = self.opened(s.path, s.trust_remote_code)
+        same_tokenizer(self.teacher.tokenizer, given.tokenizer)
+        return given.model
+
+    def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
+        tokens = sum(len(e.loss_positions) for e in self.encoded)
+        kind = self.recipe.targets.kind
+        if self.recipe.method.kind == "sft" or kind == "dense":
+            return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
+        made = self.fill_cache()
+        facts = {
+            "bytes": made.bytes,
+            "bytes_per_token": made.bytes_per_token,
+            "entries_per_token": made.entries / tokens,
+        }
+        return {"kind": kind, "tokens": tokens, **facts}, made.damaged
+
     def fill_cache(self) -> CacheFacts:
         """Label what is not labelled yet."""
         with counting("targets", len(self.encoded), "samples") as c:
@@ -118,6 +149,12 @@ class Bench:
     def measuring(self) -> Compute:
         """How evaluation computes: as training does on a GPU, in float32 elsewhere."""
         return self.compute if self.compute.device.type == "cuda" else replace(self.compute, autocast=None)
+
+
+def packer(samples: list[Encoded], schedule: Schedule, seed: int, pad_id: int, context: int) -> Packer:
+    """Batches as a schedule wants them."""
+    s = schedule
+    return Packer(samples, s.batch, s.micro_batch or s.batch, seed, pad_id, s.pack, context)
 
 
 def _opening(sample: Encoded) -> list[int]:

@@ -31,7 +31,8 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that
 @app.command()
 def run(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe and settings on top of it.")
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe and settings on top of it."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
     log: Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio.")] = None,
@@ -123,9 +124,9 @@ def evaluate(
 
         pennyweight evaluate ./llama --text book.txt --json
     """
-    from pennyweight import commands
+    import pennyweight.commands as commands
 
-    found = commands.evaluate(
+    found = commands.evaluate_model(
         model,
         tasks,
         text,
@@ -153,7 +154,7 @@ def compare(
 
         pennyweight compare runs/quickstart/student runs/quickstart/student-int4 --text held_out.txt
     """
-    from pennyweight import commands
+    import pennyweight.commands as commands
 
     _tell(commands.compare(a, b, text, device=device), as_json)
 
@@ -172,7 +173,7 @@ def quantize(
 
         pennyweight quantize runs/quickstart/student --format int4 --out student-int4
     """
-    from pennyweight import commands
+    import pennyweight.commands as commands
 
     _tell(commands.quantize(model, fmt, out, group=group), as_json)
 
@@ -211,7 +212,7 @@ def chat(
 @app.command()
 def report(folder: Annotated[str, typer.Argument(metavar="RUN")]) -> None:
     """Draw report.html of a finished run again, and say where it is."""
-    from pennyweight import commands
+    import pennyweight.commands as commands
 
     typer.echo(str(commands.redraw(folder)))
 
@@ -223,7 +224,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """What a run found; or the exact tokens of one training sample, learnt ones marked."""
-    from pennyweight import commands
+    import pennyweight.commands as commands
 
     if sample is not None:
         typer.echo(commands.show_sample(folder, sample))
@@ -240,7 +241,7 @@ def show(
 @ledger_app.command("verify")
 def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
     """Re-derive every hash of the ledger and of what it names; exit 2 names the first row that was tampered with."""
-    from pennyweight import commands
+    import pennyweight.commands as commands
     from pennyweight.errors import LedgerError
 
     found = commands.verify(folder)
@@ -307,7 +308,9 @@ def _fail_unless_expected(e: Exception) -> None:
     if hasattr(e, "format_message") and hasattr(e, "exit_code"):
         _fail(f"{e.format_message()}; see pennyweight --help", 2)  # type: ignore[attr-defined]
     if type(e).__name__ == "SafetensorError" and "os error" in str(e).lower():
-        _fail(f"could not write a weight file: {e}; free some space or check permissions, then run the command again", 2)
+        _fail(
+            f"could not write a weight file: {e}; free some space or check permissions, then run the command again", 2
+        )
     raise e
 
 

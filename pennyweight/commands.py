@@ -23,11 +23,11 @@ from pennyweight.progress import counting
 from pennyweight.quant.export import export
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
-from pennyweight.run import read_json
+from pennyweight.run_folder import read_json
 from pennyweight.verifiers import judge
 
 
-def evaluate(
+def evaluate_model(
     model: str,
     tasks: list[str] | None = None,
     text: str | None = None,
@@ -130,7 +130,9 @@ def quantize(model: str, fmt: str, out: str, *, group: int = 32) -> dict[str, An
 class Chat:
     """A conversation with a model: ``say`` yields the reply piece by piece."""
 
-    def __init__(self, model: str, *, temperature: float = 0.7, max_tokens: int = 256, seed: int = 0, device: str = "auto"):
+    def __init__(
+        self, model: str, *, temperature: float = 0.7, max_tokens: int = 256, seed: int = 0, device: str = "auto"
+    ):
         self.loaded, _ = _open(model, device, 0, False)
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
         self.turns: list[Message] = []

@@ -19,6 +19,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def _with_default_kind(table: Any, **kinds: str) -> Any:
+    """A table in which tagged settings that were given without a ``kind`` get the default one."""
+    if not isinstance(table, dict):
+        return table
+    return {k: {"kind": kinds[k], **v} if k in kinds and isinstance(v, dict) else v for k, v in table.items()}
+
+
 class Compute(Settings):
     """Where and in which precision to compute."""
 
@@ -97,6 +104,11 @@ class Data(Settings):
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of prompts held out, chosen by content hash")
     eval_limit: int = Field(500, ge=1, description="held-out samples used at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds(cls, table: Any) -> Any:
+        return _with_default_kind(table, source="teacher_samples")
 
 
 class Shape(Settings):
@@ -271,6 +283,11 @@ class Recipe(Settings):
     quantize: Quantize = Field(default_factory=Quantize)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds(cls, table: Any) -> Any:
+        return _with_default_kind(table, targets="sampled", method="kd")
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:

@@ -76,7 +76,9 @@ def distillation(
         RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
     """
     if bool(student) == bool(cut):
-        raise RecipeError("say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both")
+        raise RecipeError(
+            "say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both"
+        )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(teacher.rstrip("/")).name).strip("-.") or "teacher"
     table: dict[str, Any] = {
         "name": f"distill-{name}"[:100],

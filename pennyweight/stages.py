@@ -7,12 +7,13 @@ in the rooms below. Models are opened only by stages that run, so a finished run
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pennyweight.bench import Bench
-from pennyweight.data.pack import Batch, Packer
+from pennyweight.bench import Bench, packer
+from pennyweight.data.pack import Batch
 from pennyweight.data.prepare import Writer, facts, gather, prepare
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
@@ -22,26 +23,17 @@ from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
-from pennyweight.model.load import fingerprint_of, same_tokenizer, save
-from pennyweight.model.student import cut, from_shape
+from pennyweight.model.load import fingerprint_of, save
+from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import train_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
-from pennyweight.recipe import (
-    FileData,
-    FolderTeacher,
-    Recipe,
-    SftMethod,
-    TaskData,
-    TeacherSamples,
-    TrainedTeacher,
-)
-from pennyweight.recipe_file import distillation, load
+from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
-from pennyweight.run import Done, Made, Run, read_json, write_json
+from pennyweight.run_folder import Done, Made, Run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.checkpoint import Checkpoints
@@ -49,18 +41,6 @@ from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
 from pennyweight.verifiers import judge, judge_sample
 from pennyweight.version import __version__
-
-
-def run(recipe: str | Path | None = None, settings: list[str] | None = None, out: str | Path | None = None) -> dict[str, Any]:
-    """Run a recipe (the quickstart when None) with ``a.b=c`` settings on top; what summary.json holds."""
-    resolved = load(recipe, settings)
-    return run_line(resolved, Path(out) if out else Path("runs") / resolved.name)
-
-
-def distill(teacher: str, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
-    """Distil with no recipe to write: options as ``recipe.distillation`` takes them; what summary.json holds."""
-    resolved = distillation(teacher=teacher, **options)
-    return run_line(resolved, Path(out) if out else Path("runs") / resolved.name)
 
 
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -82,8 +62,21 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
         }
         student = the_student(line, arms)
         copies = {fmt: a_copy(line, fmt, student) for fmt in recipe.quantize.formats}
-        evaluations = the_evaluations(line, teacher, data, starts, arms, student, copies)
-        return the_report(line, teacher, data, targets, starts, arms, copies, evaluations)
+        made = Finished(teacher, data, starts, targets, arms, student, copies)
+        return the_report(line, made, the_evaluations(line, made))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The stages before evaluation. ``starts`` and each arm are by seed, ``copies`` by format."""
+
+    teacher: Done
+    data: Done
+    starts: dict[int, Done]
+    targets: Done
+    arms: dict[str, dict[int, Done]]
+    student: Done
+    copies: dict[str, Done]
 
 
 class Line:
@@ -107,12 +100,14 @@ def the_teacher(line: Line) -> Done:
     if isinstance(recipe.teacher, FolderTeacher):
         fingerprint = fingerprint_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
         depends = {"teacher": recipe.hash_of("teacher"), "fingerprint": fingerprint}
-        return line.run.stage("teacher", depends, lambda: Made(line.bench.teacher.facts()))
-    depends = {"teacher": recipe.hash_of("teacher"), "held_out": recipe.data.eval_fraction, "compute": line.compute.name}
-    return line.run.stage("teacher", depends, lambda: _trained_teacher(line, sha256_json([depends, __version__])))
+        return line.run.stage("teacher", depends, lambda work: Made(line.bench.teacher.facts()))
+    held_out = recipe.data.eval_fraction
+    depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
+    key = sha256_json([depends, __version__])
+    return line.run.stage("teacher", depends, lambda work: _trained_teacher(line, key, work))
 
 
-def _trained_teacher(line: Line, key: str) -> Made:
+def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     t, place = line.recipe.teacher, line.folder / "teacher"
     assert isinstance(t, TrainedTeacher)
     problems = read_tasks(TaskData(tasks=t.tasks, seed=t.seed))
@@ -125,8 +120,8 @@ def _trained_teacher(line: Line, key: str) -> Made:
     tokenizer = train_tokenizer(texts, t.vocabulary, t.context)
     model = from_shape(t.shape, tokenizer, t.context, t.seed)
     encoded = encode_all(problems, tokenizer, t.context, "refuse")
-    batches = Packer(encoded, t.schedule.batch, t.schedule.micro_batch or t.schedule.batch, t.seed, tokenizer.pad_token_id)
-    outcome = _fit(line, "teacher", t.seed, model, t.schedule, lambda step: [_plain(b) for b in batches(step)])
+    batches = packer(encoded, t.schedule, t.seed, tokenizer.pad_token_id, t.context)
+    outcome = _fit(line, work, "teacher", t.seed, model, t.schedule, lambda step: [_plain(b) for b in batches(step)])
     save(model, tokenizer, place)
     store.keep(place, store.place_of(key))
     return Made({**line.bench.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
@@ -136,10 +131,9 @@ def _plain(batch: Batch) -> Batch:
     return METHODS["sft"].apply(batch, SftMethod(), None)
 
 
-def _fit(line: Line, arm: str, seed: int, model: Any, schedule: Any, next_batch: Any) -> Outcome:
+def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, next_batch: Any) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     labels = {"stage": "train", "arm": arm, "seed": seed}
-    checkpoints = Checkpoints(line.folder / "checkpoints" / f"{arm}-{seed}")
     with counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, line.run.stoppable() as should_stop:
         return train(
             model,
@@ -147,7 +141,7 @@ def _fit(line: Line, arm: str, seed: int, model: Any, schedule: Any, next_batch:
             schedule=schedule,
             tripwires=line.recipe.tripwires,
             compute=line.compute,
-            checkpoints=checkpoints,
+            checkpoints=Checkpoints(work),
             admit=lambda ids: line.run.ledger.admit(i.partition(":")[0] for i in ids),
             log=lambda x: line.journal.write({**labels, **x}),
             rewind=lambda step: line.journal.rewind(labels, step),
@@ -161,15 +155,14 @@ def the_data(line: Line, teacher: Done) -> Done:
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["fingerprint"], "given": given}
-    return line.run.stage("data", depends, lambda: _data(line))
+    return line.run.stage("data", depends, lambda work: _data(line, work))
 
 
-def _data(line: Line) -> Made:
+def _data(line: Line, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
     def writer(teacher: LocalTeacher | None = None) -> Writer:
-        parts = folder / "parts" / sha256_json([recipe.hash_of("data", "seed"), line.bench.teacher.fingerprint])[:16]
-        return Writer(teacher or line.bench.answering, line.bench.teacher.tokenizer, parts, recipe.seed, counting)
+        return Writer(teacher or line.bench.answering, line.bench.teacher.tokenizer, work, recipe.seed, counting)
 
     own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
     parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
@@ -180,7 +173,6 @@ def _data(line: Line) -> Made:
         found["train_tokens" if name == "train" else "evaluation_tokens"] = sum(len(e.ids) for e in encoded)
         write_samples(folder / f"{name}.jsonl", samples)
         line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
     say(
         f"data: {len(train):,} to train on, {len(held_out):,} held out; {rejected:,} rejected; train/eval overlap: "
         f"{parts.overlap['normalised']} whole, {parts.overlap['ngram']} by 13-gram"
@@ -196,17 +188,9 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
-    def make() -> Made:
+    def make(work: Path) -> Made:
         place = line.folder / "arms" / f"base-{own}"
-        if s.kind == "folder":
-            given = line.bench.opened(s.path, s.trust_remote_code)
-            same_tokenizer(line.bench.teacher.tokenizer, given.tokenizer)
-            model = given.model
-        elif s.kind == "shape":
-            model = from_shape(s.shape, line.bench.teacher.tokenizer, line.bench.context, own)
-        else:
-            model = cut(line.bench.teacher.model, s)
-        save(model, line.bench.teacher.tokenizer, place)
+        save(line.bench.first_student(own), line.bench.teacher.tokenizer, place)
         return Made(line.bench.opened(place).facts(), paths=[f"arms/base-{own}"])
 
     return line.run.stage(f"start-{own}", depends, make)
@@ -224,17 +208,12 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
         "compute": line.compute.name,
     }
 
-    def make() -> Made:
-        tokens = sum(len(e.loss_positions) for e in line.bench.encoded)
-        facts: dict[str, Any] = {"kind": recipe.targets.kind, "tokens": tokens}
+    def make(work: Path) -> Made:
         (line.folder / "targets").mkdir(exist_ok=True)
-        if recipe.method.kind == "sft" or recipe.targets.kind == "dense":
-            return Made({**facts, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, 0)
-        made = line.bench.fill_cache()
-        for name in made.damaged:
+        facts, damaged = line.bench.label()
+        for name in damaged:
             say(f"targets: shard {name} was damaged and has been made again")
-        facts |= {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token, "entries_per_token": made.entries / max(1, tokens)}
-        return Made(facts, tokens, ["targets"])
+        return Made(facts, facts["tokens"] if facts["bytes"] else 0, ["targets"] if facts["bytes"] else [])
 
     return line.run.stage("targets", depends, make)
 
@@ -255,18 +234,20 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     if uses_teacher:
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
-    def make() -> Made:
+    def make(work: Path) -> Made:
         begin = line.bench.opened(line.folder / next(iter(start.outputs)))
-        batches = Packer(line.bench.encoded, s.batch, s.micro_batch or s.batch, seed, begin.pad_id, s.pack, line.bench.context)
+        batches = line.bench.batches(s, seed)
         signal = line.bench.signal if uses_teacher else None
         weigh = METHODS[arm].apply
-        outcome = _fit(line, arm, seed, begin.model, s, lambda step: [weigh(b, method, signal) for b in batches(step)])
+        outcome = _fit(
+            line, work, arm, seed, begin.model, s, lambda step: [weigh(b, method, signal) for b in batches(step)]
+        )
         save(begin.model, begin.tokenizer, line.folder / "arms" / f"{arm}-{seed}")
-        return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [f"arms/{arm}-{seed}"], outcome.seconds)
+        return Made(
+            {"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [f"arms/{arm}-{seed}"], outcome.seconds
+        )
 
-    done = line.run.stage(f"{arm}-{seed}", depends, make)
-    Checkpoints(line.folder / "checkpoints" / f"{arm}-{seed}").clear()
-    return done
+    return line.run.stage(f"{arm}-{seed}", depends, make)
 
 
 def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
@@ -274,7 +255,7 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
     chosen = arms[line.recipe.method.kind][line.recipe.seeds[0]]
     place = line.folder / "student"
 
-    def make() -> Made:
+    def make(work: Path) -> Made:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(line.folder / next(iter(chosen.outputs)), place)
         return Made(line.bench.opened(place).facts(), paths=["student"])
@@ -285,7 +266,7 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
 def a_copy(line: Line, fmt: str, student: Done) -> Done:
     """A low-bit copy of the student."""
 
-    def make() -> Made:
+    def make(work: Path) -> Made:
         parent, out = line.folder / "student", line.folder / f"student-{fmt}"
         made = export(line.bench.opened(parent).model, parent, out, fmt, line.recipe.quantize.group)
         facts = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
@@ -294,29 +275,26 @@ def a_copy(line: Line, fmt: str, student: Done) -> Done:
     return line.run.stage(fmt, {"student": student.outputs, "group": line.recipe.quantize.group}, make)
 
 
-def the_evaluations(
-    line: Line,
-    teacher: Done,
-    data: Done,
-    starts: dict[int, Done],
-    arms: dict[str, dict[int, Done]],
-    student: Done,
-    copies: dict[str, Done],
-) -> dict[str, dict[str, Any]]:
+def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
-    models = {"teacher": (line.bench.teacher_path, teacher.facts["fingerprint"])}
-    for name, done in {d.name: d for d in starts.values()}.items():
+    models = {"teacher": (line.bench.teacher_path, made.teacher.facts["fingerprint"])}
+    for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
-    for by_seed in arms.values():
+    for by_seed in made.arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
-    models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in copies.items()}
+    models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
     text = line.recipe.evaluate.text
-    given = content_hash(text) if text else None
-    shared = {"evaluate": line.recipe.hash_of("evaluate"), "text": given, "teacher": teacher.facts["fingerprint"], "data": data.outputs}
-    return {
-        name: an_evaluation(line, name, path, {**shared, "model": made, "parent": student.outputs if name in copies else None})
-        for name, (path, made) in models.items()
+    shared = {
+        "evaluate": line.recipe.hash_of("evaluate"),
+        "text": content_hash(text) if text else None,
+        "teacher": made.teacher.facts["fingerprint"],
+        "data": made.data.outputs,
     }
+
+    def depends(name: str, outputs: Any) -> dict[str, Any]:
+        return {**shared, "model": outputs, "parent": made.student.outputs if name in made.copies else None}
+
+    return {name: an_evaluation(line, name, path, depends(name, outputs)) for name, (path, outputs) in models.items()}
 
 
 def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, Any]) -> dict[str, Any]:
@@ -324,13 +302,15 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
     e = line.recipe.evaluate
     file = f"evaluation/{name}.json"
 
-    def make() -> Made:
+    def make(work: Path) -> Made:
         model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, e.samples, e.temperature, line.recipe.seed)
         with counting(f"evaluating {name}", len(line.bench.held_out.encoded), "samples") as c:
-            teacher = None if name == "teacher" else line.bench.teacher
-            found = examine(model, line.bench.held_out, judge, sampling, line.bench.measuring, teacher, parent, c.advance)
+            references = (None if name == "teacher" else line.bench.teacher, parent)
+            found = examine(
+                model, line.bench.held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance
+            )
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
 
@@ -338,36 +318,27 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
     return read_json(line.folder / file)
 
 
-def the_report(
-    line: Line,
-    teacher: Done,
-    data: Done,
-    targets: Done,
-    starts: dict[int, Done],
-    arms: dict[str, dict[int, Done]],
-    copies: dict[str, Done],
-    evaluations: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
+def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """summary.json, and report.html drawn from it; made anew every time, since it costs next to nothing."""
     recipe, ledger = line.recipe, line.run.ledger
     seq, head = ledger.head
     summary = summarise(
         recipe=recipe.model_dump(mode="json"),
-        teacher={**teacher.facts, "path": line.bench.teacher_path, "licence": recipe.teacher.licence},
-        start=starts[recipe.seeds[0]].facts,
-        trained={arm: by_seed[recipe.seeds[0]].facts for arm, by_seed in arms.items()},
+        teacher={**made.teacher.facts, "path": line.bench.teacher_path, "licence": recipe.teacher.licence},
+        start=made.starts[recipe.seeds[0]].facts,
+        trained={arm: by_seed[recipe.seeds[0]].facts for arm, by_seed in made.arms.items()},
         evaluations={
             "teacher": evaluations["teacher"],
-            "base": {seed: evaluations[d.name.replace("start", "base")] for seed, d in starts.items()},
-            **{arm: {seed: evaluations[d.name] for seed, d in by_seed.items()} for arm, by_seed in arms.items()},
+            "base": {seed: evaluations[d.name.replace("start", "base")] for seed, d in made.starts.items()},
+            **{arm: {seed: evaluations[d.name] for seed, d in by_seed.items()} for arm, by_seed in made.arms.items()},
         },
-        copies={fmt: {**d.facts, "evaluation": evaluations[fmt]} for fmt, d in copies.items()},
+        copies={fmt: {**d.facts, "evaluation": evaluations[fmt]} for fmt, d in made.copies.items()},
     )
     summary |= {
         "version": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "targets": targets.facts,
-        "data": data.facts,
+        "targets": made.targets.facts,
+        "data": made.data.facts,
         "stages": line.run.stages(),
         "environment": environment(line.compute.name, recipe.compute.threads),
         "ledger": {**ledger.counts(), "seq": seq, "head": head},

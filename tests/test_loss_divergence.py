@@ -67,9 +67,13 @@ def test_float32_against_float64_truth(kind, temperature, near):
     # The truth is taken at the rounded inputs: rounding them is not the loss's error.
     student, teacher = student.float().double(), teacher.float().double()
     kw = {"temperature": temperature}
-    want, want_grad = value_and_gradient(lambda s, t, **k: truth(kind, s, t, **k), student, teacher, torch.float64, **kw)
+    want, want_grad = value_and_gradient(
+        lambda s, t, **k: truth(kind, s, t, **k), student, teacher, torch.float64, **kw
+    )
     got, got_grad = value_and_gradient(ours(kind), student, teacher, torch.float32, **kw)
-    rival, rival_grad = value_and_gradient(lambda s, t, **k: naive(kind, s, t, **k), student, teacher, torch.float32, **kw)
+    rival, rival_grad = value_and_gradient(
+        lambda s, t, **k: naive(kind, s, t, **k), student, teacher, torch.float32, **kw
+    )
     relative = abs(got - want) / abs(want)
     error = float((got_grad - want_grad).norm() / want_grad.norm())
     assert relative < 1e-5 and error < 1e-5, f"seed {seed}: loss off by {relative:.1e}, gradient by {error:.1e}"

@@ -74,7 +74,11 @@ def test_any_split_of_a_batch_gives_the_same_gradient(kind, tied):
     ways = {
         "one batch": [collate([[s] for s in data], 0)],
         "one by one": [collate([[s]], 0) for s in data],
-        "uneven": [collate([[s] for s in data[:5]], 0), collate([[s] for s in data[5:6]], 0), collate([[s] for s in data[6:]], 0)],
+        "uneven": [
+            collate([[s] for s in data[:5]], 0),
+            collate([[s] for s in data[5:6]], 0),
+            collate([[s] for s in data[6:]], 0),
+        ],
         "packed": [collate(first_fit(data, 64), 0)],
         "packed and split": [collate([row], 0, length=64) for row in first_fit(data, 64)],
     }

@@ -56,7 +56,9 @@ class Batch:
         """Tokens of the samples, without padding."""
         return sum(len(s.ids) for s in self.placed)
 
-    def weighted(self, ce: float, kd: float, divergence: Divergence, target: Callable[[int, int], Target] | None) -> Batch:
+    def weighted(
+        self, ce: float, kd: float, divergence: Divergence, target: Callable[[int, int], Target] | None
+    ) -> Batch:
         """This batch with the same weights at every loss position."""
         ones = torch.ones(self.count)
         return replace(self, ce_weight=ce * ones, kd_weight=kd * ones, divergence=divergence, target=target)

@@ -85,7 +85,9 @@ def score(
     return Scored(tokens, np.asarray(byte_counts, float), nats, kl_to, kl_from, same, bins.numpy())
 
 
-def _values(batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden, Logits] | None, bins: Tensor) -> np.ndarray:
+def _values(
+    batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden, Logits] | None, bins: Tensor
+) -> np.ndarray:
     """(N, 4) nats, KL to, KL from, same top-1; adds the top-1 confidences to ``bins``."""
     hidden, logits_of = model
     states = hidden(batch)

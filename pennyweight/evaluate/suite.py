@@ -132,7 +132,9 @@ def _solve(
         assert sample.task is not None
         verdicts.append(judge(text, sample.task))
         prompt = "\n".join(m.content for m in sample.prompt)
-        found.outputs.append({"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": verdicts[-1].correct})
+        found.outputs.append(
+            {"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": verdicts[-1].correct}
+        )
     found.metrics["accuracy"] = wilson(sum(v.correct for v in verdicts), len(verdicts))
     if not sampling.samples:
         return

@@ -119,7 +119,10 @@ class Ledger:
             raise LedgerError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
         # Drawn before the lock is taken: samples may come from a teacher that is still writing them.
         drawn = [
-            (origin_body(s, teacher, teacher_fingerprint), *(bytes.fromhex(h) for h in (s.id, s.prompt_hash, s.response_hash)))
+            (
+                origin_body(s, teacher, teacher_fingerprint),
+                *(bytes.fromhex(h) for h in (s.id, s.prompt_hash, s.response_hash)),
+            )
             for s in samples
         ]
         with self._writing():

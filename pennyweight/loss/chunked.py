@@ -64,7 +64,9 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
     loss = _Tiled.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
     ce, kd, entropy = sums.tolist()
     has_kd = terms.target is not None
-    return Totals(loss, len(terms.labels), ce if measure else None, kd if has_kd else None, entropy if measure else None)
+    return Totals(
+        loss, len(terms.labels), ce if measure else None, kd if has_kd else None, entropy if measure else None
+    )
 
 
 class _Tiled(torch.autograd.Function):
@@ -87,7 +89,9 @@ class _Tiled(torch.autograd.Function):
                 w = next(given) if needs[1] else weight
                 c = (next(given) if needs[2] else bias) if bias is not None else None
                 value = _tile_loss(replace(head, weight=w, bias=c).logits(h), terms, a, b, measure, sums)
-                grads = iter(torch.autograd.grad(value, leaves) if value.requires_grad else map(torch.zeros_like, leaves))
+                grads = iter(
+                    torch.autograd.grad(value, leaves) if value.requires_grad else map(torch.zeros_like, leaves)
+                )
             loss += value.detach().double()
             for d, part in ((d_hidden, slice(a, b)), (d_weight, ...), (d_bias, ...)):
                 if d is not None:
@@ -100,7 +104,10 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         saved = iter(ctx.saved_tensors)
-        out = [(next(saved) * grad).to(dtype) if given else None for given, dtype in zip(ctx.given, ctx.dtypes, strict=True)]
+        out = [
+            (next(saved) * grad).to(dtype) if given else None
+            for given, dtype in zip(ctx.given, ctx.dtypes, strict=True)
+        ]
         return (*out, None, None, None, None, None)
 
 

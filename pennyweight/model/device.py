@@ -33,7 +33,9 @@ def choose(device: str, dtype: str) -> Compute:
 
 def set_threads(threads: int) -> None:
     """Use ``threads`` CPU threads; 0 is one per usable core."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(
+        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -167,7 +167,9 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one response, each as soon as it is chosen; the end token is not given."""
     if context and len(prompt) >= context:
-        raise DataError(f"the prompt has {len(prompt):,} tokens and the context is {context:,}; shorten it, or start anew")
+        raise DataError(
+            f"the prompt has {len(prompt):,} tokens and the context is {context:,}; shorten it, or start anew"
+        )
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
     cache = DynamicCache(config=model.config)

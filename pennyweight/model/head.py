@@ -39,7 +39,7 @@ class Head:
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
 
-class _mm_float32(torch.autograd.Function):  # noqa: N801 - it is used as a function
+class _mm_float32(torch.autograd.Function):
     """hidden @ weight.T in 16 bits with float32 out, which ``torch.mm`` does on CUDA but does not differentiate."""
 
     @staticmethod
@@ -62,7 +62,9 @@ def head_of(model: Any) -> Head:
     """
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
-        raise ModelError(f"{type(model).__name__} has no output head that could be found; it is not a causal language model")
+        raise ModelError(
+            f"{type(model).__name__} has no output head that could be found; it is not a causal language model"
+        )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -75,7 +77,9 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     No attention mask is given: rows are padded on the right, where causal attention never looks, and transformers
     reads from positions that restart where one packed sample ends, and keeps samples blind to each other.
     """
-    trunk = model.get_decoder() if hasattr(model, "get_decoder") and model.get_decoder() is not None else model.base_model
+    trunk = (
+        model.get_decoder() if hasattr(model, "get_decoder") and model.get_decoder() is not None else model.base_model
+    )
     given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT

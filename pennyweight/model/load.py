@@ -27,7 +27,11 @@ _HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naï
 
 
 def load(
-    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Open a causal language model, its weights as ``dtype`` on ``device``.
 
@@ -78,13 +82,17 @@ def fingerprint_of(path: str, trust_remote_code: bool = False) -> str:
 
 def same_tokenizer(a: Any, b: Any) -> None:
     """Raise ModelError, naming the first difference, unless both give every text the same token ids."""
-    cure = "distillation compares token by token; use a student with the teacher's tokenizer, or cut one from the teacher"
+    cure = (
+        "distillation compares token by token; use a student with the teacher's tokenizer, or cut one from the teacher"
+    )
     first, second = a.get_vocab(), b.get_vocab()
     if len(first) != len(second):
         raise ModelError(f"the tokenizers differ: {len(first):,} and {len(second):,} entries; {cure}")
     for token, i in first.items():
         if second.get(token) != i:
-            raise ModelError(f"the tokenizers differ: {token!r} is {i} in one and {second.get(token)} in the other; {cure}")
+            raise ModelError(
+                f"the tokenizers differ: {token!r} is {i} in one and {second.get(token)} in the other; {cure}"
+            )
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(a, name) != getattr(b, name):
             raise ModelError(f"the tokenizers differ: {name} is {getattr(a, name)} and {getattr(b, name)}; {cure}")
@@ -118,7 +126,9 @@ def _folder_of(path: str, trust_remote_code: bool) -> Path:
         return Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
     if looks_local:
-        raise ModelError(f"there is no model folder at {path}; give a folder with config.json, or a hub id like owner/name")
+        raise ModelError(
+            f"there is no model folder at {path}; give a folder with config.json, or a hub id like owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
@@ -154,7 +164,9 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ModelError(f"transformers does not understand {file}: {_line(e)}; check it, or update transformers") from None
+        raise ModelError(
+            f"transformers does not understand {file}: {_line(e)}; check it, or update transformers"
+        ) from None
 
 
 def _weight_files(folder: Path, path: str) -> list[Path]:
@@ -185,7 +197,9 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype, trust_remote_code: 
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as e:
-        raise ModelError(f"transformers could not open {path} as a causal language model: {_line(e)}; check the folder") from None
+        raise ModelError(
+            f"transformers could not open {path} as a causal language model: {_line(e)}; check the folder"
+        ) from None
     missing = sorted(info.get("missing_keys") or ()) + sorted(str(k) for k in info.get("mismatched_keys") or ())
     if missing:
         raise ModelError(
@@ -197,7 +211,9 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype, trust_remote_code: 
 
 def _open_tokenizer(folder: Path, path: str, trust_remote_code: bool) -> Any:
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise ModelError(f"{path} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside its weights")
+        raise ModelError(
+            f"{path} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside its weights"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:

@@ -72,7 +72,9 @@ def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise RecipeError(f"the layers of a {type(model).__name__} could not be found; give a student folder instead of a cut")
+    raise RecipeError(
+        f"the layers of a {type(model).__name__} could not be found; give a student folder instead of a cut"
+    )
 
 
 def _layers(asked: int | list[int] | None, depth: int) -> list[int]:
@@ -81,7 +83,9 @@ def _layers(asked: int | list[int] | None, depth: int) -> list[int]:
         return list(range(depth))
     chosen = asked if isinstance(asked, list) else _spread(asked, depth)
     if not chosen or len(set(chosen)) != len(chosen) or any(not 0 <= i < depth for i in chosen):
-        raise RecipeError(f"student.layers={asked} cannot be cut from {depth} layers (0 to {depth - 1}); choose among them, each once")
+        raise RecipeError(
+            f"student.layers={asked} cannot be cut from {depth} layers (0 to {depth - 1}); choose among them, each once"
+        )
     return chosen
 
 
@@ -135,7 +139,9 @@ def _narrow(
         if block:
             names = [f"{prefix}.{block[1]}.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
             gate, up, down = (state[n].float() for n in names)
-            keep_inner = _strongest(gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0), settings.intermediate or inner)
+            keep_inner = _strongest(
+                gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0), settings.intermediate or inner
+            )
         out[key] = _sliced(key, value, keep_hidden, keep_inner)
     text.head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     text.hidden_size = len(keep_hidden)

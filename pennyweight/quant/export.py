@@ -65,7 +65,10 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     (making / _WEIGHTS).chmod(0o644)
     ignore = [name for name, m in model.named_modules() if m is head]
     config = json.loads((making / "config.json").read_text())
-    config |= {"dtype": str(storage).removeprefix("torch."), "quantization_config": _config(linears, by_row, bits, group, ignore)}
+    config |= {
+        "dtype": str(storage).removeprefix("torch."),
+        "quantization_config": _config(linears, by_row, bits, group, ignore),
+    }
     (making / "config.json").write_text(json.dumps(config, indent=2))
     shutil.rmtree(out, ignore_errors=True)
     os.replace(making, out)
@@ -101,7 +104,9 @@ def _tensors(
     return tensors, by_row
 
 
-def _config(linears: dict[str, nn.Linear], by_row: list[str], bits: int, group: int, ignore: list[str]) -> dict[str, Any]:
+def _config(
+    linears: dict[str, nn.Linear], by_row: list[str], bits: int, group: int, ignore: list[str]
+) -> dict[str, Any]:
     """The quantization_config of config.json."""
 
     def scheme(targets: list[str], size: int | None) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(_tick))
     ax.grid(axis="y", color=_STAND_IN["grid"], linewidth=1)
     ax.tick_params(length=0)
-    ax.set_title(panel.label, loc="left", color=colour, fontweight="bold")
+    ax.set_title(_short(panel.label), loc="left", color=colour, fontweight="bold")
     ax.set_title(panel.text, loc="right", color=_STAND_IN["muted"])
 
 
@@ -171,7 +171,7 @@ def _mean(seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> tuple
 def _rows(ax: Axes, marks: Sequence[Mark]) -> None:
     """Names at the left and values at the right of each row, the first row on top."""
     ax.set_ylim(len(marks) - 0.4, -0.6)
-    ax.set_yticks(range(len(marks)), [m.label for m in marks])
+    ax.set_yticks(range(len(marks)), [_short(m.label) for m in marks])
     right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(marks)), [m.text for m in marks])
     for side in (ax, right):
@@ -179,6 +179,11 @@ def _rows(ax: Axes, marks: Sequence[Mark]) -> None:
     right.spines["right"].set_visible(False)
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", color=_STAND_IN["grid"], linewidth=1)
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the chart; tables have it whole."""
+    return label if len(label) <= 24 else f"{label[:23]}…"
 
 
 def _linear(ax: Axes, low: float, high: float, bounds: tuple[float, float] | None, ticks: int) -> None:

@@ -9,6 +9,8 @@ from pennyweight.report.markup import Html, element, facts, join, section
 from pennyweight.report.view import View
 from pennyweight.report.wording import count, finite, number, parameters, plural, size
 
+_NAMES = {"cpu": "CPU", "memory": "Main memory", "git dirty": "Uncommitted changes"}
+
 
 def data(view: View) -> Html | None:
     """Source, licence, counts, split, overlap and authors of the data, and whose teacher it was."""
@@ -149,4 +151,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
                 size(value) if amount and "memory" in name else count(value) if isinstance(value, int) else str(value)
             )
             out.append((name, text))
-    return [(name[0].upper() + name[1:], text) for name, text in out]
+    return [(_NAMES.get(name, name[0].upper() + name[1:]), text) for name, text in out]

@@ -166,7 +166,7 @@ def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
     answers = [
         element(
             "li",
-            element("p", element("b", view.label(key)), _judged((given[key] or {}).get("correct")), class_="who"),
+            element("p", element("b", view.label(key)), " ", _judged((given[key] or {}).get("correct")), class_="who"),
             _pre((given[key] or {}).get("text")),
         )
         for key in ranked

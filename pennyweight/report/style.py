@@ -10,7 +10,7 @@ LIGHT = {
     "line": "#d9dce0",
     "grid": "#e4e6e9",
     "teacher": "#3f464e",
-    "base": "#6b737c",
+    "base": "#626a73",
     "control": "#a84800",
     "student": "#0a5fa5",
     "int8": "#006e58",

@@ -167,9 +167,7 @@ def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dic
         {
             "prompt": row["prompt"],
             "gold": row["gold"],
-            "outputs": {
-                name: {k: e["outputs"][i][k] for k in ("text", "correct")} for name, e in evaluations.items()
-            },
+            "outputs": {name: {k: e["outputs"][i][k] for k in ("text", "correct")} for name, e in evaluations.items()},
         }
         for i, row in enumerate(first)
     ]

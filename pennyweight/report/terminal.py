@@ -40,13 +40,17 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Teacher, arms and low-bit copies side by side, and what was recovered of the gap."""
     console = Console(width=None, soft_wrap=True)
     if summary.get("unfinished"):
-        console.print(f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}")
+        console.print(
+            f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}"
+        )
         return
     models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}
     shown = ("accuracy", "pass_at_k", "kl_to_teacher", "agreement", "bits_per_byte")
     names = [n for n in shown if any(n in m["metrics"] for m in models.values())]
     seeds = len(summary["seeds"])
-    table = Table(title=f"{summary['name']}, {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals", box=None, pad_edge=False)
+    table = Table(
+        title=f"{summary['name']}, {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals", box=None, pad_edge=False
+    )
     for heading in ("model", "parameters", "weights", *(METRICS[n].label for n in names)):
         table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
     for name, m in models.items():
@@ -54,7 +58,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(table)
     for name, gap in summary["gap_recovered"].items():
         if name in ("accuracy", "kl_to_teacher"):
-            share = "" if gap["mean"] is None else f", {100 * gap['mean']:.0f} % of the gap from sft to teacher recovered"
+            share = (
+                "" if gap["mean"] is None else f", {100 * gap['mean']:.0f} % of the gap from sft to teacher recovered"
+            )
             console.print(f"{METRICS[name].label}: {gap['verdict']}{share}")
     t = summary["targets"]
     if t["bytes"]:

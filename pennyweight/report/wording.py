@@ -31,15 +31,16 @@ def plural(value: Any, one: str, many: str | None = None) -> str:
 
 
 def number(value: Any, like: float | None = None, signed: bool = False) -> str:
-    """About three digits that mean something; ``like`` lends its number of decimals (bounds written as their mean)."""
+    """Two to four significant digits; ``like`` lends its decimals (bounds are written as their mean)."""
     x = finite(value)
     if x is None:
         return MISSING
     size = abs(x if like is None else like)
     sign = "+" if signed else ""
-    if 0 < size < 1e-4:
+    if x and 0 < size < 1e-4:
         return f"{x:{sign}.1e}".replace("-", _MINUS)
-    decimals = next((d for limit, d in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if size >= limit), 4 if size else 2)
+    limits = ((100, 0), (10, 1), (1, 2), (0.1, 3), (0.01, 4))
+    decimals = next((d for limit, d in limits if size >= limit), 5 if size else 2)
     return f"{x:{sign},.{decimals}f}".replace("-", _MINUS)
 
 

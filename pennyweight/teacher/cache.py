@@ -59,6 +59,8 @@ class TargetCache:
     def fill(self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None) -> CacheFacts:
         """Load or make every shard; afterwards ``signal`` answers for these samples."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in self.folder.glob(".making-*"):
+            left_by_a_kill.unlink()
         unique = {s.token_hash: s for s in samples}
         order = sorted(unique)
         tokens = size = entries = made = 0
@@ -103,9 +105,12 @@ class TargetCache:
         return None, self.folder
 
     def _store(self, key: str, kept: Kept) -> Path:
-        content = save(_pack(kept), metadata={"format": "pennyweight-targets-1", "settings": json.dumps([self.threshold, self.temperature])})
+        content = save(
+            _pack(kept),
+            metadata={"format": "pennyweight-targets-1", "settings": json.dumps([self.threshold, self.temperature])},
+        )
         path = self.folder / f"{key}.{_digest(content)}.safetensors"
-        making = path.with_suffix(f".making-{os.getpid()}")
+        making = path.with_name(f".making-{path.name}")
         with open(making, "wb") as f:
             f.write(content)
             f.flush()

@@ -60,10 +60,6 @@ class Checkpoints:
         steps = self._steps()
         return steps[-1] if steps else None
 
-    def clear(self) -> None:
-        """Remove all checkpoints, once what they led to is safely elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 

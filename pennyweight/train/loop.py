@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +72,13 @@ def train(
         Stopped: the user asked.
     """
     model.to(compute.device).train()
-    head = head_of(model)
     optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay)
     facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
     wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"))
-    start, tokens, seconds = facts["step"], facts["tokens"], facts["seconds"]
+    start, tokens = facts["step"], facts["tokens"]
     rewind(start)
     every = max(1, schedule.steps // 100)
-    began = time.monotonic()
+    began = time.monotonic() - facts["seconds"]
     for step in range(start, schedule.steps):
         batches = next_batch(step)
         for batch in batches:
@@ -86,40 +86,33 @@ def train(
         last = step + 1 == schedule.steps
         measured = step == 0 or last or (step + 1) % every == 0
         lr = _set_lr(optimizer, step, schedule)
-        sums, norm = _step(model, head, optimizer, batches, compute, schedule.clip, measured)
+        line, norm = _step(model, optimizer, batches, compute, schedule.clip, measured)
         tokens += sum(b.tokens for b in batches)
-        spent = seconds + time.monotonic() - began
-        line = _means(sums)
         warm = step >= schedule.warmup * schedule.steps
-        tripped = wire.check(
-            line["loss"], norm, line["cross_entropy"] if warm else None, line["entropy"] if warm else None
-        )
-        if tripped:
-            raise Tripped(_what_to_do(tripped, step + 1, checkpoints))
+        _trip(wire, line, norm, warm, step + 1, checkpoints)
+        seconds = time.monotonic() - began
         if measured:
-            log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(spent, 3)})
+            log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
         stop = should_stop()
-        due = (step + 1) % schedule.checkpoint_every == 0 and not wire.armed
-        if last or stop or due:
-            kept = {"tokens": tokens, "seconds": spent, **wire.state()}
-            checkpoints.save(step + 1, model, optimizer, kept)
+        if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not wire.armed):
+            checkpoints.save(step + 1, model, optimizer, {"tokens": tokens, "seconds": seconds, **wire.state()})
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop and not last:
             raise Stopped(step + 1)
     model.eval()
-    return Outcome(schedule.steps, tokens, seconds + time.monotonic() - began)
+    return Outcome(schedule.steps, tokens, time.monotonic() - began)
 
 
 def _step(
     model: nn.Module,
-    head: Head,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     compute: Compute,
     clip: float,
     measured: bool,
-) -> tuple[list[Totals], float]:
-    """One optimizer step over its micro-batches; the totals of each and the gradient norm before clipping."""
+) -> tuple[dict[str, Any], float]:
+    """One optimizer step over its micro-batches; per-token means, and the gradient norm before clipping."""
+    head = head_of(model)
     optimizer.zero_grad(set_to_none=True)
     count = max(1, sum(b.count for b in batches))
     sums = []
@@ -129,7 +122,7 @@ def _step(
         sums.append(totals)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     optimizer.step()
-    return sums, norm
+    return _means(sums), norm
 
 
 def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, measured: bool = False) -> Totals:
@@ -171,7 +164,14 @@ def _means(sums: list[Totals]) -> dict[str, float | None]:
     }
 
 
-def _what_to_do(tripped: str, step: int, checkpoints: Checkpoints) -> str:
+def _trip(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool, step: int, checkpoints: Checkpoints) -> None:
+    """Raise Tripped when a tripwire has held; entropy is watched from the end of the warm-up on."""
+    watched = (line["cross_entropy"], line["entropy"]) if warm else (None, None)
+    tripped = wire.check(line["loss"], norm, *watched)
+    if not tripped:
+        return
     newest = checkpoints.newest()
     kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
-    return f"training stopped at step {step}: {tripped}; {kept}; lower train.lr, or loosen [tripwires] if this is right"
+    raise Tripped(
+        f"training stopped at step {step}: {tripped}; {kept}; lower train.lr, or loosen [tripwires] if this is right"
+    )

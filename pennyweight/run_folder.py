@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"{folder} is in use by another pennyweight process; wait for it, or choose another --out") from None
+            raise RunError(
+                f"{folder} is in use by another pennyweight process; wait for it, or choose another --out"
+            ) from None
         self._claim()
         self.ledger = Ledger.open(folder / "ledger.sqlite")
         self._walked: list[str] = []
@@ -96,8 +99,12 @@ class Run:
             raise RunError(f"{self.folder} is not empty and is not a RUN folder; choose another --out")
         write_json(file, self.recipe.model_dump(mode="json"))
 
-    def stage(self, name: str, depends: dict[str, Any], make: Callable[[], Made]) -> Done:
-        """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed."""
+    def stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made]) -> Done:
+        """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed.
+
+        ``make`` gets a folder for unfinished work, the same one whenever the stage is started on the same ``depends``,
+        and removed once the stage is finished.
+        """
         self._walked.append(name)
         key = sha256_json({"stage": name, "format": _FORMAT, **depends})
         done = self.ledger.stage_finished(name)
@@ -108,7 +115,7 @@ class Run:
         self.ledger.append("stage", {"name": name, "key": key, "status": "started"})
         _reset_peak_memory()
         began = time.monotonic()
-        made = make()
+        made = make(self.folder / "work" / f"{name}-{key[:16]}")
         artifacts = [artifact(self.folder, path).to_json() for path in made.paths]
         seconds = made.seconds if made.seconds is not None else time.monotonic() - began
         body = {
@@ -122,6 +129,8 @@ class Run:
             "artifacts": artifacts,
         }
         self.ledger.append("stage", body)
+        for unfinished in (self.folder / "work").glob(f"{name}-{'[0-9a-f]' * 16}"):
+            shutil.rmtree(unfinished)
         say(f"{name}: done in {seconds:,.1f} s" + (f", {made.tokens:,} tokens" if made.tokens else ""))
         return Done(name, made.facts, {a["path"]: a["sha256"] for a in artifacts})
 
@@ -136,7 +145,7 @@ class Run:
     def _intact(self, artifacts: list[dict[str, Any]]) -> bool:
         try:
             return all(artifact(self.folder, a["path"]).sha256 == a["sha256"] for a in artifacts)
-        except OSError:
+        except (OSError, RunError):
             return False
 
     @contextmanager

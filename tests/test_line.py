@@ -1,0 +1,222 @@
+"""The whole line on a tiny recipe: what a RUN folder holds, what runs again after a change, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pennyweight
+from pennyweight.commands import verify
+from pennyweight.errors import MethodError, RunError
+from pennyweight.ledger.hashing import hash_folder
+from pennyweight.records import METRICS
+
+TINY = Path(__file__).with_name("tiny.toml")
+MODELS = ("student", "student-int8", "student-int4")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run, and its summary."""
+    out = tmp_path_factory.mktemp("line") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENNYWEIGHT_CACHE", str(out.parent / "cache"))
+        return out, pennyweight.run(TINY, out=out)
+
+
+def stages(out) -> list[str]:
+    """Names of the stages that were started, in order."""
+    import sqlite3
+
+    with sqlite3.connect(out / "ledger.sqlite") as db:
+        rows = db.execute("SELECT body FROM entries WHERE kind = 'stage' ORDER BY seq").fetchall()
+    return [b["name"] for b in map(json.loads, (r[0] for r in rows)) if b["status"] == "started"]
+
+
+def test_the_folder_holds_what_is_promised(done):
+    out, summary = done
+    for name in ("recipe.json", "ledger.sqlite", "metrics.jsonl", "summary.json", "report.html", "targets", *MODELS):
+        assert (out / name).exists(), name
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert not list(out.rglob(".making-*")) and not list((out / "work").iterdir())
+
+
+def test_the_summary_has_teacher_arms_copies_targets_and_stages(done):
+    _, summary = done
+    assert set(summary["arms"]) == {"base", "sft", "kd"} and set(summary["quantized"]) == {"int8", "int4"}
+    for model in (summary["teacher"], *summary["arms"].values(), *summary["quantized"].values()):
+        assert model["params"] > 0 and model["bytes"] > 0
+        for name, row in model["metrics"].items():
+            assert name in METRICS and row["low"] <= row["mean"] <= row["high"]
+    for arm in ("sft", "kd"):
+        assert summary["arms"][arm]["seeds"] == [0, 1]
+        assert summary["arms"][arm]["steps"] == 12
+        assert "t interval over 2 seeds" in summary["arms"][arm]["metrics"]["kl_to_teacher"]["how"]
+    assert summary["arms"]["sft"]["tokens"] == summary["arms"]["kd"]["tokens"] > 0
+    assert summary["targets"]["tokens"] > 0 and summary["targets"]["bytes_per_token"] > 0
+    assert all(s["seconds"] >= 0 and s["peak_memory_bytes"] > 1e6 for s in summary["stages"].values())
+    assert (
+        summary["quantized"]["int4"]["bytes"] < summary["quantized"]["int8"]["bytes"] < summary["arms"]["kd"]["bytes"]
+    )
+    assert set(summary["gap_recovered"]) >= {"accuracy", "kl_to_teacher", "bits_per_byte"}
+
+
+def test_the_ledger_knows_every_training_record_and_verifies(done):
+    out, summary = done
+    found = verify(str(out))
+    assert found.ok and found.problem is None
+    assert (
+        summary["ledger"]["train"]
+        == summary["data"]["train"]
+        == len((out / "data/train.jsonl").read_text().splitlines())
+    )
+    assert summary["ledger"]["teacher-train"] > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_open_in_a_fresh_process(done, name):
+    out, _ = done
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+        "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1])\n"
+        "ids = t.apply_chat_template([{'role': 'user', 'content': 'Calculate 1 + 2.'}], return_tensors='pt')['input_ids']\n"
+        "print(m.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1], m.generation_config.eos_token_id)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(out / name)], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "2"], run.stderr[-500:]
+
+
+def test_arms_start_alike_and_end_apart(done):
+    out, _ = done
+    weights = {
+        n: AutoModelForCausalLM.from_pretrained(out / "arms" / n).state_dict()
+        for n in ("base-0", "sft-0", "kd-0", "kd-1")
+    }
+    assert all(
+        not torch.equal(weights["base-0"]["model.embed_tokens.weight"], w["model.embed_tokens.weight"])
+        for n, w in weights.items()
+        if n != "base-0"
+    )
+    assert not torch.equal(weights["sft-0"]["model.norm.weight"], weights["kd-0"]["model.norm.weight"])
+    student = AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
+    assert all(torch.equal(student[k], v) for k, v in weights["kd-0"].items())
+    assert (
+        AutoTokenizer.from_pretrained(out / "student").get_vocab()
+        == AutoTokenizer.from_pretrained(out / "teacher").get_vocab()
+    )
+
+
+def test_metrics_lines_are_unique_and_in_order(done):
+    out, _ = done
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    keys = [(x["arm"], x["seed"], x["step"]) for x in lines]
+    assert len(set(keys)) == len(keys)
+    assert {(a, s) for a, s, _ in keys} == {("teacher", 0), ("sft", 0), ("sft", 1), ("kd", 0), ("kd", 1)}
+    assert all(x["entropy"] > 0 and x["grad_norm"] > 0 for x in lines)
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_second_call_runs_nothing(copy):
+    before = stages(copy)
+    again = pennyweight.run(TINY, out=copy)
+    assert stages(copy) == before
+    assert again["arms"] == json.loads((copy / "summary.json").read_text())["arms"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "reruns", "keeps"),
+    [
+        (
+            "method.temperature=2.0",
+            {"targets", "kd-0", "kd-1", "student", "int4", "evaluate-kd-0"},
+            {"data", "sft-0", "start-0", "evaluate-sft-0"},
+        ),
+        ("quantize.group=16", {"int8", "int4", "evaluate-int4"}, {"kd-0", "student", "evaluate-kd-0"}),
+        ("evaluate.problems=4", {"evaluate-teacher", "evaluate-kd-1"}, {"kd-0", "int4", "data"}),
+        ("seeds=[0,1,2]", {"sft-2", "kd-2", "evaluate-kd-2"}, {"kd-0", "kd-1", "data", "evaluate-kd-0"}),
+    ],
+)
+def test_a_changed_value_reruns_just_what_depends_on_it(copy, setting, reruns, keeps):
+    before = len(stages(copy))
+    pennyweight.run(TINY, [setting], copy)
+    again = set(stages(copy)[before:])
+    assert reruns <= again and not keeps & again
+    assert verify(str(copy)).ok
+
+
+def test_damage_is_repaired(copy):
+    want = hash_folder(copy / "arms" / "kd-0")
+    shutil.rmtree(copy / "arms" / "kd-0")
+    shard = next((copy / "targets").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    before = len(stages(copy))
+    pennyweight.run(TINY, out=copy)
+    assert {"targets", "kd-0"} <= set(stages(copy)[before:])
+    assert hash_folder(copy / "arms" / "kd-0") == want
+    assert verify(str(copy)).ok
+
+
+def test_a_tampered_run_does_not_verify(copy):
+    file = copy / "student" / "config.json"
+    file.write_text(file.read_text() + " ")
+    found = verify(str(copy))
+    assert not found.ok and "student" in found.problem
+
+
+def test_dense_targets_store_nothing(tmp_path):
+    summary = pennyweight.run(
+        TINY, ["targets.kind=dense", "method.divergence=jsd", "seeds=[0]", "quantize.formats=[]"], tmp_path / "r"
+    )
+    assert summary["targets"]["bytes"] == 0 and summary["arms"]["kd"]["steps"] == 12 and not summary["quantized"]
+
+
+def test_a_wrong_combination_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(MethodError, match=r"targets\.kind=dense"):
+        pennyweight.run(TINY, ["method.divergence=reverse_kl"], tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_folders_of_others_are_left_alone(copy, tmp_path):
+    with pytest.raises(RunError, match="holds a run of the recipe 'tiny', not 'other'"):
+        pennyweight.run(TINY, ["name=other"], copy)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    with pytest.raises(RunError, match="not a RUN folder"):
+        pennyweight.run(TINY, out=tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_killed_anywhere_it_ends_in_the_same_student(done, tmp_path):
+    """kill -9 at random moments, until a session finishes: same student, same targets, a ledger that verifies.
+
+    Here a few kills on a warm teacher cache; `python -m benchmarks.kill` does twenty.
+    """
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    chance = random.Random(time.time_ns())
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(3.0, 8.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    for name in ("student", "student-int4", "targets", "teacher"):
+        assert hash_folder(out / name) == hash_folder(done[0] / name), name
+    assert verify(str(out)).ok

@@ -1,0 +1,89 @@
+"""Recipes: every shipped one parses and round-trips; overrides; what is wrong is said in one sentence with the cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pennyweight.errors import RecipeError
+from pennyweight.recipe import Recipe
+from pennyweight.recipe_file import distillation, load, shipped
+
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe_parses_and_round_trips_through_json(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert shipped(path.stem) == path
+    assert path.read_text().startswith("#"), "its cost and result belong in its header"
+
+
+def test_the_default_is_the_quickstart():
+    assert load(None).name == "quickstart"
+
+
+def test_settings_go_on_top():
+    recipe = load(None, ["train.steps=7", "targets.kind=dense", "teacher.shape.layers=2", "seeds=[1,2]", "name=mine"])
+    assert recipe.train.steps == 7 and recipe.targets.kind == "dense" and recipe.seeds == [1, 2]
+    assert recipe.teacher.kind == "trained" and recipe.teacher.shape.layers == 2 and recipe.name == "mine"
+
+
+def test_a_new_kind_drops_the_settings_of_the_old_one():
+    student = load(None, ["student.kind=cut", "student.layers=2"]).student
+    assert student.kind == "cut" and student.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("train.stepz=5", "unknown key 'train.stepz'; did you mean 'steps'?"),
+        ("tran.steps=5", "did you mean 'train'?"),
+        ("teacher.shape.hiddn=3", "unknown key 'teacher.shape.hiddn'; did you mean 'hidden'?"),
+        ('teacher.tasks=[{name="a",sise=3}]', "did you mean 'size'?"),
+        ("zzz=1", "known here: compute, data"),
+        ("train.steps=x", "train.steps: "),
+        ("train.steps=0", "greater than or equal to 1"),
+        ("student.kind=nope", "'folder', 'shape', 'cut'"),
+        ("teacher.shape.heads=5", "even head width"),
+        ("seeds=[1,1]", "name one seed twice"),
+        ("train.steps", "write it as a.b=value"),
+        ("train.steps.x=1", "steps is a value, not a table"),
+        ("name=a/b", "name"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_cure(setting, says):
+    with pytest.raises(RecipeError) as e:
+        load(None, [setting])
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe at .*shipped ones: .*quickstart"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = \n")
+    with pytest.raises(RecipeError, match="not valid TOML.*line 1"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(RecipeError, match="is missing; add it"):
+        load(tmp_path / "empty.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot read"):
+        load(tmp_path / "bytes.toml")
+
+
+def test_distill_needs_no_recipe():
+    recipe = distillation(teacher="models/big-one/", cut="layers=2,hidden=64", steps=9, settings=["train.lr=0.5"])
+    assert recipe.name == "distill-big-one" and recipe.seeds == [0, 1, 2] and recipe.train.steps == 9
+    assert recipe.student.layers == 2 and recipe.student.hidden == 64 and recipe.train.lr == 0.5
+    assert recipe.data.source.kind == "teacher_samples"
+    assert distillation(teacher="t", student="s", data="d.jsonl").data.source.path == "d.jsonl"
+    for both in ({}, {"student": "s", "cut": "layers=1"}):
+        with pytest.raises(RecipeError, match="not both"):
+            distillation(teacher="t", **both)
+    with pytest.raises(RecipeError, match="did you mean 'layers'"):
+        distillation(teacher="t", cut="layrs=2")
