@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pennyweight.errors import PennyweightError, RecipeError
+from pennyweight.version import __version__
 
 app = typer.Typer(
     name="pennyweight",
@@ -26,6 +27,21 @@ app.add_typer(ledger_app, name="ledger")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pennyweight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

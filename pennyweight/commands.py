@@ -10,7 +10,7 @@ from typing import Any
 from pennyweight.data.render import encode, learnt_bytes, prompt_ids, shown, windows
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
-from pennyweight.errors import DataError, RunError
+from pennyweight.errors import DataError, RecipeError, RunError
 from pennyweight.evaluate.agreement import score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.suite import Sampling, as_scorer, examine
@@ -21,6 +21,7 @@ from pennyweight.model.load import load, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting
 from pennyweight.quant.export import export
+from pennyweight.quant.formats import BITS
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import read_json
@@ -106,10 +107,13 @@ def quantize(model: str, fmt: str, out: str, *, group: int = 32) -> dict[str, An
     """Write a low-bit copy of a model folder to ``out``.
 
     Raises:
+        RecipeError: there is no such format.
         ModelError: the model cannot be used or holds nothing to quantise.
         RunError: ``out`` is there already.
     """
     place = Path(out)
+    if fmt not in BITS:
+        raise RecipeError(f"no format is named {fmt!r}; use {' or '.join(BITS)}")
     if place.exists():
         raise RunError(f"{place} is there already; choose another --out, or remove it")
     if not Path(model).is_dir():

@@ -50,8 +50,9 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
         what summary.json holds.
     """
     check(recipe.method, frozenset({recipe.targets.kind}))
+    bench = Bench(recipe, out)
     with Run(out, recipe) as run:
-        line = Line(run)
+        line = Line(run, bench)
         teacher = the_teacher(line)
         data = the_data(line, teacher)
         starts = {seed: a_start(line, teacher, seed) for seed in recipe.seeds}
@@ -82,10 +83,9 @@ class Finished:
 class Line:
     """A run in progress: its folder and ledger, the bench its stages share, and where its measurements go."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, bench: Bench):
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
-        self.bench = Bench(run.recipe, run.folder)
-        self.compute = self.bench.compute
+        self.bench, self.compute = bench, bench.compute
         settings = self.recipe.model_dump(mode="json")
         also = [trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)] if self.recipe.log else []
         self.journal = Journal(self.folder / "metrics.jsonl", also)

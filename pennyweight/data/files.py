@@ -6,6 +6,7 @@ Each row comes with the place it stands at (file and line), for messages. Files 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -156,7 +157,7 @@ def _separated(separator: str) -> Callable[[Path, str], Iterator[Row]]:
     """A reader of CSV (comma) or TSV (tab) with a header."""
 
     def read(path: Path, shown: str) -> Iterator[Row]:
-        lines = iter(csv.reader(read_text(path, shown).splitlines(keepends=True), delimiter=separator))
+        lines = iter(csv.reader(io.StringIO(read_text(path, shown), newline=""), delimiter=separator))
         number = 0
         try:
             header = next(lines, [])

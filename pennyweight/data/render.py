@@ -106,7 +106,7 @@ def encode_all(samples: Sequence[Sample], tokenizer: Any, context: int, too_long
 
 
 def windows(path: str | Path, tokenizer: Any, context: int) -> list[Encoded]:
-    """A text file as windows of at most ``context`` tokens, for measuring; every token but the first is in one.
+    """A text file as windows of at most ``context`` tokens, for measuring; each token is learnt in one of them.
 
     Lines of ``<|endoftext|>`` stand between documents; without them the file is one document.
 
@@ -199,7 +199,7 @@ def _encoded(sample: Sample, response: str, tokenizer: Any) -> Encoded:
         text, closed = _last_turn(sample, response, prompt, tokenizer)
         rest = _ids_after(tokenizer, prompt, text) + ([] if closed else end)
     learnt = [*mask, *[True] * len(rest)]
-    return Encoded(sample.id, tuple(begin + rest), (False, *learnt[1:]))
+    return Encoded(sample.id, tuple(begin + rest), tuple(yes and t > 0 for t, yes in enumerate(learnt)))
 
 
 def _plain_prompt(sample: Sample) -> str:
@@ -304,12 +304,15 @@ def _cells(tokenizer: Any, ids: list[int]) -> list[str]:
     parts: list[int] = []
     for number in ids:
         text = _piece(tokenizer, number)
-        if text != tokenizer.convert_ids_to_tokens(number) or (not parts and not _BYTE.fullmatch(text)):
-            cells += [_piece(tokenizer, p) for p in parts] + [text]
-            parts = []
+        if not parts and text != tokenizer.convert_ids_to_tokens(number):
+            cells.append(text)
             continue
         parts.append(number)
-    return cells
+        text = text if parts == [number] else tokenizer.decode(parts)
+        if "\ufffd" not in tokenizer.decode(parts):
+            cells.append(text)
+            parts = []
+    return cells + [_piece(tokenizer, p) for p in parts]
 
 
 def _piece(tokenizer: Any, number: int) -> str:

@@ -29,7 +29,7 @@ LICENCE = "Apache-2.0"
 def problems(name: str, size: int, seed: int, config: dict[str, Any]) -> list[Sample]:
     """Problems of one task, in the order drawn, without repeated prompts: at most ``size``.
 
-    The response is a worked solution where ``TRACES`` has one, else the bare answer, and None where reasoning-gym
+    Problems whose gold answer is blank are left out. The response is a worked solution where ``TRACES`` has one, else the bare answer, and None where reasoning-gym
     accepts many answers and gives none. Same arguments, same problems, in any process.
 
     Raises:
@@ -39,6 +39,8 @@ def problems(name: str, size: int, seed: int, config: dict[str, Any]) -> list[Sa
     for frozen in _drawn_elsewhere(name, size, seed, config):
         entry = thaw(frozen)
         answer = entry["answer"] if isinstance(entry["answer"], str) else ""
+        if entry["answer"] is not None and not answer.strip():
+            continue  # nothing can be right: base_conversion writes zero as no digits at all
         task = Task(name, "reasoning_gym", answer, canonical_json({"config": config, "entry": frozen}))
         prompt = (Message("user", entry["question"].strip()),)
         sample = Sample(prompt, solution(name, entry), f"reasoning-gym/{name}", LICENCE, task=task)
@@ -176,6 +178,29 @@ def _chain_sum(entry: dict[str, Any]) -> str:
     return _finish(lines, total)
 
 
+def _basic_arithmetic(entry: dict[str, Any]) -> str:
+    """One operation a line, products and quotients before sums.
+
+    The bare answer where there are parentheses or signs, and where reasoning-gym's answer is not that of the
+    expression it shows (it leaves parentheses out of the text, not out of the sum, when they are not allowed).
+    """
+    terms, bare = entry["metadata"]["expression"].split(), f"#### {entry['answer']}"
+    if not all(t.isdigit() for t in terms[::2]) or len(terms) % 2 == 0:
+        return bare
+    lines: list[str] = []
+    for operators in ("*/", "+-"):
+        i = 1
+        while i < len(terms):
+            if terms[i] not in operators:
+                i += 2
+                continue
+            a, sign, b = int(terms[i - 1]), terms[i], int(terms[i + 1])
+            after = {"*": a * b, "/": a // b if b else 0, "+": a + b, "-": a - b}[sign]
+            lines.append(f"{a} {sign} {b} = {after}")
+            terms[i - 1 : i + 2] = [str(after)]
+    return _finish(lines, int(terms[0])) if terms[0] == entry["answer"] else bare
+
+
 def _products(entry: dict[str, Any]) -> str:
     """Long multiplication: one partial product for each digit that is not zero, then their running sum."""
     total, *factors = (int(f) for f in entry["metadata"]["expression"].split(" * "))
@@ -282,6 +307,7 @@ def _base_conversion(entry: dict[str, Any]) -> str:
 
 TRACES: dict[str, Callable[[dict[str, Any]], str]] = {
     "base_conversion": _base_conversion,
+    "basic_arithmetic": _basic_arithmetic,
     "chain_sum": _chain_sum,
     "count_bits": _count_bits,
     "gcd": _gcd,

@@ -105,10 +105,9 @@ class TargetCache:
         return None, self.folder
 
     def _store(self, key: str, kept: Kept) -> Path:
-        content = save(
-            _pack(kept),
-            metadata={"format": "pennyweight-targets-1", "settings": json.dumps([self.threshold, self.temperature])},
-        )
+        # One metadata entry only: their order in the file is not fixed, and a shard is named by its bytes.
+        settings = json.dumps({"pennyweight-targets": 1, "threshold": self.threshold, "temperature": self.temperature})
+        content = save(_pack(kept), metadata={"made": settings})
         path = self.folder / f"{key}.{_digest(content)}.safetensors"
         making = path.with_name(f".making-{path.name}")
         with open(making, "wb") as f:

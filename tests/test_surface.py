@@ -1,0 +1,107 @@
+"""The surface by name: commands, their options, recipe fields, exported names. A change here is a decision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import BaseModel
+from typer.main import get_command
+
+import pennyweight
+from pennyweight import recipe
+from pennyweight.cli import app
+
+COMMANDS = {
+    "run": {"arguments", "out", "log", "as_json"},
+    "distill": {
+        "teacher", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
+        "trust_remote_code", "out", "as_json",
+    },
+    "evaluate": {
+        "model", "tasks", "text", "problems", "samples", "max_tokens", "seed", "device", "trust_remote_code", "as_json",
+    },
+    "compare": {"a", "b", "text", "device", "as_json"},
+    "quantize": {"model", "out", "fmt", "group", "as_json"},
+    "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device"},
+    "report": {"folder"},
+    "show": {"folder", "sample", "as_json"},
+    "ledger": set(),
+}  # fmt: skip
+
+FIELDS = {
+    "Recipe": "name seed seeds compute teacher data targets student method train tripwires quantize evaluate log",
+    "Compute": "device dtype threads",
+    "TaskSource": "name size config",
+    "TeacherSamples": "kind count max_tokens temperature",
+    "FileData": "kind path split prompt response text answer verifier licence limit",
+    "TaskData": "kind tasks seed",
+    "Responses": "by temperature top_p max_tokens keep",
+    "Data": "source responses context too_long eval_fraction eval_limit",
+    "Shape": "hidden layers heads kv_heads intermediate tie_embeddings",
+    "Schedule": "steps batch micro_batch pack lr shape warmup decay floor weight_decay beta1 beta2 clip checkpoint_every",
+    "Tripwires": "loss_spike entropy_low entropy_high patience",
+    "FolderTeacher": "kind path trust_remote_code licence",
+    "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
+    "FolderStudent": "kind path trust_remote_code",
+    "ShapeStudent": "kind shape",
+    "CutStudent": "kind layers hidden intermediate",
+    "SftMethod": "kind",
+    "KdMethod": "kind divergence beta temperature cross_entropy",
+    "DenseTargets": "kind",
+    "SampledTargets": "kind threshold shard",
+    "Quantize": "formats group",
+    "Evaluate": "problems samples temperature max_tokens text shown",
+}
+
+FACE = [
+    "Chat", "PennyweightError", "__version__", "compare", "distill", "evaluate_model", "quantize", "run", "show", "verify",
+]  # fmt: skip
+
+
+def test_commands_and_their_options():
+    commands = get_command(app).commands
+    assert set(commands) == set(COMMANDS)
+    for name, options in COMMANDS.items():
+        assert {p.name for p in commands[name].params} - {"help"} == options, name
+    assert set(commands["ledger"].commands) == {"verify"}
+
+
+def test_recipe_fields():
+    tables = {
+        n: t for n, t in vars(recipe).items()
+        if isinstance(t, type) and issubclass(t, BaseModel) and t not in (BaseModel, recipe.Settings)
+    }  # fmt: skip
+    assert {n: " ".join(t.model_fields) for n, t in tables.items()} == FIELDS
+
+
+def test_exported_names_are_there():
+    assert pennyweight.__all__ == FACE
+    for name in FACE:
+        assert getattr(pennyweight, name) is not None
+    assert not hasattr(pennyweight, "nonsense")
+
+
+def test_the_version_is_told():
+    run = subprocess.run([sys.executable, "-m", "pennyweight.cli", "--version"], capture_output=True, text=True)
+    assert run.stdout == f"pennyweight {pennyweight.__version__}\n"
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, pennyweight; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic', 'rich', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["ledger", "verify"]])
+def test_help_imports_nothing_heavy_and_shows_examples(command):
+    code = (
+        "import sys; sys.argv = ['pennyweight', *sys.argv[1:], '--help']\n"
+        "from pennyweight.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.rstrip().endswith("[]"), run.stdout[-300:] + run.stderr[-300:]
+    if command and command[0] in ("run", "distill", "evaluate", "compare", "quantize", "chat"):
+        assert "Example" in run.stdout

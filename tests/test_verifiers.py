@@ -1,0 +1,185 @@
+"""Final answers, and the verdicts of each verifier."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from pennyweight.errors import DataError
+from pennyweight.records import Message, Sample, Task, Verdict
+from pennyweight.verifiers import VERIFIERS, final_answer, judge, judge_sample
+from pennyweight.verifiers.exact import never_raises
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "real" / "gsm8k"
+needs_gsm8k = pytest.mark.skipif(
+    not GSM8K.is_dir(), reason="needs the real GSM8K, which lies beside a full checkout only"
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("1 + 1 = 2\n#### 2", "2"),
+        ("#### 1\nno, wait\n####  3 \nthat is it", "3"),
+        ("#### \nso the answer is 7", "7"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}, done", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{never closed, Answer: 4", "4"),
+        ("<answer>a</answer> <answer>\n b\nc </answer>", "b\nc"),
+        ("<answer>\n####\n#..#\n####\n</answer>", "####\n#..#\n####"),
+        ("<answer>8</answer>\n#### 9", "9"),
+        ("The answer is: 42.", "42"),
+        ("**Answer:** 3.5", "3.5"),
+        ("Janet makes 18 dollars\nA: 18", "18"),
+        ("정답: 12", "12"),
+        ("first\n\nlast line  \n\n", "last line"),
+        ("  \n ", None),
+        ("", None),
+    ],
+)
+def test_final_answer(response, answer):
+    assert final_answer(response) == answer
+
+
+def test_final_answer_takes_a_hostile_text_in_its_stride():
+    for text in ("<answer>" * 50_000, r"\boxed{" * 50_000, "answer is" * 50_000, "#" * 100_000, "{" * 100_000):
+        final_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "correct"),
+    [
+        ("1,234", "1234", True),
+        ("12,34", "1234", False),
+        ("New  YORK", "new york", True),
+        ("가나", "가나", True),
+        ("0.50", "0.5", False),
+        ("5", "6", False),
+    ],
+)
+def test_exact(answer, gold, correct):
+    verdict = judge(f"so\n#### {answer}", Task("t", "exact", gold))
+    assert verdict.correct is correct
+    assert verdict.answer == answer
+    assert bool(verdict.reason) is not correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "correct"),
+    [
+        ("0.5", "1/2", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("$18.00", "18", True),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("y-2", "x+2", False),
+        ("(1, 2)", "(1,2)", True),
+        ("(2, 1)", "(1,2)", False),
+        ("6 apples", "6", True),
+        ("-3", "3", False),
+        ("", "3", False),
+    ],
+)
+def test_math(answer, gold, correct):
+    assert judge(rf"\boxed{{{answer}}}", Task("t", "math", gold)).correct is correct
+
+
+def test_math_off_the_main_thread():
+    task, found = Task("t", "math", "1/2"), {}
+
+    def work():
+        for answer in ("0.5", "3"):
+            found[answer] = judge(f"#### {answer}", task)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found["0.5"] == Verdict(True, "0.5")
+    assert not found["3"].correct
+    assert "failed" not in found["3"].reason
+
+
+def test_math_agrees_with_itself_on_fresh_fractions():
+    rng = random.Random()
+    for _ in range(20):
+        a, b, k = rng.randint(1, 99), rng.randint(2, 99), rng.randint(2, 9)
+        assert judge(rf"#### \frac{{{a * k}}}{{{b * k}}}", Task("t", "math", f"{a}/{b}")).correct, (a, b, k)
+        assert not judge(f"#### {a + b}/{b}", Task("t", "math", f"{a}/{b}")).correct, (a, b)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "__import__('os').system('touch pwned')",
+        "exec('open(1)')",
+        "[open('pwned', 'w')]",
+        "(lambda: 1)()",
+        "9**9**9**9",
+        "sympify('1')",
+    ],
+)
+def test_programs_are_not_run(answer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entry = json.dumps(
+        {"config": {}, "entry": {"question": "", "answer": "_ Q", "metadata": {"valid_answers": ["_ Q"]}}}
+    )
+    verdict = judge(f"#### {answer}", Task("n_queens", "reasoning_gym", "_ Q", entry))
+    assert not verdict.correct
+    assert "program" in verdict.reason
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verifier", sorted(VERIFIERS))
+def test_no_verifier_raises(verifier):
+    for response in ("", "####", "\\boxed{", "\x00", "\ud800", "#### " + "(" * 500, "#### \\frac{1}{0}", "#### 9/0"):
+        for entry in ("{}", "not json", '{"config": {}, "entry": {}}'):
+            verdict = judge(response, Task("no_such_task", verifier, "1", entry))
+            assert isinstance(verdict, Verdict)
+            assert not verdict.correct
+            assert verdict.reason
+
+
+def test_a_failure_inside_becomes_a_verdict():
+    @never_raises
+    def broken(response, task):
+        raise ZeroDivisionError("no good")
+
+    verdict = broken("x", Task("t", "exact", "1"))
+    assert not verdict.correct
+    assert "ZeroDivisionError: no good" in verdict.reason
+
+
+def test_an_unknown_verifier_is_refused_by_name():
+    with pytest.raises(DataError, match="no verifier is named 'maths'.*exact, math"):
+        judge("1", Task("t", "maths", "1"))
+
+
+def test_judging_samples():
+    sample = Sample((Message("user", "1+1?"),), "#### 2", "s", task=Task("t", "exact", "2"))
+    assert judge_sample(sample) == Verdict(True, "2")
+    assert judge_sample(Sample(sample.prompt, None, "s", task=sample.task)) is None
+    assert judge_sample(Sample(sample.prompt, "2", "s")) is None
+
+
+@needs_gsm8k
+@pytest.mark.parametrize("verifier", ["math", "exact"])
+def test_gsm8k_answers_pass_their_own_verifier(verifier):
+    rows = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text().splitlines()[:300]]
+    for row in rows:
+        verdict = judge(row["answer"], Task("gsm8k", verifier, row["answer"].split("####")[1].strip()))
+        assert verdict.correct, (row["answer"], verdict)
+
+
+@needs_gsm8k
+def test_agrees_with_the_published_labels():
+    rows = [json.loads(line) for line in (GSM8K / "example_model_solutions.jsonl").read_text().splitlines()[:200]]
+    agree = total = 0
+    for row in rows:
+        task = Task("gsm8k", "math", row["ground_truth"].rpartition("A:")[2].strip())
+        for model in ("6b_finetuning", "175b_verification"):
+            total += 1
+            agree += judge(row[model]["solution"], task).correct == row[model]["is_correct"]
+    assert agree / total > 0.99
