@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.errors import PennyweightError, RecipeError
+from pennyweight.errors import PennyweightError, RecipeError, of_the_system
 from pennyweight.version import __version__
 
 app = typer.Typer(
@@ -266,7 +265,10 @@ def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
     if not found.ok:
         raise LedgerError(f"the ledger of {folder} does not verify: {found.problem}")
     if not as_json:
-        typer.echo(f"verified: {found.entries:,} entries, {found.records:,} records, {found.artifacts:,} artifacts")
+        typer.echo(
+            f"verified: {found.checked_entries:,} entries, {found.checked_records:,} records, "
+            f"{found.checked_artifacts:,} artifacts"
+        )
 
 
 def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
@@ -305,14 +307,12 @@ def main() -> None:
         code = app(standalone_mode=False)
     except PennyweightError as e:
         _fail(str(e), e.exit_code)
-    except typer.Abort:
-        _fail("stopped; the same command goes on from here", 130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("stopped; the same command goes on from here", 130)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as e:
-        _fail(_of_the_system(e), 2)
+        _fail(of_the_system(e), 2)
     except Exception as e:
         _fail_unless_expected(e)
     else:
@@ -328,15 +328,6 @@ def _fail_unless_expected(e: Exception) -> None:
             f"could not write a weight file: {e}; free some space or check permissions, then run the command again", 2
         )
     raise e
-
-
-def _of_the_system(e: OSError) -> str:
-    where = f" at {e.filename}" if e.filename else ""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}; free some space, and the same command goes on from here"
-    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
-    return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"
 
 
 def _fail(message: str, code: int) -> None:

@@ -173,7 +173,7 @@ def show(folder: str) -> dict[str, Any]:
     if (root / "summary.json").exists():
         return read_json(root / "summary.json")
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
-        return {"recipe": read_json(root / "recipe.json"), "unfinished": True, "stages": ledger.stages()}
+        return {"recipe": read_json(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
 
 
 def show_sample(folder: str, number: int) -> str:

@@ -8,12 +8,15 @@
     ├── RunError                a RUN folder that is taken, foreign, or cannot be written
     ├── LedgerError             a ledger that does not verify, or a record it does not know
     ├── MissingExtra            an optional dependency; the message holds the install line
-    └── Tripped                 exit 3: training stopped by a tripwire, last good checkpoint kept
+    ├── Tripped                 exit 3: training stopped by a tripwire, last good checkpoint kept
+    └── Stopped                 exit 130: the user asked; a checkpoint was written first
 
 One boundary prints them: ``cli.main``. An exception carries values, never objects of a higher floor.
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class PennyweightError(Exception):
@@ -57,3 +60,23 @@ class Tripped(PennyweightError):
     """A tripwire stopped training. The last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class Stopped(PennyweightError):
+    """The user asked to stop; a checkpoint after ``step`` steps was written."""
+
+    exit_code = 130
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step:,}, with a checkpoint; the same command goes on from there")
+        self.step = step
+
+
+def of_the_system(e: OSError) -> str:
+    """One sentence about what the operating system refused, and what to do."""
+    where = f" at {e.filename}" if e.filename else ""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; free some space, and the same command goes on from here"
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
+    return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"

@@ -29,18 +29,18 @@ def _with_default_kind(table: Any, **kinds: str) -> Any:
 class Compute(Settings):
     """Where and in which precision to compute."""
 
-    device: str = Field("auto", description="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    device: str = Field(default="auto", description="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of training and teacher: auto is bfloat16 where the processor has it"
+        default="auto", description="arithmetic of training and teacher: auto is bfloat16 where the processor has it"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0 is one per core")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 is one per core")
 
 
 class TaskSource(Settings):
     """Problems of a reasoning-gym task, with a worked solution where Pennyweight has a generator for it."""
 
     name: str
-    size: int = Field(1000, ge=1, description="how many problems to draw before removing repeats")
+    size: int = Field(default=1000, ge=1, description="how many problems to draw before removing repeats")
     config: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym's own settings of the task")
 
 
@@ -48,9 +48,9 @@ class TeacherSamples(Settings):
     """The teacher's own samples: texts written from nothing (base models) by ancestral sampling."""
 
     kind: Literal["teacher_samples"] = "teacher_samples"
-    count: int = Field(2000, ge=2)
-    max_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    count: int = Field(default=2000, ge=2)
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 class FileData(Settings):
@@ -62,14 +62,14 @@ class FileData(Settings):
 
     kind: Literal["files"] = "files"
     path: str
-    split: str = Field("train", description="split of a hub or saved dataset")
-    prompt: str | None = Field(None, description="name of the prompt column")
-    response: str | None = Field(None, description="name of the response column")
-    text: str | None = Field(None, description="name of the text column")
-    answer: str | None = Field(None, description="name of the gold-answer column, for a verifier")
-    verifier: str | None = Field(None, description="row of VERIFIERS that judges responses against the answer")
+    split: str = Field(default="train", description="split of a hub or saved dataset")
+    prompt: str | None = Field(default=None, description="name of the prompt column")
+    response: str | None = Field(default=None, description="name of the response column")
+    text: str | None = Field(default=None, description="name of the text column")
+    answer: str | None = Field(default=None, description="name of the gold-answer column, for a verifier")
+    verifier: str | None = Field(default=None, description="row of VERIFIERS that judges responses against the answer")
     licence: str = "undeclared"
-    limit: int | None = Field(None, ge=1, description="read at most this many rows")
+    limit: int | None = Field(default=None, ge=1, description="read at most this many rows")
 
 
 class TaskData(Settings):
@@ -87,12 +87,15 @@ class Responses(Settings):
     """Who writes the responses, and which of them are kept."""
 
     by: Literal["auto", "given", "teacher"] = Field(
-        "auto", description="auto: the teacher where the row has none; given: rows must have one; teacher: always"
+        default="auto",
+        description="auto: the teacher where the row has none; given: rows must have one; teacher: always",
     )
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(256, ge=1)
-    keep: Literal["all", "verified"] = Field("all", description="verified: only responses that their verifier accepts")
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=256, ge=1)
+    keep: Literal["all", "verified"] = Field(
+        default="all", description="verified: only responses that their verifier accepts"
+    )
 
 
 class Data(Settings):
@@ -100,10 +103,12 @@ class Data(Settings):
 
     source: Source = Field(default_factory=TeacherSamples)
     responses: Responses = Field(default_factory=Responses)
-    context: int = Field(512, ge=8, description="longest sample in tokens, prompt and response together")
+    context: int = Field(default=512, ge=8, description="longest sample in tokens, prompt and response together")
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
-    eval_fraction: float = Field(0.1, gt=0, lt=1, description="share of prompts held out, chosen by content hash")
-    eval_limit: int = Field(500, ge=1, description="held-out samples used at most")
+    eval_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="share of prompts held out, chosen by content hash"
+    )
+    eval_limit: int = Field(default=500, ge=1, description="held-out samples used at most")
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +122,7 @@ class Shape(Settings):
     hidden: int = Field(ge=8)
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
-    kv_heads: int | None = Field(None, ge=1, description="default: as many as heads")
+    kv_heads: int | None = Field(default=None, ge=1, description="default: as many as heads")
     intermediate: int = Field(ge=8)
     tie_embeddings: bool = True
 
@@ -133,29 +138,33 @@ class Shape(Settings):
 class Schedule(Settings):
     """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
 
-    steps: int = Field(300, ge=1)
-    batch: int = Field(32, ge=1, description="samples per step, over all micro-batches")
-    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; default: the whole batch")
-    pack: bool = Field(False, description="several samples in one row of `context` tokens, blind to each other")
-    lr: float = Field(1e-3, gt=0)
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=32, ge=1, description="samples per step, over all micro-batches")
+    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; default: the whole batch")
+    pack: bool = Field(default=False, description="several samples in one row of `context` tokens, blind to each other")
+    lr: float = Field(default=1e-3, gt=0)
     shape: Literal["cosine", "wsd"] = "cosine"
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    decay: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps that decay, at the end")
-    floor: float = Field(0.02, ge=0, le=1, description="last learning rate as a share of the highest")
-    weight_decay: float = Field(0.05, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    checkpoint_every: int = Field(100, ge=1, description="steps")
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of the steps that decay, at the end")
+    floor: float = Field(default=0.02, ge=0, le=1, description="last learning rate as a share of the highest")
+    weight_decay: float = Field(default=0.05, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    checkpoint_every: int = Field(default=100, ge=1, description="steps")
 
 
 class Tripwires(Settings):
     """What stops a run: each must hold for ``patience`` measurements in a row, after the warm-up."""
 
-    loss_spike: float = Field(3.0, gt=1, description="loss above this many times its running mean")
-    entropy_low: float = Field(0.02, ge=0, description="entropy below this share of the cross-entropy: collapse")
-    entropy_high: float = Field(50.0, gt=1, description="entropy above this many times the cross-entropy: explosion")
-    patience: int = Field(5, ge=1)
+    loss_spike: float = Field(default=3.0, gt=1, description="loss above this many times its running mean")
+    entropy_low: float = Field(
+        default=0.02, ge=0, description="entropy below this share of the cross-entropy: collapse"
+    )
+    entropy_high: float = Field(
+        default=50.0, gt=1, description="entropy above this many times the cross-entropy: explosion"
+    )
+    patience: int = Field(default=5, ge=1)
 
 
 class FolderTeacher(Settings):
@@ -174,8 +183,8 @@ class TrainedTeacher(Settings):
     tasks: list[TaskSource] = Field(min_length=1)
     shape: Shape
     schedule: Schedule = Field(default_factory=Schedule)
-    vocabulary: int = Field(256, ge=16, description="largest size of the byte-level BPE made from the tasks")
-    context: int = Field(256, ge=8)
+    vocabulary: int = Field(default=256, ge=16, description="largest size of the byte-level BPE made from the tasks")
+    context: int = Field(default=256, ge=8)
     seed: int = 0
     licence: str = "Apache-2.0"
 
@@ -202,9 +211,11 @@ class CutStudent(Settings):
     """A student cut from the teacher: layers chosen, widths narrowed, everything else copied."""
 
     kind: Literal["cut"] = "cut"
-    layers: int | list[int] | None = Field(None, description="how many (spread evenly), or which, counted from 0")
-    hidden: int | None = Field(None, ge=8)
-    intermediate: int | None = Field(None, ge=8)
+    layers: int | list[int] | None = Field(
+        default=None, description="how many (spread evenly), or which, counted from 0"
+    )
+    hidden: int | None = Field(default=None, ge=8)
+    intermediate: int | None = Field(default=None, ge=8)
 
 
 StudentChoice = Annotated[Union[FolderStudent, ShapeStudent, CutStudent], Discriminator("kind")]  # noqa: UP007
@@ -221,9 +232,9 @@ class KdMethod(Settings):
 
     kind: Literal["kd"] = "kd"
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
-    temperature: float = Field(1.0, gt=0, description="softens both sides; the loss is scaled by its square")
-    cross_entropy: float = Field(0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
+    cross_entropy: float = Field(default=0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
 
 
 MethodChoice = Annotated[Union[SftMethod, KdMethod], Discriminator("kind")]  # noqa: UP007
@@ -240,9 +251,12 @@ class SampledTargets(Settings):
 
     kind: Literal["sampled"] = "sampled"
     threshold: float = Field(
-        0.025, gt=0, lt=1, description="probabilities from here up are kept exactly; below, sampled to weigh this much"
+        default=0.025,
+        gt=0,
+        lt=1,
+        description="probabilities from here up are kept exactly; below, sampled to weigh this much",
     )
-    shard: int = Field(256, ge=1, description="samples per shard")
+    shard: int = Field(default=256, ge=1, description="samples per shard")
 
 
 TargetChoice = Annotated[Union[DenseTargets, SampledTargets], Discriminator("kind")]  # noqa: UP007
@@ -252,25 +266,25 @@ class Quantize(Settings):
     """Low-bit copies of the student."""
 
     formats: list[Literal["int8", "int4"]] = Field(default_factory=lambda: ["int8", "int4"])
-    group: int = Field(32, ge=8, description="weights that share a scale")
+    group: int = Field(default=32, ge=8, description="weights that share a scale")
 
 
 class Evaluate(Settings):
     """What is measured on held-out samples."""
 
-    problems: int = Field(300, ge=1, description="held-out problems with a verifier, at most")
-    samples: int = Field(4, ge=0, description="samples per problem for pass@k; 0 leaves pass@k out")
-    temperature: float = Field(1.0, gt=0, description="of the pass@k samples")
-    max_tokens: int = Field(256, ge=1)
-    text: str | None = Field(None, description="a text file for bits per byte; default: the held-out samples")
-    shown: int = Field(4, ge=0, description="sample outputs shown side by side in the report")
+    problems: int = Field(default=300, ge=1, description="held-out problems with a verifier, at most")
+    samples: int = Field(default=4, ge=0, description="samples per problem for pass@k; 0 leaves pass@k out")
+    temperature: float = Field(default=1.0, gt=0, description="of the pass@k samples")
+    max_tokens: int = Field(default=256, ge=1)
+    text: str | None = Field(default=None, description="a text file for bits per byte; default: the held-out samples")
+    shown: int = Field(default=4, ge=0, description="sample outputs shown side by side in the report")
 
 
 class Recipe(Settings):
     """One run, from teacher to report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    seed: int = Field(0, ge=0, description="every random draw comes from this and the arm seeds")
+    seed: int = Field(default=0, ge=0, description="every random draw comes from this and the arm seeds")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="one student of each arm per seed")
     compute: Compute = Field(default_factory=Compute)
     teacher: TeacherChoice

@@ -188,8 +188,8 @@ class Teacher(Protocol):
         """Responses to prompts of token ids: (text, whether it ended by itself)."""
         ...
 
-    def targets(self, samples: Sequence[Encoded]) -> list[Any]:
-        """What is kept of the teacher's distribution at each sample's loss positions."""
+    def targets(self, samples: Sequence[Encoded], threshold: float, temperature: float) -> list[Any]:
+        """A sparse sample of the distribution at each sample's loss positions (``teacher.targets.Kept``)."""
         ...
 
 

@@ -36,7 +36,7 @@ class Done:
 
 @dataclass
 class Made:
-    """What a stage hands back: facts, tokens it processed, paths it wrote (relative to the run), own seconds if known."""
+    """What a stage hands back: facts, tokens worked through, paths written (relative to the run), seconds if known."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.bench import Bench, packer
-from pennyweight.data.pack import Batch
 from pennyweight.data.prepare import Writer, facts, gather, prepare
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
@@ -25,7 +24,7 @@ from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
 from pennyweight.model.load import fingerprint_of, save
 from pennyweight.model.student import from_shape
-from pennyweight.model.tokenizer import train_tokenizer
+from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
@@ -51,11 +50,10 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """
     check(recipe.method, frozenset({recipe.targets.kind}))
     bench = Bench(recipe, out)
-    with Run(out, recipe) as run:
-        line = Line(run, bench)
+    with Run(out, recipe) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         data = the_data(line, teacher)
-        starts = {seed: a_start(line, teacher, seed) for seed in recipe.seeds}
+        starts = the_starts(line, teacher)
         targets = the_targets(line, teacher, data)
         arms = {
             arm: {seed: an_arm(line, arm, seed, starts[seed], teacher, data, targets) for seed in recipe.seeds}
@@ -87,11 +85,17 @@ class Line:
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
         self.bench, self.compute = bench, bench.compute
         settings = self.recipe.model_dump(mode="json")
-        also = [trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)] if self.recipe.log else []
-        self.journal = Journal(self.folder / "metrics.jsonl", also)
+        self.trackers = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)
+        self.journal = Journal(self.folder / "metrics.jsonl", [self.trackers])
         self.journal.path.touch()
         run.ledger.append("run", {"recipe": settings, "version": __version__})
         run.ledger.append("environment", environment(self.compute.name, self.recipe.compute.threads))
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.trackers.close()
 
 
 def the_teacher(line: Line) -> Done:
@@ -120,15 +124,12 @@ def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     tokenizer = train_tokenizer(texts, t.vocabulary, t.context)
     model = from_shape(t.shape, tokenizer, t.context, t.seed)
     encoded = encode_all(problems, tokenizer, t.context, "refuse")
-    batches = packer(encoded, t.schedule, t.seed, tokenizer.pad_token_id, t.context)
-    outcome = _fit(line, work, "teacher", t.seed, model, t.schedule, lambda step: [_plain(b) for b in batches(step)])
+    batches = packer(encoded, t.schedule, t.seed, PAD_ID, t.context)
+    next_batch = lambda step: [METHODS["sft"].apply(b, SftMethod(), None) for b in batches(step)]  # noqa: E731
+    outcome = _fit(line, work, "teacher", t.seed, model, t.schedule, next_batch)
     save(model, tokenizer, place)
     store.keep(place, store.place_of(key))
     return Made({**line.bench.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
-
-
-def _plain(batch: Batch) -> Batch:
-    return METHODS["sft"].apply(batch, SftMethod(), None)
 
 
 def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, next_batch: Any) -> Outcome:
@@ -168,32 +169,35 @@ def _data(line: Line, work: Path) -> Made:
     parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
     train, held_out, rejected = prepare(parts, d.responses, writer, judge_sample)
     found = facts(train, held_out, parts, rejected)
-    for name, samples in (("train", train), ("eval", held_out)):
-        encoded = line.bench.encode(samples)
-        found["train_tokens" if name == "train" else "evaluation_tokens"] = sum(len(e.ids) for e in encoded)
+    for name, tokens, samples in (("train", "train_tokens", train), ("eval", "evaluation_tokens", held_out)):
+        found[tokens] = sum(len(e.ids) for e in line.bench.encode(samples))
         write_samples(folder / f"{name}.jsonl", samples)
-        line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint)
-    say(
-        f"data: {len(train):,} to train on, {len(held_out):,} held out; {rejected:,} rejected; train/eval overlap: "
-        f"{parts.overlap['normalised']} whole, {parts.overlap['ngram']} by 13-gram"
-    )
+        line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint, line.bench.teacher.name)
+    overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**parts.overlap)
+    say(f"data: {len(train):,} to train on, {len(held_out):,} held out; {rejected:,} rejected; {overlap}")
     return Made(found, found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 
 
+def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
+    """The untouched students by seed: one and the same, unless they are made from nothing."""
+    seeds = line.recipe.seeds
+    if line.recipe.student.kind == "shape":
+        return {seed: a_start(line, teacher, seed) for seed in seeds}
+    return dict.fromkeys(seeds, a_start(line, teacher, seeds[0]))
+
+
 def a_start(line: Line, teacher: Done, seed: int) -> Done:
-    """The untouched student: the same for every seed unless it is made from nothing."""
-    s = line.recipe.student
-    own = seed if s.kind == "shape" else line.recipe.seeds[0]
-    depends = {"student": line.recipe.hash_of("student"), "teacher": teacher.facts["fingerprint"], "seed": own}
+    """One untouched student: given, cut from the teacher, or made from nothing by its seed."""
+    s, place = line.recipe.student, f"arms/base-{seed}"
+    depends = {"student": line.recipe.hash_of("student"), "teacher": teacher.facts["fingerprint"], "seed": seed}
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
     def make(work: Path) -> Made:
-        place = line.folder / "arms" / f"base-{own}"
-        save(line.bench.first_student(own), line.bench.teacher.tokenizer, place)
-        return Made(line.bench.opened(place).facts(), paths=[f"arms/base-{own}"])
+        save(line.bench.first_student(seed), line.bench.teacher.tokenizer, line.folder / place)
+        return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
-    return line.run.stage(f"start-{own}", depends, make)
+    return line.run.stage(f"start-{seed}", depends, make)
 
 
 def the_targets(line: Line, teacher: Done, data: Done) -> Done:
@@ -238,14 +242,11 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         begin = line.bench.opened(line.folder / next(iter(start.outputs)))
         batches = line.bench.batches(s, seed)
         signal = line.bench.signal if uses_teacher else None
-        weigh = METHODS[arm].apply
-        outcome = _fit(
-            line, work, arm, seed, begin.model, s, lambda step: [weigh(b, method, signal) for b in batches(step)]
-        )
-        save(begin.model, begin.tokenizer, line.folder / "arms" / f"{arm}-{seed}")
-        return Made(
-            {"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [f"arms/{arm}-{seed}"], outcome.seconds
-        )
+        weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"
+        next_batch = lambda step: [weigh(b, method, signal) for b in batches(step)]  # noqa: E731
+        outcome = _fit(line, work, arm, seed, begin.model, s, next_batch)
+        save(begin.model, begin.tokenizer, line.folder / place)
+        return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [place], outcome.seconds)
 
     return line.run.stage(f"{arm}-{seed}", depends, make)
 
@@ -277,7 +278,8 @@ def a_copy(line: Line, fmt: str, student: Done) -> Done:
 
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
-    models = {"teacher": (line.bench.teacher_path, made.teacher.facts["fingerprint"])}
+    teacher = made.teacher.facts["fingerprint"]
+    models: dict[str, tuple[str | Path, Any]] = {"teacher": (line.bench.teacher_path, teacher)}
     for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
     for by_seed in made.arms.values():
@@ -287,7 +289,7 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     shared = {
         "evaluate": line.recipe.hash_of("evaluate"),
         "text": content_hash(text) if text else None,
-        "teacher": made.teacher.facts["fingerprint"],
+        "teacher": teacher,
         "data": made.data.outputs,
     }
 
@@ -306,11 +308,9 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, e.samples, e.temperature, line.recipe.seed)
-        with counting(f"evaluating {name}", len(line.bench.held_out.encoded), "samples") as c:
-            references = (None if name == "teacher" else line.bench.teacher, parent)
-            found = examine(
-                model, line.bench.held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance
-            )
+        held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.teacher, parent)
+        with counting(f"evaluating {name}", len(held_out.encoded), "samples") as c:
+            found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
 

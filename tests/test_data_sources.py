@@ -76,7 +76,8 @@ def test_prompts_and_responses(file, row, expected):
     [
         {"messages": [{"role": r, "content": c} for r, c in [("system", "s"), ("user", "u"), ("assistant", "a")]]},
         {"conversations": [{"from": r, "value": c} for r, c in [("system", "s"), ("human", "u"), ("gpt", "a")]]},
-        {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "u"}]},
+        {"messages": [{"role": "developer", "content": "s"},
+                      {"role": "user", "content": [{"type": "text", "text": "u"}]},
                       {"role": "assistant", "content": "a"}]},
         {"system": "s", "prompt": "u", "response": "a"},
     ],
@@ -147,27 +148,27 @@ def test_file_verifiers_are_all_but_those_that_need_an_entry():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "ok"}\n\n{"text": 5}\n', r"a.jsonl line 3: text holds a int \(5\), not text"),
+        ("a.jsonl", '{"text": "ok"}\n\n{"text": 5}\n', r"a.jsonl line 3: text holds 5 \(int\), not text"),
         ("a.jsonl", '{"text": "ok"}\n{"text": }\n', r"a.jsonl line 2 is not valid JSON \(.* at column 10\)"),
         ("a.jsonl", "[" * 100_000, "a.jsonl line 1 cannot be read as JSON"),
-        ("a.jsonl", "[1, 2]\n", r"a.jsonl line 1 holds a list \(\[1, 2\]\), not a row"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl line 2 is not valid UTF-8 .0xff"),
+        ("a.jsonl", "[1, 2]\n", r"a.jsonl line 1 holds \[1, 2\] \(list\), not a row"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl line 2 is not valid UTF-8 .byte 0xff"),
         ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl line 1: text has half a surrogate pair at character 1"),
         ("a.jsonl", '{"foo": 1, "bar": 2}\n', r"line 1 has no column known .*\(it has: foo, bar\); name one with"),
         ("a.jsonl", "{}\n", r"\(it has: none\)"),
         ("a.jsonl", '{"prompt": " "}\n', "a.jsonl line 1: prompt is blank"),
-        ("a.jsonl", '{"prompt": "p", "response": {"a": 1}}\n', "line 1: response holds a dict"),
-        ("a.jsonl", '{"messages": []}\n', r"messages holds a list \(\[\]\), not a list of turns"),
-        ("a.jsonl", '{"messages": ["hi"]}\n', r"messages\[0\] holds a str"),
+        ("a.jsonl", '{"prompt": "p", "response": {"a": 1}}\n', r"line 1: response holds {'a': 1} \(dict\)"),
+        ("a.jsonl", '{"messages": []}\n', r"messages holds \[\] \(list\), not a list of turns"),
+        ("a.jsonl", '{"messages": ["hi"]}\n', r"messages\[0\] holds 'hi' \(str\)"),
         ("a.jsonl", '{"messages": [{"role": "boss", "content": "x"}]}\n', r"messages\[0\] has the unknown role 'boss'"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n', r"messages\[0\] content holds a NoneType"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n', r"messages\[0\] content holds None"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "no user turn"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null, "tool_calls": [1]}]}',
-         r"messages\[1\] calls a tool"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}, '
+         '{"role": "assistant", "content": null, "tool_calls": [1]}]}', r"messages\[1\] calls a tool"),
         ("a.jsonl", "\n \n", "a.jsonl has no rows"),
         ("a.json", "", "a.json has no rows"),
         ("a.json", '{"text": "x"}', "a.json holds one object, not a list of rows"),
-        ("a.json", '[{"text": "x"},\n{"text": 1}]', "a.json row 2: text holds a int"),
+        ("a.json", '[{"text": "x"},\n{"text": 1}]', "a.json row 2: text holds 1 "),
         ("a.json", '[{"text": "x"},\n{]', "a.json is not valid JSON .* at line 2 column 2"),
         ("a.csv", "prompt,response\np,r\np,r,s\n", "a.csv row 2 has 3 cells, its header 2"),
         ("a.csv", "prompt,prompt\np,r\n", "two columns named 'prompt'"),
@@ -176,7 +177,7 @@ def test_file_verifiers_are_all_but_those_that_need_an_entry():
         ("a.csv", "prompt,response\n", "a.csv has no rows"),
         ("a.txt", "\n\n", "a.txt has no rows"),
         ("a.txt", b"fine\nnot \xe9\n", "a.txt line 2 is not valid UTF-8"),
-        ("a.parquet", b"not parquet", "a.parquet is no Parquet file|a.parquet cannot be read as Parquet"),
+        ("a.parquet", b"not parquet", "a.parquet .*Parquet"),
         ("a.xlsx", "x", r"cannot read a.xlsx: its kind .xlsx is unknown; convert it to .jsonl"),
         ("noend", "x", r"its kind \(no suffix\) is unknown"),
     ],
@@ -232,7 +233,7 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pa.table({"messages": turns}), tmp_path / "b.parquet")
     assert pair(read(FileData(path=str(tmp_path / "b.parquet")))[0]) == ("u", "a")
     pyarrow.parquet.write_table(pa.table({"prompt": ["p", None]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match="c.parquet row 2: prompt holds a NoneType"):
+    with pytest.raises(DataError, match="c.parquet row 2: prompt holds None"):
         read(FileData(path=str(tmp_path / "c.parquet")))
 
 
@@ -283,7 +284,7 @@ def test_saved_datasets(tmp_path):
     with pytest.raises(DataError, match="dataset both has no split 'test', only train, extra"):
         read(FileData(path=str(tmp_path / "both"), split="test"))
     (tmp_path / "one" / "state.json").write_text("broken")
-    with pytest.raises(DataError, match="folder one is no saved dataset|folder one cannot be read as a saved dataset"):
+    with pytest.raises(DataError, match="folder one .*saved dataset"):
         read(FileData(path=str(tmp_path / "one")))
 
 

@@ -90,8 +90,10 @@ def test_models_open_in_a_fresh_process(done, name):
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
         "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1])\n"
-        "ids = t.apply_chat_template([{'role': 'user', 'content': 'Calculate 1 + 2.'}], return_tensors='pt')['input_ids']\n"
-        "print(m.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1], m.generation_config.eos_token_id)"
+        "chat = [{'role': 'user', 'content': 'Calculate 1 + 2.'}]\n"
+        "ids = t.apply_chat_template(chat, return_tensors='pt')['input_ids']\n"
+        "made = m.generate(ids, max_new_tokens=4, do_sample=False)\n"
+        "print(made.shape[1] > ids.shape[1], m.generation_config.eos_token_id)"
     )
     run = subprocess.run([sys.executable, "-c", code, str(out / name)], capture_output=True, text=True)
     assert run.stdout.split() == ["True", "2"], run.stderr[-500:]

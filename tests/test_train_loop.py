@@ -7,14 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight.data.pack import IGNORE, Packer, collate, first_fit
-from pennyweight.errors import LedgerError, Tripped
+from pennyweight.errors import LedgerError, Stopped, Tripped
 from pennyweight.loss.divergence import Dense, Divergence
 from pennyweight.model.device import choose
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import Schedule, Tripwires
 from pennyweight.records import Encoded
 from pennyweight.train.checkpoint import Checkpoints
-from pennyweight.train.loop import Stopped, batch_loss, train
+from pennyweight.train.loop import batch_loss, train
 
 V = 97
 FLOAT32 = choose("cpu", "float32")

@@ -173,7 +173,7 @@ def _named(row: dict[str, Any], name: str, where: str) -> Any:
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return f"a {type(value).__name__} ({text if len(text) <= 40 else text[:39] + '…'})"
+    return f"{text if len(text) <= 40 else text[:39] + '…'} ({type(value).__name__})"
 
 
 def _text(value: Any, where: str, column: str) -> str:

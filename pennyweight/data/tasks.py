@@ -29,8 +29,9 @@ LICENCE = "Apache-2.0"
 def problems(name: str, size: int, seed: int, config: dict[str, Any]) -> list[Sample]:
     """Problems of one task, in the order drawn, without repeated prompts: at most ``size``.
 
-    Problems whose gold answer is blank are left out. The response is a worked solution where ``TRACES`` has one, else the bare answer, and None where reasoning-gym
-    accepts many answers and gives none. Same arguments, same problems, in any process.
+    Problems whose gold answer is blank are left out. The response is a worked solution where ``TRACES`` has one, else
+    the bare answer, and None where reasoning-gym accepts many answers and gives none. Same arguments, same problems,
+    in any process.
 
     Raises:
         DataError: the task is unknown, or refuses its settings.

@@ -50,7 +50,7 @@ class Scored:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error of the top-1 next-token prediction, 15 equal bins (Guo et al., arXiv 1706.04599)."""
+        """Expected calibration error of the top-1 next token, 15 equal bins (Guo et al., arXiv 1706.04599)."""
         count, confidence, hits = self.bins.T
         return float(np.abs(confidence - hits).sum() / max(1.0, count.sum()))
 

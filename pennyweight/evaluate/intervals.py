@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pennyweight.records import Interval
 
@@ -26,13 +27,13 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Chance that at least one of k samples is right, unbiased from ``samples`` >= k (Chen et al., arXiv 2107.03374)."""
+    """Chance that one of k samples is right, unbiased from ``samples`` >= k (Chen et al., arXiv 2107.03374)."""
     if samples - correct < k:
         return 1.0
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 1000) -> Interval:
+def ratio(numerators: ArrayLike, denominators: ArrayLike, seed: int, resamples: int = 1000) -> Interval:
     """sum / sum over samples (nats per token, bits per byte) with a percentile bootstrap over samples."""
     n, d = np.asarray(numerators, float), np.asarray(denominators, float)
     if not len(n) or d.sum() <= 0:

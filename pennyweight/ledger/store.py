@@ -168,6 +168,15 @@ class Ledger:
         with self._reading(row[0]):
             return json.loads(row[1])
 
+    def finished_stages(self) -> list[str]:
+        """Names of the stages that have finished, in the order of their first finish."""
+        with clearly(self.path):
+            rows = self._db.execute(
+                "SELECT json_extract(body, '$.name') FROM entries WHERE kind = 'stage' "
+                "AND json_extract(body, '$.status') = 'finished' ORDER BY seq"
+            ).fetchall()
+        return list(dict.fromkeys(name for (name,) in rows))
+
     def artifacts(self, latest: bool = True) -> list[Artifact]:
         """Recorded artifacts in the order written.
 

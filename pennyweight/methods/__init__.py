@@ -38,7 +38,7 @@ def check(settings: Any, gives: frozenset[str]) -> None:
     wanted = METHODS[settings.kind].signals(settings)
     if wanted and not wanted & gives:
         raise MethodError(
-            f"method {settings.kind} with divergence={settings.divergence} needs {' or '.join(sorted(wanted))} targets, "
-            f"and the teacher gives {', '.join(sorted(gives))}: the divergence is not linear in the teacher's "
+            f"method {settings.kind} with divergence={settings.divergence} needs {' or '.join(sorted(wanted))} "
+            f"targets, and the teacher gives {', '.join(sorted(gives))}: the divergence is not linear in the teacher's "
             "probabilities, so a sample of them would bias it; set targets.kind=dense or method.divergence=forward_kl"
         )

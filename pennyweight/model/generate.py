@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         if not prompt or (context and len(prompt) >= context):
             raise DataError(
-                f"prompt {i} has {len(prompt):,} tokens and the context is {context:,}; it must be shorter than the context"
+                f"prompt {i} has {len(prompt):,} tokens and the context is {context:,}; shorten it"
                 if prompt
                 else f"prompt {i} is empty; a prompt needs at least one token"
             )
@@ -114,15 +115,10 @@ def _batch(
 
 
 def _next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return out.logits[:, -1].float()
+    # transformers 5.23 calls it cache; before, and in models that bring their own code, it is past_key_values.
+    called = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, called: cache}
+    return model(**given, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
 
 def _pick(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> tuple[Tensor, Tensor]:

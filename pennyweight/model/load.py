@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -152,13 +154,13 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
     except (ValueError, AssertionError):
         raise ModelError(f"{file} is not a JSON object; copy the model again") from None
     if raw.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{path} comes with its own code, which is not run unless you say so: add --trust-remote-code")
+        raise ModelError(f"{path} comes with its own code, which runs only if you say so; add --trust-remote-code")
     named = raw.get("architectures") or []
     causal = [a for a in named if a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
     if raw.get("is_encoder_decoder") or (named and not causal):
         raise ModelError(
-            f"{path} is a {', '.join(named) or raw.get('model_type')}, not a causal language model; give a decoder-only "
-            "model (…ForCausalLM)"
+            f"{path} is a {', '.join(named) or raw.get('model_type')}, not a causal language model; give a "
+            "decoder-only model (…ForCausalLM)"
         )
     try:
         with _quiet():
@@ -193,13 +195,14 @@ def _check_readable(file: Path) -> None:
 
 def _open_model(folder: Path, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as e:
         raise ModelError(
             f"transformers could not open {path} as a causal language model: {_line(e)}; check the folder"
         ) from None
+    model, info = opened
     missing = sorted(info.get("missing_keys") or ()) + sorted(str(k) for k in info.get("mismatched_keys") or ())
     if missing:
         raise ModelError(
@@ -231,19 +234,14 @@ def _quiet() -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     disabled = logging.root.manager.disable
-    tqdm_off = os.environ.get("TQDM_DISABLE")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that ask nobody whether they are wanted
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
         logging.disable(disabled)
-        if tqdm_off is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = tqdm_off

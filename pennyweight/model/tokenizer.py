@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+PAD_ID = 0
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"]
 
 # One turn a line: the prompt ends with a newline, the response with the end token.
@@ -17,7 +18,9 @@ _TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over ``texts`` with digits apart, of at most ``vocabulary`` entries; the same texts, the same result.
+    """Byte-level BPE over ``texts`` with digits apart, of at most ``vocabulary`` entries.
+
+    The same texts give the same tokenizer; the padding token is ``PAD_ID``.
 
     Only bytes that occur get an entry, so a small task has a small vocabulary; other bytes become the unknown token.
     """

@@ -6,17 +6,10 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from pennyweight.records import Sample, Teacher, Verdict, sha256_json
 
 _PART = 512  # prompts a part; also the unit of the random seed, so the text does not depend on where a pass stopped
-
-
-class Judge(Protocol):
-    """Judges a sample's response, or returns None when the sample has nothing to judge it by."""
-
-    def __call__(self, sample: Sample) -> Verdict | None: ...
 
 
 def write_answers(
@@ -45,7 +38,7 @@ def write_answers(
     return out
 
 
-def keep(samples: Sequence[Sample], judge: Judge | None) -> tuple[list[Sample], int]:
+def keep(samples: Sequence[Sample], judge: Callable[[Sample], Verdict | None] | None) -> tuple[list[Sample], int]:
     """Samples whose response is not empty and, with a judge, is not judged wrong; and how many were turned down."""
     kept = []
     for sample in samples:

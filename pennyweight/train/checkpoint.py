@@ -74,7 +74,7 @@ def _sync(path: Path) -> None:
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that changes during training. ``named_parameters`` lists tied weights once."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     out = {f"model.{name}": p.detach() for p, name in names.items()}
     out |= {f"buffer.{name}": b for name, b in model.named_buffers()}
     for parameter, state in optimizer.state.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.data.pack import Batch
-from pennyweight.errors import Tripped
+from pennyweight.errors import Stopped, Tripped
 from pennyweight.loss.chunked import Terms, Totals, tiled_loss
 from pennyweight.model.device import Compute
 from pennyweight.model.head import Head, forward_hidden, head_of
@@ -23,14 +23,6 @@ from pennyweight.recipe import Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.optim import adamw, lr_at
 from pennyweight.train.tripwire import Tripwire
-
-
-class Stopped(Exception):
-    """The user asked to stop; a checkpoint after ``step`` steps was written."""
-
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
 
 
 @dataclass(frozen=True)
