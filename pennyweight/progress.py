@@ -24,24 +24,26 @@ class Counter:
     bar: Progress | None = None
     done: int = 0
     first: int | None = None
-    began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
+    told: float = field(default_factory=lambda: time.monotonic())
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        if self.first is None:
+            self.first = self.done
         self.reach(self.done + n, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        if self.first is None:
-            self.first = self.done
-        self.done = done
         now = time.monotonic()
+        if self.first is None:  # resumed work starts anywhere: what was done before says nothing about the rate
+            self.first, self.began = done, now
+        self.done = done
         rate = (done - self.first) / max(now - self.began, 1e-6)
         text = f"{rate:,.1f} {self.unit}/s  {note}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done, note=text)
-        elif now - self.told >= _SECONDS_BETWEEN_LINES:
+        elif rate > 0 and now - self.told >= _SECONDS_BETWEEN_LINES:
             self.told = now
-            left = (self.total - done) / rate if rate > 0 else float("nan")
+            left = (self.total - done) / rate
             print(f"  {self.label}: {done:,}/{self.total:,} {text}  {left:,.0f} s left", file=sys.stderr, flush=True)
 
 

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 from pennyweight.records import Interval
 
 _Z = 1.959963984540054
-# Two-sided 97.5 % quantiles of Student's t by degrees of freedom (NIST/SEMATECH e-Handbook, table 1.3.6.7.2).
-_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+# Two-sided 97.5 % quantiles of Student's t for 1 to 15 degrees of freedom.
+_T = [12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004]
+_T += [2.262157, 2.228139, 2.200985, 2.178813, 2.160369, 2.144787, 2.131450]
 
 
 def wilson(successes: int, trials: int) -> Interval:

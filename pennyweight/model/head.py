@@ -7,11 +7,13 @@ wrong where student and teacher are close (docs/losses.md).
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pennyweight.errors import ModelError
 
@@ -83,7 +85,18 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT
-    return trunk(**given).last_hidden_state
+    with _attention_for(ids_BT):
+        return trunk(**given).last_hidden_state
+
+
+def _attention_for(ids_BT: Tensor) -> AbstractContextManager[None]:
+    """Unfused attention where it trains faster: bfloat16 on a CPU, rows of up to 128 tokens.
+
+    There the fused kernel's backward pass takes 1.7 to 5 times as long; from 256 tokens on, and in float32, the fused
+    one wins (benchmarks/attention.py).
+    """
+    on_cpu = ids_BT.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if on_cpu and ids_BT.shape[1] <= 128 else nullcontext()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
         low, high = (0.0, 1.0) if METRICS[name].unit == "percent" else (0.0, math.inf)
         out[name]["low"] = max(low, out[name]["low"])
         out[name]["high"] = min(high, out[name]["high"])
+        out[name] = _finite(out[name])
     return out
 
 
@@ -52,14 +53,14 @@ def gap_recovered(
         recovered = [(x - y) / gap for x, y in zip(a, b, strict=True)] if gap and abs(gap) > 1e-9 else None
         whole = over_seeds(recovered) if recovered and len(recovered) > 1 else None
         delta = difference(a, b)
-        out[name] = {
+        share = {
             "mean": sum(recovered) / len(recovered) if recovered else None,
             "low": whole.low if whole else None,
             "high": whole.high if whole else None,
             "how": whole.how if whole else delta.how,
-            "difference": _finite(delta),
-            "verdict": _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm),
         }
+        verdict = _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm)
+        out[name] = {**_finite(share), "difference": _finite(delta.to_json()), "verdict": verdict}
     return out
 
 
@@ -73,6 +74,8 @@ def _teacher_value(teacher: Evaluation, name: str) -> float | None:
 
 
 def _verdict(name: str, delta: Interval, kd: Mapping[str, Any], sft: Mapping[str, Any], arm: str) -> str:
+    if math.isnan(delta.mean):
+        return "draw"
     if math.isfinite(delta.low):
         low, high = delta.low, delta.high
     elif kd["low"] > sft["high"] or kd["high"] < sft["low"]:
@@ -85,15 +88,14 @@ def _verdict(name: str, delta: Interval, kd: Mapping[str, Any], sft: Mapping[str
     return f"{arm} better" if better else "sft better"
 
 
-def _finite(interval: Interval) -> dict[str, Any]:
-    """JSON has no infinity: an unknown bound is null."""
-    row = interval.to_json()
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has neither infinity nor NaN: what is not known is null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def per_seed(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def per_seed(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """The value of each metric for each seed."""
-    return {str(s): {n: e["metrics"][n]["mean"] for n in names} for s, e in evaluations.items()}
+    return {str(s): _finite({n: e["metrics"][n]["mean"] for n in names}) for s, e in evaluations.items()}
 
 
 def summarise(

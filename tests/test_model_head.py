@@ -1,0 +1,72 @@
+"""Trunk and head apart give the model's own logits, packed or not, in every architecture that is claimed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import MAKERS, V, make
+
+from pennyweight.data.pack import collate, first_fit
+from pennyweight.errors import ModelError
+from pennyweight.model.head import Head, check_head, forward_hidden, head_of
+from pennyweight.records import Encoded
+
+
+def rows(count=6, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        length = int(torch.randint(5, 24, (1,), generator=g))
+        ids = torch.randint(3, V, (length,), generator=g).tolist()
+        out.append(Encoded(f"{i:064x}", tuple(ids), tuple(j > 0 for j in range(length))))
+    return out
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_trunk_and_head_are_the_model(name):
+    model = make(name, torch.seed() % 1000)
+    check_head(model)
+    ids = torch.randint(0, V, (2, 20))
+    want = model(input_ids=ids, use_cache=False).logits
+    got = head_of(model).logits(forward_hidden(model, ids, torch.arange(20).expand(2, 20)))
+    assert float(want.std()) > 0.1
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in MAKERS if n != "mixtral-experts"])
+@torch.no_grad()
+def test_packed_samples_are_blind_to_each_other(name):
+    """Every sample alone, padded beside others, or packed in one row: the same hidden states."""
+    model, data = make(name, 1), rows()
+    packed, padded = collate(first_fit(data, 64), 0), collate([[s] for s in data], 0)
+    assert len(packed.ids) < len(data)
+
+    def states(batch):
+        flat = forward_hidden(model, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
+        return dict(zip([s.id for s in batch.placed], flat.split([len(s.loss_positions) for s in batch.placed])))
+
+    a, b = states(packed), states(padded)
+    for s in data:
+        alone = states(collate([[s]], 0))[s.id]
+        torch.testing.assert_close(a[s.id], alone, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b[s.id], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_are_float32_of_16_bit_weights():
+    """Rounded once (the inputs), not again at the end: bf16 hidden and head against a float64 product of the same."""
+    g = torch.Generator().manual_seed(torch.seed() % 10**6)
+    hidden, weight = (torch.randn(n, 64, generator=g).bfloat16() for n in (40, 300))
+    got = Head(weight).logits(hidden)
+    truth = hidden.double() @ weight.double().T
+    rival = (hidden @ weight.T).double()
+    assert got.dtype == torch.float32
+    error, theirs = ((x.double() - truth).norm() / truth.norm() for x in (got, rival))
+    assert error < 1e-6 and theirs > 1e-4
+
+
+def test_a_head_that_does_more_is_refused():
+    model = make("llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: out + args[0][..., :1] * 9)
+    with pytest.raises(ModelError, match="output head of LlamaForCausalLM"):
+        check_head(model)
