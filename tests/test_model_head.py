@@ -44,7 +44,8 @@ def test_packed_samples_are_blind_to_each_other(name):
 
     def states(batch):
         flat = forward_hidden(model, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
-        return dict(zip([s.id for s in batch.placed], flat.split([len(s.loss_positions) for s in batch.placed])))
+        sizes = [len(s.loss_positions) for s in batch.placed]
+        return dict(zip([s.id for s in batch.placed], flat.split(sizes), strict=True))
 
     a, b = states(packed), states(padded)
     for s in data:

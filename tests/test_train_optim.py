@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_it_warms_up_linearly_and_ends_at_the_floor(shape):
     found = rates(shape)
     assert found[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert max(found) == pytest.approx(1.0) and found[-1] == pytest.approx(0.1)
-    assert all(b <= a + 1e-12 for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in pairwise(found[10:]))
 
 
 def test_wsd_is_flat_until_the_decay():

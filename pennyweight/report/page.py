@@ -34,13 +34,13 @@ def render(
     """
     seen = view(summary)
     name = str(summary.get("name") or (summary.get("recipe") or {}).get("name") or "run")
-    lead = _lead(seen)
+    said = headline(seen)
     body = [
         element(
             "header",
             element("h1", f"Pennyweight report: {name}"),
-            element("p", lead, class_="lead"),
-            _against_control(seen),
+            element("p", said, class_="lead"),
+            element("p", beside, class_="verdict") if (beside := against_control(seen)) else None,
             _notice(seen),
             _tiles(seen),
         ),
@@ -62,7 +62,7 @@ def render(
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="description", content=lead),
+        element("meta", name="description", content=said),
         element("link", rel="icon", href="data:,"),  # else browsers ask the server for one
         element("title", f"{name} – Pennyweight report"),
         element("style", Html(sheet())),
@@ -70,7 +70,7 @@ def render(
     return f'<!doctype html>\n<html lang="en">\n<head>{join(head)}</head>\n<body>{join(body)}</body>\n</html>\n'
 
 
-def _lead(seen: View) -> str:
+def headline(seen: View) -> str:
     """What was made, in one plain sentence with its numbers."""
     student, teacher = seen.student, seen.teacher
     if student is None or not student.facts.get("params"):
@@ -108,10 +108,10 @@ def _smallest_words(seen: View) -> str:
     return f"; its {copy.label} takes {part} of the teacher’s bytes" if copy and part else ""
 
 
-def _against_control(seen: View) -> Html | None:
+def against_control(seen: View) -> str | None:
+    """How the student stands beside the control arm, in one sentence."""
     metric = _decisive(seen)
-    said = verdict(seen, metric) if metric else None
-    return element("p", said, class_="verdict") if said else None
+    return verdict(seen, metric) if metric else None
 
 
 def _decisive(seen: View) -> str | None:

@@ -8,6 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
+from pennyweight.report.page import against_control, headline
+from pennyweight.report.view import view
+
+
+_HEADINGS = {
+    "accuracy": "accuracy",
+    "kl_to_teacher": "teacher KL",
+    "agreement": "agreement",
+    "bits_per_byte": "bits/byte",
+}
 
 
 def number(name: str, value: float | None) -> str:
@@ -17,15 +27,18 @@ def number(name: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if METRICS[name].unit == "percent" else f"{value:.3f}"
 
 
-def interval(name: str, row: dict[str, Any] | None) -> str:
-    """``87.0 % (84.1 to 89.5)``; the bounds are left out where they are the value itself."""
-    if not row:
-        return "-"
-    value = number(name, row["mean"])
+def bounds(name: str, row: dict[str, Any]) -> str:
+    """``84.1–89.5``; empty where they are not known, or are the value itself."""
     if row["low"] is None or row["high"] is None or row["low"] == row["high"]:
-        return value
+        return ""
     low, high = (number(name, row[k]).removesuffix(" %") for k in ("low", "high"))
-    return f"{value} ({low} to {high})"
+    return f"{low}–{high}"
+
+
+def interval(name: str, row: dict[str, Any]) -> str:
+    """``87.0 % (84.1–89.5)``."""
+    between = bounds(name, row)
+    return f"{number(name, row['mean'])} ({between})" if between else number(name, row["mean"])
 
 
 def size(n: int) -> str:
@@ -37,34 +50,37 @@ def size(n: int) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Teacher, arms and low-bit copies side by side, and what was recovered of the gap."""
-    console = Console(width=None, soft_wrap=True)
+    """What was made in a sentence, then teacher, arms and low-bit copies side by side with their intervals."""
+    console = Console(width=None, soft_wrap=True, highlight=False)
     if summary.get("unfinished"):
         console.print(
             f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}"
         )
         return
-    models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}
-    shown = ("accuracy", "pass_at_k", "kl_to_teacher", "agreement", "bits_per_byte")
-    names = [n for n in shown if any(n in m["metrics"] for m in models.values())]
-    seeds = len(summary["seeds"])
-    table = Table(
-        title=f"{summary['name']}, {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals", box=None, pad_edge=False
-    )
-    for heading in ("model", "parameters", "weights", *(METRICS[n].label for n in names)):
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-    for name, m in models.items():
-        table.add_row(name, f"{m['params']:,}", size(m["bytes"]), *(interval(n, m["metrics"].get(n)) for n in names))
-    console.print(table)
-    for name, gap in summary["gap_recovered"].items():
-        if name in ("accuracy", "kl_to_teacher"):
-            share = (
-                "" if gap["mean"] is None else f", {100 * gap['mean']:.0f} % of the gap from sft to teacher recovered"
-            )
-            console.print(f"{METRICS[name].label}: {gap['verdict']}{share}")
+    seen = view(summary)
+    console.print(*filter(None, (headline(seen), against_control(seen))), sep="\n")
+    console.print(_table(summary))
     t = summary["targets"]
     if t["bytes"]:
-        console.print(f"targets: {t['tokens']:,} tokens, {t['bytes_per_token']:.1f} bytes a token")
+        console.print(f"teacher's targets: {t['tokens']:,} tokens at {t['bytes_per_token']:.1f} bytes each")
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """Every model in two lines: its values, and below them the intervals; fits 80 columns."""
+    models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}
+    names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())]
+    seeds = len(summary["seeds"])
+    title = f"{summary['name']}: {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals below each value"
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for heading in ("parameters", "weights", *(_HEADINGS[n] for n in names)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, m in models.items():
+        rows = [m["metrics"].get(n) for n in names]
+        values = [number(n, r["mean"]) if r else "-" for n, r in zip(names, rows, strict=True)]
+        table.add_row(name, f"{m['params']:,}", size(m["bytes"]), *values)
+        table.add_row("", "", "", *(bounds(n, r) if r else "" for n, r in zip(names, rows, strict=True)))
+    return table
 
 
 def print_values(found: dict[str, Any], indent: str = "") -> None:

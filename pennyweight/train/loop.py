@@ -66,7 +66,7 @@ def train(
     model.to(compute.device).train()
     optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay)
     facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
-    wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"))
+    wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
     start, tokens = facts["step"], facts["tokens"]
     rewind(start)
     every = max(1, schedule.steps // 100)

@@ -47,7 +47,7 @@ class Tripwire:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"mean_loss": self.mean_loss}
+        return {"mean_loss": self.mean_loss, "bad": self.bad}
 
     def _count(self, name: str, wrong: bool) -> None:
         self.bad[name] = self.bad.get(name, 0) + 1 if wrong else 0

@@ -1,0 +1,1 @@
+"""Measurements behind the figures in the documents: ``python -m benchmarks.NAME``, each with its bars."""
