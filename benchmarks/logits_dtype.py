@@ -1,4 +1,4 @@
-"""Why logits are float32: the gradient of a divergence from logits rounded to bfloat16, where student and teacher agree.
+"""Why logits are float32: what rounding them to bfloat16 does to the gradient of a divergence.
 
     python -m benchmarks.logits_dtype
 

@@ -4,7 +4,7 @@ sampled targets give what the live dense distribution gives?
     python -m benchmarks.real_teacher [FOLDER]
 
 stories260K cut to 2 of its 5 layers, 300 steps, 3 seeds; twice, with sampled and with dense targets. Start, tokens,
-order and steps are the same in every arm. FOLDER keeps the two RUN folders, so that a second call measures nothing anew.
+order and steps are the same in every arm. FOLDER keeps the two RUN folders; a second call then measures nothing anew.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pennyweight.model.load import fingerprint_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import export
+from pennyweight.quant.export import codable, export
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
@@ -194,7 +194,10 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
     def make(work: Path) -> Made:
-        save(line.bench.first_student(seed), line.bench.teacher.tokenizer, line.folder / place)
+        student = line.bench.first_student(seed)
+        if line.recipe.quantize.formats:
+            codable(student)  # refused here, not after hours of training
+        save(student, line.bench.teacher.tokenizer, line.folder / place)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)

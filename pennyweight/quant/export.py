@@ -47,12 +47,7 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     """
     bits = BITS[fmt]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if not linears:
-        raise ModelError(
-            f"{parent} has no Linear layer to quantise (its architecture {type(model).__name__} keeps weights in "
-            "another kind of module); use a Llama-like architecture"
-        )
+    linears = codable(model)
     storage = _storage_dtype(model)
     tensors, by_row = _tensors(model, linears, bits, group, storage)
     making = out.with_name(f".making-{out.name}")
@@ -73,6 +68,22 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     shutil.rmtree(out, ignore_errors=True)
     os.replace(making, out)
     return Exported((out / _WEIGHTS).stat().st_size, len(linears) - len(by_row), len(by_row))
+
+
+def codable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears that a low-bit copy codes, by name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not linears:
+        raise ModelError(
+            f"a {type(model).__name__} has no Linear layer to quantise (its weights are in another kind of module); "
+            "leave low-bit copies out with quantize.formats=[], or use a Llama-like architecture"
+        )
+    return linears
 
 
 def _storage_dtype(model: nn.Module) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.charts import Mark, Panel, bars, curves
@@ -150,7 +151,10 @@ def outputs(view: View, samples: Sequence[Mapping[str, Any]]) -> Html | None:
         "samples",
         "What do they write?",
         element(
-            "p", "The first held-out samples, not picked by hand, with each model’s most likely answer.", class_="small"
+            "p",
+            "The first held-out samples, not picked by hand, with each model’s most likely answer. "
+            "An arm of several seeds answers by its first.",
+            class_="small",
         ),
         *(_sample(view, i, s) for i, s in enumerate(samples, 1)),
     )
@@ -161,8 +165,7 @@ def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
     if sample.get("gold") is not None:
         asked.append((element("dt", "Right answer"), element("dd", _pre(sample["gold"]), dir="auto")))
     given: Mapping[str, Any] = sample.get("outputs") or {}
-    order = [m.key for m in view.models]
-    ranked = sorted(given, key=lambda k: (order.index(k) if k in order else len(order), k))
+    ranked = _one_seed_each(view, given)
     answers = [
         element(
             "li",
@@ -178,6 +181,15 @@ def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
         element("ul", *answers, class_="outputs") if answers else None,
         class_="sample",
     )
+
+
+def _one_seed_each(view: View, names: Iterable[str]) -> list[str]:
+    """Names of outputs in the order of the models, with the first seed of each arm (``kd-0``) to stand for it."""
+    order = ["teacher", view.method, "sft", "int8", "int4", "base"]
+    seen: dict[str, str] = {}
+    for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split("-")]):
+        seen.setdefault(re.sub(r"-\d+$", "", name), name)
+    return [seen[k] for k in sorted(seen, key=lambda k: (order.index(k) if k in order else len(order), k))]
 
 
 def _judged(correct: Any) -> Html:

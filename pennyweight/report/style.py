@@ -70,8 +70,8 @@ svg text{font-family:inherit}
 .scroll:focus-visible,pre:focus-visible,summary:focus-visible{outline:2px solid var(--student);outline-offset:-2px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 .caption{margin:0;padding:10px 12px;max-width:none;color:var(--muted);font-size:.875rem}
-th,td{padding:8px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--line);white-space:nowrap}
-th:first-child{text-align:left;white-space:normal;min-width:11rem}
+th,td{padding:8px 9px;text-align:right;vertical-align:top;border-top:1px solid var(--line);white-space:nowrap}
+th:first-child{text-align:left;white-space:normal;min-width:9.5rem}
 thead th{color:var(--muted);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:500}
 tfoot th,tfoot td{font-weight:650}

@@ -11,7 +11,6 @@ from pennyweight.records import METRICS
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
 
-
 _HEADINGS = {
     "accuracy": "accuracy",
     "kl_to_teacher": "teacher KL",
