@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -202,23 +198,3 @@ def test_folders_of_others_are_left_alone(copy, tmp_path):
     with pytest.raises(RunError, match="not a RUN folder"):
         pennyweight.run(TINY, out=tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir() if p.name != ".lock"] == ["thesis.tex"]
-
-
-def test_killed_anywhere_it_ends_in_the_same_student(done, tmp_path):
-    """kill -9 at random moments, until a session finishes: same student, same targets, a ledger that verifies.
-
-    Here a few kills on a warm teacher cache; `python -m benchmarks.kill` does twenty.
-    """
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    chance = random.Random(time.time_ns())
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(chance.uniform(3.0, 8.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    for name in ("student", "student-int4", "targets", "teacher"):
-        assert hash_folder(out / name) == hash_folder(done[0] / name), name
-    assert verify(str(out)).ok
