@@ -18,6 +18,7 @@ from pennyweight.model.load import load, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import cut, from_shape
 from pennyweight.progress import counting
+from pennyweight.quant.export import codable
 from pennyweight.recipe import FolderTeacher, Recipe, SampledTargets, Schedule, TeacherSamples
 from pennyweight.records import Encoded, Sample
 from pennyweight.teacher.cache import CacheFacts, TargetCache
@@ -90,6 +91,12 @@ class Bench:
 
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
+        student = self._first_student(seed)
+        if self.recipe.quantize.formats:
+            codable(student)  # refused now, not after hours of training
+        return student
+
+    def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
         if s.kind == "shape":
             return from_shape(s.shape, self.teacher.tokenizer, self.context, seed)

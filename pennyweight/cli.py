@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.errors import PennyweightError, RecipeError, of_the_system
+from pennyweight.errors import PennyweightError, RecipeError, of_a_library, of_the_system
 from pennyweight.version import __version__
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(ledger_app, name="ledger")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]
 
 
 def _version(asked: bool) -> None:
@@ -50,7 +51,7 @@ def run(
         typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe and settings on top of it."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
-    log: Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio.")] = None,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """The whole line: teacher, targets, students, low-bit copies, evaluation, ledger, report.
@@ -69,7 +70,7 @@ def run(
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
-    settings = [w for w in words if "=" in w] + ([f"log={json.dumps(log)}"] if log else [])
+    settings = [w for w in words if "=" in w] + _logged(log)
     recipe = load(files[0] if files else None, settings)
     _line(recipe, out, as_json)
 
@@ -88,6 +89,7 @@ def distill(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe setting, a.b=c.")] = None,
     trust_remote_code: Remote = False,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/distill-TEACHER.")] = None,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """Distil a teacher into a small student, with no recipe to write.
@@ -112,7 +114,7 @@ def distill(
         batch=batch,
         lr=lr,
         seeds=seeds,
-        settings=settings or [],
+        settings=[*(settings or []), *_logged(log)],
         trust_remote_code=trust_remote_code,
     )
     _line(recipe, out, as_json)
@@ -161,6 +163,7 @@ def compare(
     b: Annotated[str, typer.Argument(help="Another, with the same tokenizer.")],
     text: Annotated[str, typer.Option(help="Text file.")],
     device: Device = "auto",
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """KL both ways, top-1 agreement, and bits per byte of both models.
@@ -171,7 +174,7 @@ def compare(
     """
     import pennyweight.commands as commands
 
-    _tell(commands.compare(a, b, text, device=device), as_json)
+    _tell(commands.compare(a, b, text, device=device, trust_remote_code=trust_remote_code), as_json)
 
 
 @app.command()
@@ -180,6 +183,7 @@ def quantize(
     out: Annotated[str, typer.Option(help="Folder to write.")],
     fmt: Annotated[str, typer.Option("--format", help="int8 or int4.")] = "int4",
     group: Annotated[int, typer.Option(min=8, help="Weights that share a scale.")] = 32,
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Write a low-bit copy that transformers and vLLM open.
@@ -190,7 +194,7 @@ def quantize(
     """
     import pennyweight.commands as commands
 
-    _tell(commands.quantize(model, fmt, out, group=group), as_json)
+    _tell(commands.quantize(model, fmt, out, group=group, trust_remote_code=trust_remote_code), as_json)
 
 
 @app.command()
@@ -201,6 +205,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = "auto",
+    trust_remote_code: Remote = False,
 ) -> None:
     """Talk to a model in the terminal; an empty line or Ctrl-D leaves.
 
@@ -210,7 +215,8 @@ def chat(
     """
     from pennyweight.commands import Chat
 
-    talk = Chat(model, temperature=temperature, max_tokens=max_tokens, seed=seed, device=device)
+    writing: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    talk = Chat(model, **writing, device=device, trust_remote_code=trust_remote_code)
     if prompt is not None:
         _reply(talk, prompt)
         return
@@ -271,6 +277,11 @@ def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
         )
 
 
+def _logged(log: list[str] | None) -> list[str]:
+    """The recipe setting behind ``--log``."""
+    return [f"log={json.dumps(log)}"] if log else []
+
+
 def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
     from pennyweight.report.terminal import print_summary
     from pennyweight.stages import run_line
@@ -320,13 +331,12 @@ def main() -> None:
 
 
 def _fail_unless_expected(e: Exception) -> None:
-    """Usage errors of the command line, and full disks as the safetensors library reports them; others are ours."""
+    """Usage errors of the command line, and what libraries report in their own way; others are ours."""
     if hasattr(e, "format_message") and hasattr(e, "exit_code"):
         _fail(f"{e.format_message()}; see pennyweight --help", 2)  # type: ignore[attr-defined]
-    if type(e).__name__ == "SafetensorError" and "os error" in str(e).lower():
-        _fail(
-            f"could not write a weight file: {e}; free some space or check permissions, then run the command again", 2
-        )
+    said = of_a_library(e)
+    if said:
+        _fail(said, 2)
     raise e
 
 

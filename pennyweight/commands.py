@@ -60,7 +60,7 @@ def evaluate_model(
         name, settings = _task(task)
         asked = problems(name, problems_per_task, seed, settings)
         held_out = HeldOut([], [], asked, [prompt_ids(s, loaded.tokenizer) for s in asked])
-        with counting(name, len(asked) * (1 + samples), "answers") as c:
+        with counting(name, held_out.passes(samples, 0), "answers") as c:
             found = examine(loaded, held_out, judge, sampling, compute, progress=c.advance)
         out["tasks"][name] = {k: v.to_json() for k, v in found.metrics.items()}
         out["tasks"][name]["decode_tokens_per_second"] = found.decode_tokens_per_second
@@ -73,15 +73,17 @@ def evaluate_model(
     return out
 
 
-def compare(a: str, b: str, text: str, *, device: str = "auto", threads: int = 0) -> dict[str, Any]:
+def compare(
+    a: str, b: str, text: str, *, device: str = "auto", threads: int = 0, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """KL both ways, top-1 agreement and bits per byte of both models on a text file.
 
     Raises:
         ModelError: a model cannot be used, or their tokenizers differ.
         DataError: the text cannot be used.
     """
-    first, compute = _open(a, device, threads, False)
-    second, _ = _open(b, device, threads, False)
+    first, compute = _open(a, device, threads, trust_remote_code)
+    second, _ = _open(b, device, threads, trust_remote_code)
     same_tokenizer(first.tokenizer, second.tokenizer)
     encoded = windows(text, first.tokenizer, min(first.context, second.context))
     spelt = learnt_bytes(encoded, first.tokenizer)
@@ -103,7 +105,7 @@ def compare(a: str, b: str, text: str, *, device: str = "auto", threads: int = 0
     }
 
 
-def quantize(model: str, fmt: str, out: str, *, group: int = 32) -> dict[str, Any]:
+def quantize(model: str, fmt: str, out: str, *, group: int = 32, trust_remote_code: bool = False) -> dict[str, Any]:
     """Write a low-bit copy of a model folder to ``out``.
 
     Raises:
@@ -118,7 +120,7 @@ def quantize(model: str, fmt: str, out: str, *, group: int = 32) -> dict[str, An
         raise RunError(f"{place} is there already; choose another --out, or remove it")
     if not Path(model).is_dir():
         raise DataError(f"{model} is not a folder; quantize reads a Hugging Face model folder")
-    loaded, _ = _open(model, "cpu", 0, False)
+    loaded, _ = _open(model, "cpu", 0, trust_remote_code)
     made = export(loaded.model, Path(model), place, fmt, group)
     return {
         "path": str(place),
@@ -135,9 +137,16 @@ class Chat:
     """A conversation with a model: ``say`` yields the reply piece by piece."""
 
     def __init__(
-        self, model: str, *, temperature: float = 0.7, max_tokens: int = 256, seed: int = 0, device: str = "auto"
+        self,
+        model: str,
+        *,
+        temperature: float = 0.7,
+        max_tokens: int = 256,
+        seed: int = 0,
+        device: str = "auto",
+        trust_remote_code: bool = False,
     ):
-        self.loaded, _ = _open(model, device, 0, False)
+        self.loaded, _ = _open(model, device, 0, trust_remote_code)
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
         self.turns: list[Message] = []
 

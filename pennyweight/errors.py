@@ -80,3 +80,10 @@ def of_the_system(e: OSError) -> str:
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
     return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"
+
+
+def of_a_library(e: Exception) -> str | None:
+    """One sentence about a system error that a library reports as its own kind, or None where it is no such error."""
+    if type(e).__name__ == "SafetensorError" and "os error" in str(e).lower():
+        return f"could not write a weight file: {e}; free some space or check permissions, then run the command again"
+    return None

@@ -26,7 +26,7 @@ from pennyweight.model.load import fingerprint_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import codable, export
+from pennyweight.quant.export import export
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
@@ -194,10 +194,7 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
     def make(work: Path) -> Made:
-        student = line.bench.first_student(seed)
-        if line.recipe.quantize.formats:
-            codable(student)  # refused here, not after hours of training
-        save(student, line.bench.teacher.tokenizer, line.folder / place)
+        save(line.bench.first_student(seed), line.bench.teacher.tokenizer, line.folder / place)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)
@@ -312,7 +309,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, e.samples, e.temperature, line.recipe.seed)
         held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.teacher, parent)
-        with counting(f"evaluating {name}", len(held_out.encoded), "samples") as c:
+        with counting(f"evaluating {name}", held_out.passes(e.samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])

@@ -17,14 +17,14 @@ COMMANDS = {
     "run": {"arguments", "out", "log", "as_json"},
     "distill": {
         "teacher", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
-        "trust_remote_code", "out", "as_json",
+        "trust_remote_code", "out", "log", "as_json",
     },
     "evaluate": {
         "model", "tasks", "text", "problems", "samples", "max_tokens", "seed", "device", "trust_remote_code", "as_json",
     },
-    "compare": {"a", "b", "text", "device", "as_json"},
-    "quantize": {"model", "out", "fmt", "group", "as_json"},
-    "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device"},
+    "compare": {"a", "b", "text", "device", "trust_remote_code", "as_json"},
+    "quantize": {"model", "out", "fmt", "group", "trust_remote_code", "as_json"},
+    "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device", "trust_remote_code"},
     "report": {"folder"},
     "show": {"folder", "sample", "as_json"},
     "ledger": set(),

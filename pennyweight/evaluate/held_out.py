@@ -19,3 +19,7 @@ class HeldOut:
     problems: list[Sample]
     prompts: list[list[int]]
     openings: list[list[int]] = field(default_factory=list)
+
+    def passes(self, samples: int, references: int) -> int:
+        """Samples that an evaluation goes through: tokens once for each reference, greedy and sampled answers."""
+        return len(self.encoded) * references + len(self.problems) * (1 + samples)
