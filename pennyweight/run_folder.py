@@ -22,7 +22,7 @@ from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import sha256_json
 
-_FORMAT = 1  # goes into every stage key: raise it when a stage's output changes meaning
+_FORMAT = 2  # goes into every stage key: raise it when a stage's output changes meaning
 
 
 @dataclass(frozen=True)

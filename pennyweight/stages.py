@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.bench import Bench, packer
-from pennyweight.data.prepare import Writer, facts, gather, prepare
+from pennyweight.data.prepare import Writer, facts, gather, prepare, stream_facts
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
 from pennyweight.data.split import is_held_out, split
@@ -22,7 +22,7 @@ from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
-from pennyweight.model.load import fingerprint_of, save
+from pennyweight.model.load import fingerprint_of, identity_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say
@@ -102,8 +102,8 @@ def the_teacher(line: Line) -> Done:
     """A given folder as it is; or one trained from nothing on worked solutions, kept for the next run."""
     recipe = line.recipe
     if isinstance(recipe.teacher, FolderTeacher):
-        fingerprint = fingerprint_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
-        depends = {"teacher": recipe.hash_of("teacher"), "fingerprint": fingerprint}
+        identity = identity_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
+        depends = {"teacher": recipe.hash_of("teacher"), "identity": identity}
         return line.run.stage("teacher", depends, lambda work: Made(line.bench.teacher.facts()))
     held_out = recipe.data.eval_fraction
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
@@ -155,7 +155,7 @@ def the_data(line: Line, teacher: Done) -> Done:
     """Prompts and texts, split by content hash, answered by the teacher where they have no response."""
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
-    depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["fingerprint"], "given": given}
+    depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
     return line.run.stage("data", depends, lambda work: _data(line, work))
 
 
@@ -169,8 +169,8 @@ def _data(line: Line, work: Path) -> Made:
     parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
     train, held_out, rejected = prepare(parts, d.responses, writer, judge_sample)
     found = facts(train, held_out, parts, rejected)
-    for name, tokens, samples in (("train", "train_tokens", train), ("eval", "evaluation_tokens", held_out)):
-        found[tokens] = sum(len(e.ids) for e in line.bench.encode(samples))
+    for name, samples in (("train", train), ("eval", held_out)):
+        found |= stream_facts(name, line.bench.encode(samples))
         write_samples(folder / f"{name}.jsonl", samples)
         line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint, line.bench.teacher.name)
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**parts.overlap)
@@ -189,7 +189,7 @@ def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
 def a_start(line: Line, teacher: Done, seed: int) -> Done:
     """One untouched student: given, cut from the teacher, or made from nothing by its seed."""
     s, place = line.recipe.student, f"arms/base-{seed}"
-    depends = {"student": line.recipe.hash_of("student"), "teacher": teacher.facts["fingerprint"], "seed": seed}
+    depends = {"student": line.recipe.hash_of("student"), "teacher": teacher.facts["identity"], "seed": seed}
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
@@ -208,7 +208,7 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
         "targets": recipe.hash_of("targets"),
         "temperature": temperature,
         "teacher": teacher.facts["fingerprint"],
-        "data": data.outputs,
+        "data": data.facts["train_stream"],
         "compute": line.compute.name,
     }
 
@@ -232,7 +232,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         "method": method.model_dump(mode="json"),
         "compute": line.compute.name,
         "start": start.outputs,
-        "data": data.outputs,
+        "data": data.facts["train_stream"],
         "seed": seed,
     }
     if uses_teacher:
@@ -278,7 +278,7 @@ def a_copy(line: Line, fmt: str, student: Done) -> Done:
 
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
-    teacher = made.teacher.facts["fingerprint"]
+    teacher = made.teacher.facts["identity"]
     models: dict[str, tuple[str | Path, Any]] = {"teacher": (line.bench.teacher_path, teacher)}
     for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
@@ -290,7 +290,7 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
         "evaluate": line.recipe.hash_of("evaluate"),
         "text": content_hash(text) if text else None,
         "teacher": teacher,
-        "data": made.data.outputs,
+        "data": [made.data.outputs, made.data.facts["eval_stream"]],
     }
 
     def depends(name: str, outputs: Any) -> dict[str, Any]:

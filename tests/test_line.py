@@ -198,3 +198,18 @@ def test_folders_of_others_are_left_alone(copy, tmp_path):
     with pytest.raises(RunError, match="not a RUN folder"):
         pennyweight.run(TINY, out=tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_a_changed_chat_template_makes_the_data_anew(copy, tmp_path, monkeypatch):
+    """The teacher's weights are the same, but not how its text is framed."""
+    teacher = shutil.copytree(copy / "teacher", tmp_path / "given")
+    settings = ["seeds=[0]", "quantize.formats=[]", "train.steps=2", "evaluate.samples=0"]
+    given = ["teacher.kind=folder", f"teacher.path={teacher}", *settings]
+    pennyweight.run(TINY, given, tmp_path / "r")
+    before = len(stages(tmp_path / "r"))
+    template = teacher / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ bos_token }}", "{{ bos_token }}+"))
+    pennyweight.run(TINY, given, tmp_path / "r")
+    assert {"teacher", "data", "start-0", "kd-0"} <= set(stages(tmp_path / "r")[before:])
+    pennyweight.run(TINY, given, tmp_path / "r")
+    assert stages(tmp_path / "r")[-1] == "evaluate-kd-0"

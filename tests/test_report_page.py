@@ -78,7 +78,7 @@ def summary() -> dict[str, Any]:
             "train": 10790,
             "evaluation": 500,
             "train_tokens": 1040211,
-            "evaluation_tokens": 48012,
+            "eval_tokens": 48012,
             "duplicates": 1204,
             "rejected": 7,
             "overlap": {"normalised": 0, "ngram": 3, "eval": 500},

@@ -12,7 +12,7 @@ from pennyweight.data.sources import read, read_tasks
 from pennyweight.data.split import Split
 from pennyweight.errors import DataError
 from pennyweight.recipe import Responses, Source, TaskData, TeacherSamples
-from pennyweight.records import Sample, Teacher, Verdict
+from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
 
@@ -99,3 +99,12 @@ def facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: i
         "overlap": parts.overlap,
         "authors": {a: sum(s.author == a for s in train) for a in sorted({s.author for s in train})},
     }
+
+
+def stream_facts(name: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
+    """Tokens of one side, and the hash of its masked token streams: what later stages depend on.
+
+    The texts alone do not fix them: the chat template, the context and ``too_long`` do so too.
+    """
+    streams = sha256_json([[e.id, e.token_hash] for e in encoded])
+    return {f"{name}_tokens": sum(len(e.ids) for e in encoded), f"{name}_stream": streams}

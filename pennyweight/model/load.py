@@ -25,6 +25,7 @@ from pennyweight.model.loaded import Loaded
 from pennyweight.records import sha256_json
 
 _NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 _HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naïve café 🙂👩‍👩‍👧", "<|endoftext|></s>[INST]"]
 
 
@@ -52,6 +53,7 @@ def load(
         model = model.to(device).eval()
         check_head(model)
     text = config.get_text_config()
+    fingerprint = fingerprint_of(str(folder), trust_remote_code)
     shape = {
         "architecture": type(model).__name__,
         "hidden": getattr(text, "hidden_size", None),
@@ -62,7 +64,8 @@ def load(
         model=model,
         tokenizer=tokenizer,
         name=Path(path.rstrip("/")).name or path,
-        fingerprint=fingerprint_of(str(folder), trust_remote_code),
+        fingerprint=fingerprint,
+        identity=_identity(folder, fingerprint),
         params=sum(p.numel() for p in model.parameters()),
         bytes=sum(f.stat().st_size for f in weights),
         context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20),
@@ -80,6 +83,16 @@ def fingerprint_of(path: str, trust_remote_code: bool = False) -> str:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {e}; copy the model again") from None
     defining = {k: v for k, v in config.items() if k not in _NOT_DEFINING}
     return sha256_json([defining, [[f.name, hash_file(f)] for f in files]])
+
+
+def identity_of(path: str, trust_remote_code: bool = False) -> str:
+    """SHA-256 over the fingerprint and the files that decide how text becomes tokens, the chat template included."""
+    return _identity(_folder_of(path, trust_remote_code), fingerprint_of(path, trust_remote_code))
+
+
+def _identity(folder: Path, fingerprint: str) -> str:
+    files = sorted({*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *(folder / n for n in _TOKENIZER_FILES)})
+    return sha256_json([fingerprint, [[f.name, hash_file(f)] for f in files if f.is_file()]])
 
 
 def same_tokenizer(a: Any, b: Any) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 class Loaded:
     """A causal language model in evaluation mode, with its tokenizer.
 
-    ``fingerprint`` is the SHA-256 of its weights and architecture; ``params`` counts tied weights once; ``bytes`` are
-    those of its weight files; ``context`` is the longest sequence in tokens; ``shape`` is a short summary of sizes.
+    ``fingerprint`` is the SHA-256 of its weights and architecture, ``identity`` that of these and its tokenizer;
+    ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
+    tokens; ``shape`` is a short summary of sizes.
     """
 
     model: Any
     tokenizer: Any
     name: str
     fingerprint: str
+    identity: str
     params: int
     bytes: int
     context: int
@@ -43,6 +45,7 @@ class Loaded:
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
+            "identity": self.identity,
             "params": self.params,
             "bytes": self.bytes,
             "context": self.context,

@@ -31,7 +31,7 @@ def data(view: View) -> Html | None:
                 ("Data", d.get("source")),
                 ("Licence of the data", d.get("licence")),
                 ("To train on", _amount(d.get("train"), d.get("train_tokens"))),
-                ("Held out to measure on", _amount(d.get("evaluation"), d.get("evaluation_tokens"))),
+                ("Held out to measure on", _amount(d.get("evaluation"), d.get("eval_tokens"))),
                 ("Held-out share", _share(d.get("evaluation"), d.get("train"))),
                 ("Overlap of the two", _overlap(d.get("overlap") or {})),
                 ("Duplicates removed", count(d["duplicates"]) if "duplicates" in d else None),
