@@ -132,7 +132,7 @@ def _reraise(error: OSError) -> None:
 
 def content_hash(path: Path | str) -> str | None:
     """Hash of a file's or folder's contents; None where there is none (a hub name, say)."""
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.is_file():
         return hash_file(place)
     return hash_folder(place) if place.is_dir() else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from pennyweight.loss import divergence as div
 from pennyweight.model.head import Head
 
-_TILE_ENTRIES = 1 << 23  # float32 logits of one tile: 32 MiB, a little above a core's share of cache
+_TILE_ENTRIES = 1 << 23  # float32 logits of one tile: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, terms, size, measure, sums):  # type: ignore[override]
         needs = ctx.needs_input_grad[:3]
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
@@ -92,7 +93,7 @@ class _Tiled(torch.autograd.Function):
                 grads = iter(
                     torch.autograd.grad(value, leaves) if value.requires_grad else map(torch.zeros_like, leaves)
                 )
-            loss += value.detach().double()
+            loss += value.detach().to(wide)
             for d, part in ((d_hidden, slice(a, b)), (d_weight, ...), (d_bias, ...)):
                 if d is not None:
                     d[part] += next(grads)
@@ -122,11 +123,11 @@ def _tile_loss(logits: Tensor, terms: Terms, a: int, b: int, measure: bool, sums
         if wants_ce:
             value = value + (ce * ce_weight).sum()
         if measure:
-            sums[0] += float(ce.detach().double().sum())
+            sums[0] += float(ce.detach().sum())
             detached = log_q.detach()
-            sums[2] += float(-(detached.exp() * detached).sum(-1).double().sum())
+            sums[2] += float(-(detached.exp() * detached).sum())
     if terms.target is not None:
         kd = div.divergence(terms.divergence, logits, terms.target(a, b))
         value = value + (kd * kd_weight).sum()
-        sums[1] += float(kd.detach().double().sum())
+        sums[1] += float(kd.detach().sum())
     return value

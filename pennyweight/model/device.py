@@ -33,9 +33,8 @@ def choose(device: str, dtype: str) -> Compute:
 
 def set_threads(threads: int) -> None:
     """Use ``threads`` CPU threads; 0 is one per usable core."""
-    torch.set_num_threads(
-        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or usable or 1)
 
 
 def _device(name: str) -> torch.device:

@@ -65,8 +65,9 @@ def generate(
         chosen = order[a : a + batch]
         random = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 62))
         rows = [list(prompts[i]) for i in chosen]
-        room = max_tokens if context is None else min(max_tokens, context - max(map(len, rows)))
-        for i, made in zip(chosen, _batch(model, rows, room, temperature, top_p, eos_ids, pad_id, random), strict=True):
+        rooms = [max_tokens if context is None else min(max_tokens, context - len(r)) for r in rows]
+        written = _batch(model, rows, rooms, temperature, top_p, eos_ids, pad_id, random)
+        for i, made in zip(chosen, written, strict=True):
             out[i] = made
         progress(len(chosen))
     return [g for g in out if g is not None]
@@ -75,15 +76,16 @@ def generate(
 def _batch(
     model: Any,
     rows: list[list[int]],
-    room: int,
+    rooms: list[int],
     temperature: float,
     top_p: float,
     eos_ids: set[int],
     pad_id: int,
     random: torch.Generator,
 ) -> list[Generated]:
-    """One batch, left-padded. Rows that have ended leave once they are half of it."""
+    """One batch, left-padded; row i gets at most ``rooms[i]`` tokens. Rows that have ended leave once they are half."""
     device = next(model.parameters()).device
+    room, limits = max(rooms), torch.tensor(rooms, device=device)
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
@@ -100,7 +102,7 @@ def _batch(
         open_rows = ~done[live]
         tokens[live[open_rows], step] = token[open_rows]
         logprobs[live[open_rows], step] = logprob[open_rows]
-        done[live] |= torch.isin(token, ends)
+        done[live] |= torch.isin(token, ends) | (limits[live] <= step + 1)
         remaining = int((~done).sum())
         if remaining == 0:
             break
@@ -110,7 +112,8 @@ def _batch(
             live, token, mask, positions = live[keep], token[keep], mask[keep], positions[keep]
         step_ids = token.unsqueeze(-1)
         mask = torch.cat([mask, torch.ones_like(step_ids)], -1)
-        positions = positions[:, -1:] + 1
+        # An ended row stays where it is, so that it never leaves the context while it waits to leave the batch.
+        positions = positions[:, -1:] + (~done[live]).long().unsqueeze(-1)
     return _collect(tokens, logprobs, eos_ids)
 
 
@@ -133,8 +136,9 @@ def _pick(logits: Tensor, temperature: float, top_p: float, random: torch.Genera
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
             p = torch.zeros_like(p).scatter_(-1, ids, ranked)
         # Drawn on the CPU, where the generator lives, by inverting the cumulated probabilities: one draw a row.
-        u = torch.rand((len(p), 1), generator=random, dtype=torch.float64).to(p.device)
-        reach = p.double().cumsum(-1)
+        wide = torch.float32 if p.device.type == "mps" else torch.float64
+        u = torch.rand((len(p), 1), generator=random, dtype=torch.float64).to(p.device, wide)
+        reach = p.to(wide).cumsum(-1)
         token = torch.searchsorted(reach, u * reach[:, -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
     return token, log_p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 

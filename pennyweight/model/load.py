@@ -25,7 +25,9 @@ from pennyweight.model.loaded import Loaded
 from pennyweight.records import sha256_json
 
 _NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_OF_CODES = ("weight_scale", "weight_shape", "weight_zero_point")  # of low-bit layers: no parameters of the model
 _TOKENIZER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+_TOKENIZER_FILES += ("generation_config.json",)  # says what ends a response
 _HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naïve café 🙂👩‍👩‍👧", "<|endoftext|></s>[INST]"]
 
 
@@ -66,7 +68,7 @@ def load(
         name=Path(path.rstrip("/")).name or path,
         fingerprint=fingerprint,
         identity=_identity(folder, fingerprint),
-        params=sum(p.numel() for p in model.parameters()),
+        params=sum(p.numel() for name, p in model.named_parameters() if not name.endswith(_OF_CODES)),
         bytes=sum(f.stat().st_size for f in weights),
         context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20),
         shape=shape,
@@ -91,7 +93,14 @@ def identity_of(path: str, trust_remote_code: bool = False) -> str:
 
 
 def _identity(folder: Path, fingerprint: str) -> str:
-    files = sorted({*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *(folder / n for n in _TOKENIZER_FILES)})
+    files = sorted(
+        {
+            *folder.glob("tokenizer*"),
+            *folder.glob("*.jinja"),
+            *folder.glob("*.py"),
+            *(folder / n for n in _TOKENIZER_FILES),
+        }
+    )
     return sha256_json([fingerprint, [[f.name, hash_file(f)] for f in files if f.is_file()]])
 
 
@@ -137,8 +146,8 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _folder_of(path: str, trust_remote_code: bool) -> Path:
     """The folder of a local path, or the snapshot of a hub id."""
-    if Path(path).is_dir():
-        return Path(path)
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
     if looks_local:
         raise ModelError(
@@ -149,7 +158,9 @@ def _folder_of(path: str, trust_remote_code: bool) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     try:
         with _quiet():
-            return Path(snapshot_download(path, allow_patterns=patterns))
+            return Path(
+                snapshot_download(path, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
+            )
     except Exception as e:
         raise ModelError(
             f"{path} is not a folder, and the hub could not give it ({type(e).__name__}); check the name and the "
@@ -187,7 +198,7 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
 def _weight_files(folder: Path, path: str) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if files:
-        return files
+        return _named_weights(folder, files)
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise ModelError(
             f"{path} holds only pickled weights, which can run code when opened; convert them to safetensors where you "
@@ -196,6 +207,16 @@ def _weight_files(folder: Path, path: str) -> list[Path]:
     if not (folder / "config.json").exists():
         raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder; give one that has")
     raise ModelError(f"{path} holds no weights (*.safetensors); copy the model again")
+
+
+def _named_weights(folder: Path, files: list[Path]) -> list[Path]:
+    """Of all the safetensors files, those that transformers opens; some folders hold the weights in a second form."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return sorted({folder / name for name in index["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        single = [f for f in files if f.name == "model.safetensors"]
+        return single or files
 
 
 def _check_readable(file: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pennyweight.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -51,3 +53,12 @@ class Loaded:
             "context": self.context,
             "shape": self.shape,
         }
+
+
+def refuse_low_bit(model: Any) -> None:
+    """Raise ModelError for a model whose folder holds quantised weights: there is nothing exact in it to go on from."""
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(
+            "this model is a low-bit copy already, which can be measured and talked to, but not cut, trained or "
+            "quantised again; give the full-precision folder it was made from"
+        )

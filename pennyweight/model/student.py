@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight.errors import RecipeError
+from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.recipe import CutStudent, Shape
 
 
-def from_shape(shape: Shape, tokenizer: Any, context: int, seed: int) -> LlamaForCausalLM:
+def from_shape(
+    shape: Shape, tokenizer: Any, context: int, seed: int, vocabulary: int | None = None
+) -> LlamaForCausalLM:
     """A Llama of the given size with random weights from ``seed``; the global random state is left as it was.
+
+    ``vocabulary`` is the teacher's, where that has more entries than the tokenizer.
 
     Weights start with deviation sqrt(2 / (5 hidden)) (Nguyen and Salazar, arXiv 1910.05895), which small widths need:
     the usual 0.02 is right near a width of 1,000 and starves a width of 100.
     """
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -40,21 +45,37 @@ def from_shape(shape: Shape, tokenizer: Any, context: int, seed: int) -> LlamaFo
         return LlamaForCausalLM(config)
 
 
+def align_vocabulary(model: Any, vocabulary: int) -> bool:
+    """Give ``model`` as many output entries as its teacher has; True where that changed it.
+
+    Models of one tokenizer often differ in padding (Qwen2.5 has 151,936 entries in small sizes and 152,064 in large
+    ones): rows that no token ever names are dropped, or added at random.
+    """
+    if model.get_output_embeddings().weight.shape[0] == vocabulary:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return True
+
+
 def cut(teacher: Any, settings: CutStudent) -> Any:
     """A smaller copy of ``teacher``, which is left untouched.
 
     Raises:
+        ModelError: ``teacher`` is a low-bit copy.
         RecipeError: layers that are not there, a width that is not smaller, or an architecture whose widths are not
             understood.
     """
+    refuse_low_bit(teacher)
     prefix, blocks = _blocks(teacher)
     layers = _layers(settings.layers, len(blocks))
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(text, name, None), list):
-            setattr(text, name, [getattr(text, name)[i] for i in layers])
+    for name, value in vars(text).items():  # what is said layer by layer: attention windows, rotary or not, ...
+        if isinstance(value, list) and len(value) == len(blocks) > 1:
+            setattr(text, name, [value[i] for i in layers])
     state = _chosen_layers(teacher.state_dict(), prefix, layers)
     if settings.hidden or settings.intermediate:
         state = _narrow(state, teacher, text, prefix, len(layers), settings)

@@ -60,7 +60,7 @@ def draw(logits_NV: Tensor, threshold: float, temperature: float, generator: tor
     """An unbiased sparse sample of softmax(logits / temperature) at each of N positions.
 
     Args:
-        logits_NV: teacher logits, any float dtype; computed in float32, cumulated in float64.
+        logits_NV: teacher logits, any float dtype; computed in float32, cumulated in float64 (on mps, float32).
         threshold: t above, in (0, 1).
         temperature: of the distribution that is sampled.
         generator: a CPU generator; two uniform draws a position, so the result depends on nothing else.
@@ -69,16 +69,17 @@ def draw(logits_NV: Tensor, threshold: float, temperature: float, generator: tor
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     is_head = p >= threshold
-    u = torch.rand((len(p), 1), dtype=torch.float64, generator=generator).to(p.device)
-    reach = torch.where(is_head, 0.0, p.double() / threshold).cumsum(-1) + u
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    u = torch.rand((len(p), 1), dtype=torch.float64, generator=generator).to(p.device, wide)
+    reach = torch.where(is_head, 0.0, p.to(wide) / threshold).cumsum(-1) + u
     steps = reach.floor()
     is_tail = steps > torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], -1)
     # Row-major nonzero gives ids in order within a position; heads are then moved before tails by a stable sort.
     rows, ids = (is_head | is_tail).nonzero(as_tuple=True)
     order = torch.argsort(rows * 2 + (~is_head[rows, ids]).long(), stable=True)
     rows, ids = rows[order], ids[order]
-    head_p = p[rows, ids][is_head[rows, ids]].double()
-    noise = torch.rand(len(head_p), dtype=torch.float64, generator=generator).to(p.device)
+    head_p = p[rows, ids][is_head[rows, ids]].to(wide)
+    noise = torch.rand(len(head_p), dtype=torch.float64, generator=generator).to(p.device, wide)
     head_q = (head_p * _HEAD_STEPS + noise).floor().clamp(max=_HEAD_STEPS)
     return Kept(
         is_head.sum(-1).int().cpu(), is_tail.sum(-1).int().cpu(), ids.int().cpu(), head_q.int().cpu(), entropy.cpu()

@@ -1,7 +1,7 @@
 """Atomic checkpoints from which training goes on bit for bit. safetensors and JSON, never pickle.
 
-A checkpoint is a folder ``step-00000100`` holding ``tensors.safetensors`` (parameters, optimizer moments, the CPU
-random state) and ``state.json``. It is written beside its place and renamed in, so one that exists is whole.
+A checkpoint is a folder ``step-00000100`` holding ``tensors.safetensors`` (parameters, optimizer moments, random
+states) and ``state.json``. It is written beside its place and renamed in, so one that exists is whole.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for key, value in state.items():
             out[f"optimizer.{key}.{names[parameter]}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     out["random.cpu"] = torch.get_rng_state()
-    return {k: v.contiguous().clone() for k, v in out.items()}
+    if torch.cuda.is_available():
+        out["random.cuda"] = torch.cuda.get_rng_state()
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in out.items()}
 
 
 def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -101,3 +103,5 @@ def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[
             step_stays_on_cpu = {k: v if v.ndim == 0 else v.to(parameter.device) for k, v in state.items()}
             optimizer.state[parameter] = step_stays_on_cpu
     torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])

@@ -42,6 +42,7 @@ def train(
     tripwires: Tripwires,
     compute: Compute,
     checkpoints: Checkpoints,
+    seed: int,
     admit: Callable[[Iterable[str]], None],
     log: Callable[[dict], None],
     rewind: Callable[[int], None] = lambda step: None,
@@ -52,6 +53,7 @@ def train(
 
     Args:
         next_batch: step -> its micro-batches, the same ones every time it is asked.
+        seed: of what the model itself draws (dropout, where its architecture has it).
         admit: raises for sample ids that the ledger does not know; called before a batch is used.
         log: takes one line of metrics, at the first, the last and every hundredth part of the steps.
         rewind: called with the step from which training goes on, to drop log lines written after it.
@@ -63,6 +65,7 @@ def train(
         LedgerError: from ``admit``.
         Stopped: the user asked.
     """
+    torch.manual_seed(seed)
     model.to(compute.device).train()
     optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay)
     facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -89,7 +92,7 @@ def train(
         if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not wire.armed):
             checkpoints.save(step + 1, model, optimizer, {"tokens": tokens, "seconds": seconds, **wire.state()})
         progress(step + 1, f"loss {line['loss']:.4f}")
-        if stop and not last:
+        if stop:
             raise Stopped(step + 1)
     model.eval()
     return Outcome(schedule.steps, tokens, time.monotonic() - began)
@@ -124,6 +127,8 @@ def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, mea
     with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
         hidden = forward_hidden(model, batch.ids.to(device), batch.positions.to(device))
     selected: Tensor = hidden.flatten(0, 1)[batch.selected.to(device)]
+    if device.type == "cuda" and compute.autocast is not None:
+        selected = selected.to(compute.autocast)  # the head then multiplies in 16 bits, with float32 logits out
     terms = Terms(
         labels=batch.loss_labels.to(device),
         ce_weight=batch.ce_weight.to(device),
