@@ -9,17 +9,29 @@ from typing import Any
 
 import torch
 
+from pennyweight.data.files import documents, read_text
 from pennyweight.data.pack import Batch, Packer
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, windows
+from pennyweight.data.split import overlap
 from pennyweight.data.store import read_samples
+from pennyweight.errors import ModelError, RecipeError
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.model.device import Compute, choose, set_threads
-from pennyweight.model.load import load, same_tokenizer
-from pennyweight.model.loaded import Loaded
-from pennyweight.model.student import cut, from_shape
-from pennyweight.progress import counting
-from pennyweight.quant.export import codable
-from pennyweight.recipe import FolderTeacher, Recipe, SampledTargets, Schedule, TeacherSamples
+from pennyweight.model.head import keeps_samples_apart
+from pennyweight.model.load import load, same_tokenizer, stored_dtype
+from pennyweight.model.loaded import Loaded, refuse_low_bit
+from pennyweight.model.student import align_vocabulary, cut, from_shape
+from pennyweight.progress import counting, say
+from pennyweight.quant.export import codable, export
+from pennyweight.recipe import (
+    FolderTeacher,
+    Recipe,
+    SampledTargets,
+    Schedule,
+    StudentChoice,
+    TeacherChoice,
+    TeacherSamples,
+)
 from pennyweight.records import Encoded, Sample
 from pennyweight.teacher.cache import CacheFacts, TargetCache
 from pennyweight.teacher.local import LocalTeacher
@@ -35,7 +47,9 @@ class Bench:
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe, self.folder = recipe, folder
-        set_threads(recipe.compute.threads)
+        if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
+            read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
+        self.threads = set_threads(recipe.compute.threads)
         self.compute = choose(recipe.compute.device, recipe.compute.dtype)
 
     @cached_property
@@ -45,11 +59,17 @@ class Bench:
 
     @cached_property
     def teacher(self) -> Loaded:
-        t = self.recipe.teacher
-        return self.opened(self.teacher_path, isinstance(t, FolderTeacher) and t.trust_remote_code)
+        """The teacher: on a GPU as it is stored, since it only reads; elsewhere in float32."""
+        dtype = None if self.compute.device.type == "cuda" else torch.float32
+        trust = _trusted(self.recipe.teacher)
+        return load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
 
-    def opened(self, path: str | Path, trust_remote_code: bool = False) -> Loaded:
-        """A model folder, in float32 on the run's device."""
+    def opened(self, path: str | Path) -> Loaded:
+        """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
+        r = self.recipe
+        return self._opened(path, _trusted(r.teacher) if r.student.kind == "cut" else _trusted(r.student))
+
+    def _opened(self, path: str | Path, trust_remote_code: bool) -> Loaded:
         return load(str(path), device=self.compute.device, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
     @cached_property
@@ -92,18 +112,50 @@ class Bench:
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
         student = self._first_student(seed)
+        # What cannot be done is refused now, not after hours of training.
         if self.recipe.quantize.formats:
-            codable(student)  # refused now, not after hours of training
+            codable(student, self.recipe.quantize.group)
+        if self.recipe.train.pack and not (keeps_samples_apart(student) and keeps_samples_apart(self.teacher.model)):
+            raise RecipeError(
+                f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
+                "train.pack=false"
+            )
         return student
+
+    @property
+    def student_dtype(self) -> torch.dtype:
+        """What students are kept in: as the teacher is stored where they are cut from it, or as they were given."""
+        s = self.recipe.student
+        return torch.float32 if s.kind == "shape" else stored_dtype(self.teacher_path if s.kind == "cut" else s.path)
+
+    def check_copies(self, student: Path, work: Path) -> None:
+        """Write a low-bit copy of the untouched student and open it, since not every architecture takes one."""
+        q = self.recipe.quantize
+        if not q.formats:
+            return
+        try:
+            export(self.opened(student).model, student, work / "copy", q.formats[0], q.group)
+            self.opened(work / "copy")
+        except ModelError as e:
+            raise RecipeError(f"low-bit copies of this student would not work: {e}; set quantize.formats=[]") from None
 
     def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
         if s.kind == "shape":
-            return from_shape(s.shape, self.teacher.tokenizer, self.context, seed)
+            return from_shape(s.shape, self.teacher.tokenizer, self.context, seed, self.teacher.vocabulary)
         if s.kind == "cut":
-            return cut(self.teacher.model, s)
-        given = self.opened(s.path, s.trust_remote_code)
+            return cut(self.teacher.model, s).float()
+        given = self._opened(s.path, s.trust_remote_code)
+        refuse_low_bit(given.model)
         same_tokenizer(self.teacher.tokenizer, given.tokenizer)
+        if given.context < self.context:
+            raise RecipeError(
+                f"the student {s.path} takes {given.context:,} tokens and data.context is {self.context:,}; set "
+                f"data.context={given.context}"
+            )
+        before = given.vocabulary
+        if align_vocabulary(given.model, self.teacher.vocabulary):
+            say(f"the student's vocabulary of {before:,} is set to the teacher's {self.teacher.vocabulary:,} (padding)")
         return given.model
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -138,8 +190,8 @@ class Bench:
         t = self.recipe.targets
         assert isinstance(t, SampledTargets)
         temperature = getattr(self.recipe.method, "temperature", 1.0)
-        place = self.folder / "targets"
-        return TargetCache(place, self.teacher.fingerprint, t.threshold, temperature, t.shard, self.answering.targets)
+        made_by = f"{self.teacher.fingerprint} on {self.compute.name}"
+        return TargetCache(self.folder / "targets", made_by, t.threshold, temperature, t.shard, self.answering.targets)
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -147,15 +199,29 @@ class Bench:
         e, tokenizer = self.recipe.evaluate, self.teacher.tokenizer
         samples = read_samples(self.folder / "data" / "eval.jsonl")
         encoded = windows(e.text, tokenizer, self.context) if e.text else self.encode(samples)
-        problems = [s for s in samples if s.task][: e.problems]
-        prompts = [prompt_ids(s, tokenizer) for s in problems]
+        asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < self.context]
+        problems, prompts = [s for s, _ in asked[: e.problems]], [ids for _, ids in asked[: e.problems]]
         openings = [_opening(x) for x in encoded[: e.shown]]
         return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
+
+    def text_overlap(self) -> dict[str, Any]:
+        """How much of the evaluation text is in the training samples; nothing where there is no such text."""
+        path = self.recipe.evaluate.text
+        if not path:
+            return {}
+        texts = documents(read_text(Path(path).expanduser(), path), by_paragraph=False)
+        found = overlap(read_samples(self.folder / "data" / "train.jsonl"), [Sample((), t, path) for t in texts])
+        return {"text_overlap": {k: found[k] for k in ("eval", "normalised", "ngram")}}
 
     @property
     def measuring(self) -> Compute:
         """How evaluation computes: as training does on a GPU, in float32 elsewhere."""
         return self.compute if self.compute.device.type == "cuda" else replace(self.compute, autocast=None)
+
+
+def _trusted(choice: TeacherChoice | StudentChoice) -> bool:
+    """Whether the recipe lets the code that comes with this model run."""
+    return getattr(choice, "trust_remote_code", False)
 
 
 def packer(samples: list[Encoded], schedule: Schedule, seed: int, pad_id: int, context: int) -> Packer:

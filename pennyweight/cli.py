@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pennyweight.errors import PennyweightError, RecipeError, of_a_library, of_the_system
+from pennyweight.errors import PennyweightError, RecipeError, in_one_sentence
+from pennyweight.records import finite
 from pennyweight.version import __version__
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after a run's ledger.")
 app.add_typer(ledger_app, name="ledger")
+
+_STOPPED = "stopped; run and distill go on from here with the same command"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
@@ -248,7 +252,7 @@ def show(
     import pennyweight.commands as commands
 
     if sample is not None:
-        typer.echo(commands.show_sample(folder, sample))
+        typer.echo(commands.show_sample(folder, sample, as_json))
         return
     found = commands.show(folder)
     if as_json:
@@ -305,7 +309,7 @@ def _reply(talk: Any, text: str) -> None:
 def _tell(found: dict[str, Any], as_json: bool) -> None:
     """JSON, or one line per value."""
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(finite(found), indent=2, ensure_ascii=False, allow_nan=False))
         return
     from pennyweight.report.terminal import print_values
 
@@ -319,28 +323,22 @@ def main() -> None:
     except PennyweightError as e:
         _fail(str(e), e.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on from here", 130)
+        _fail(_STOPPED, 130)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as e:
-        _fail(of_the_system(e), 2)
     except Exception as e:
-        _fail_unless_expected(e)
+        said = in_one_sentence(e)
+        if said is None:
+            raise
+        _fail(said, 2)
     else:
+        if code == 130:  # typer's own answer to Ctrl-C
+            _fail(_STOPPED, 130)
         sys.exit(code or 0)
 
 
-def _fail_unless_expected(e: Exception) -> None:
-    """Usage errors of the command line, and what libraries report in their own way; others are ours."""
-    if hasattr(e, "format_message") and hasattr(e, "exit_code"):
-        _fail(f"{e.format_message()}; see pennyweight --help", 2)  # type: ignore[attr-defined]
-    said = of_a_library(e)
-    if said:
-        _fail(said, 2)
-    raise e
-
-
 def _fail(message: str, code: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only tear up what is being said
     typer.echo(f"pennyweight: {message}", err=True)
     sys.exit(code)
 

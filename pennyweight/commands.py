@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pennyweight.data.render import encode, learnt_bytes, prompt_ids, shown, windows
+from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown, windows
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError, RecipeError, RunError
@@ -17,15 +17,21 @@ from pennyweight.evaluate.suite import Sampling, as_scorer, examine
 from pennyweight.ledger.store import Ledger, Verification
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream
-from pennyweight.model.load import load, same_tokenizer
+from pennyweight.model.load import load, open_tokenizer, same_tokenizer
 from pennyweight.model.loaded import Loaded
+from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting
 from pennyweight.quant.export import export
 from pennyweight.quant.formats import BITS
+from pennyweight.recipe import FolderTeacher, Recipe
+from pennyweight.recipe_file import parted
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import read_json
 from pennyweight.verifiers import judge
+
+WINDOW = 1024
+"""Tokens a text is cut into at most, for measuring; bits per byte of other windows cannot be compared."""
 
 
 def evaluate_model(
@@ -46,6 +52,7 @@ def evaluate_model(
 
     Args:
         tasks: names, or ``name:setting=value,setting=value``.
+        text: a file, measured in windows of up to 1,024 tokens.
 
     Raises:
         DataError: neither tasks nor text were given, or one of them cannot be used.
@@ -62,10 +69,10 @@ def evaluate_model(
         held_out = HeldOut([], [], asked, [prompt_ids(s, loaded.tokenizer) for s in asked])
         with counting(name, held_out.passes(samples, 0), "answers") as c:
             found = examine(loaded, held_out, judge, sampling, compute, progress=c.advance)
-        out["tasks"][name] = {k: v.to_json() for k, v in found.metrics.items()}
-        out["tasks"][name]["decode_tokens_per_second"] = found.decode_tokens_per_second
+        out["tasks"][task] = {k: v.to_json() for k, v in found.metrics.items()}
+        out["tasks"][task]["decode_tokens_per_second"] = found.decode_tokens_per_second
     if text:
-        encoded = windows(text, loaded.tokenizer, loaded.context)
+        encoded = windows(text, loaded.tokenizer, min(WINDOW, loaded.context))
         held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), [], [])
         with counting("text", len(encoded), "windows") as c:
             found = examine(loaded, held_out, judge, sampling, compute, progress=c.advance)
@@ -85,7 +92,8 @@ def compare(
     first, compute = _open(a, device, threads, trust_remote_code)
     second, _ = _open(b, device, threads, trust_remote_code)
     same_tokenizer(first.tokenizer, second.tokenizer)
-    encoded = windows(text, first.tokenizer, min(first.context, second.context))
+    align_vocabulary(second.model, first.vocabulary)
+    encoded = windows(text, first.tokenizer, min(WINDOW, first.context, second.context))
     spelt = learnt_bytes(encoded, first.tokenizer)
     sides = as_scorer(first, compute), as_scorer(second, compute)
     with counting("comparing", 2 * len(encoded), "windows") as c:
@@ -100,8 +108,8 @@ def compare(
         "agreement": of_b.per_token("same").to_json(),
         "bits_per_byte_a": of_a.bits_per_byte().to_json(),
         "bits_per_byte_b": of_b.bits_per_byte().to_json(),
-        "ece_a": of_a.ece,
-        "ece_b": of_b.ece,
+        "ece_a": of_a.ece().to_json(),
+        "ece_b": of_b.ece().to_json(),
     }
 
 
@@ -180,13 +188,13 @@ def show(folder: str) -> dict[str, Any]:
     """The summary of a RUN folder, or, of an unfinished one, its recipe and the stages so far."""
     root = _run_folder(folder)
     if (root / "summary.json").exists():
-        return read_json(root / "summary.json")
+        return _read(root / "summary.json")
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
-        return {"recipe": read_json(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
+        return {"recipe": _read(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
 
 
-def show_sample(folder: str, number: int) -> str:
-    """The exact masked token stream of one training sample."""
+def show_sample(folder: str, number: int, as_json: bool = False) -> str:
+    """The exact masked token stream of one training sample, as training sees it; several where a text is cut up."""
     root = _run_folder(folder)
     file = root / "data" / "train.jsonl"
     if not file.exists():
@@ -194,13 +202,18 @@ def show_sample(folder: str, number: int) -> str:
     samples = read_samples(file)
     if not 0 <= number < len(samples):
         raise RunError(f"{root} has training samples 0 to {len(samples) - 1}, not {number}; choose one of them")
-    recipe = read_json(root / "recipe.json")
-    teacher = recipe["teacher"].get("path") or str(root / "teacher")
-    trust = recipe["teacher"].get("trust_remote_code", False)
-    tokenizer = load(teacher, device="cpu", trust_remote_code=trust).tokenizer
-    encoded = encode(samples[number], tokenizer)
-    assert encoded is not None
-    return shown(encoded, tokenizer)
+    recipe = Recipe.model_validate(_read(root / "recipe.json"))
+    teacher = recipe.teacher.path if isinstance(recipe.teacher, FolderTeacher) else str(root / "teacher")
+    tokenizer = open_tokenizer(teacher, getattr(recipe.teacher, "trust_remote_code", False))
+    with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
+        facts = (ledger.stage_finished("teacher") or {"facts": {}})["facts"]
+    context = min(recipe.data.context, facts.get("context", recipe.data.context))
+    streams = encode_all([samples[number]], tokenizer, context, recipe.data.too_long)
+    if not as_json:
+        return "\n\n".join(shown(e, tokenizer) for e in streams)
+    names = tokenizer.convert_ids_to_tokens
+    rows = [{"ids": e.ids, "tokens": names(list(e.ids)), "learnt": e.mask} for e in streams]
+    return json.dumps(rows, ensure_ascii=False)
 
 
 def redraw(folder: str) -> Path:
@@ -216,7 +229,7 @@ def verify(folder: str) -> Verification:
     root = _run_folder(folder)
     expected = None
     if (root / "summary.json").exists():
-        head = read_json(root / "summary.json").get("ledger", {})
+        head = _read(root / "summary.json").get("ledger", {})
         expected = (head["seq"], head["head"]) if "seq" in head and "head" in head else None
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
         return ledger.verify(root, expected)
@@ -226,6 +239,16 @@ def _open(model: str, device: str, threads: int, trust_remote_code: bool) -> tup
     set_threads(threads)
     compute = choose(device, "auto")
     return load(model, device=compute.device, trust_remote_code=trust_remote_code), compute
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote."""
+    try:
+        value = read_json(file)
+        assert isinstance(value, dict)
+    except (ValueError, AssertionError):
+        raise RunError(f"{file} is damaged; run the recipe again on that folder, which writes it anew") from None
+    return value
 
 
 def _run_folder(folder: str) -> Path:
@@ -239,7 +262,7 @@ def _task(text: str) -> tuple[str, dict[str, Any]]:
     """``name:a=1,b=2`` -> name and settings."""
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in parted(rest):
         key, equals, value = pair.partition("=")
         if not equals:
             raise DataError(f"cannot read the task setting {pair!r} of {text!r}; write it as name:setting=value")

@@ -72,18 +72,27 @@ class Stopped(PennyweightError):
         self.step = step
 
 
-def of_the_system(e: OSError) -> str:
-    """One sentence about what the operating system refused, and what to do."""
+def in_one_sentence(e: Exception) -> str | None:
+    """What a failure that is not ours means and what to do; None where that is not known, so that it is a defect."""
+    kind, said = type(e).__name__, str(e)
+    if isinstance(e, OSError):
+        return _of_the_system(e)
+    if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # usage errors of the command line
+        return f"{e.format_message()}; see pennyweight --help"  # type: ignore[attr-defined]
+    if kind == "SafetensorError" and "os error" in said.lower():
+        return f"could not write a weight file: {e}; free some space or check permissions, then run the command again"
+    if kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in said:
+        return (
+            "the memory is full; use a smaller train.micro_batch, a shorter data.context or a smaller model, and the "
+            "same command goes on from here"
+        )
+    return None
+
+
+def _of_the_system(e: OSError) -> str:
     where = f" at {e.filename}" if e.filename else ""
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; free some space, and the same command goes on from here"
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
     return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"
-
-
-def of_a_library(e: Exception) -> str | None:
-    """One sentence about a system error that a library reports as its own kind, or None where it is no such error."""
-    if type(e).__name__ == "SafetensorError" and "os error" in str(e).lower():
-        return f"could not write a weight file: {e}; free some space or check permissions, then run the command again"
-    return None

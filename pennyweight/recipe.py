@@ -16,7 +16,11 @@ from pennyweight.records import sha256_json
 class Settings(BaseModel):
     """Base of every table of a recipe: unknown keys refused, values frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+DEFAULT_KINDS = {"source": "teacher_samples", "targets": "sampled", "method": "kd"}
+"""The kind of a tagged table that was given without one."""
 
 
 def _with_default_kind(table: Any, **kinds: str) -> Any:
@@ -24,6 +28,9 @@ def _with_default_kind(table: Any, **kinds: str) -> Any:
     if not isinstance(table, dict):
         return table
     return {k: {"kind": kinds[k], **v} if k in kinds and isinstance(v, dict) else v for k, v in table.items()}
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Compute(Settings):
@@ -77,7 +84,7 @@ class TaskData(Settings):
 
     kind: Literal["tasks"] = "tasks"
     tasks: list[TaskSource] = Field(min_length=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 Source = Annotated[Union[TeacherSamples, FileData, TaskData], Discriminator("kind")]  # noqa: UP007
@@ -113,7 +120,7 @@ class Data(Settings):
     @model_validator(mode="before")
     @classmethod
     def _kinds(cls, table: Any) -> Any:
-        return _with_default_kind(table, source="teacher_samples")
+        return _with_default_kind(table, source=DEFAULT_KINDS["source"])
 
 
 class Shape(Settings):
@@ -139,7 +146,7 @@ class Schedule(Settings):
     """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
 
     steps: int = Field(default=300, ge=1)
-    batch: int = Field(default=32, ge=1, description="samples per step, over all micro-batches")
+    batch: int = Field(default=32, ge=1, le=1_000_000, description="samples per step, over all micro-batches")
     micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; default: the whole batch")
     pack: bool = Field(default=False, description="several samples in one row of `context` tokens, blind to each other")
     lr: float = Field(default=1e-3, gt=0)
@@ -155,7 +162,7 @@ class Schedule(Settings):
 
 
 class Tripwires(Settings):
-    """What stops a run: each must hold for ``patience`` measurements in a row, after the warm-up."""
+    """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
 
     loss_spike: float = Field(default=3.0, gt=1, description="loss above this many times its running mean")
     entropy_low: float = Field(
@@ -185,7 +192,7 @@ class TrainedTeacher(Settings):
     schedule: Schedule = Field(default_factory=Schedule)
     vocabulary: int = Field(default=256, ge=16, description="largest size of the byte-level BPE made from the tasks")
     context: int = Field(default=256, ge=8)
-    seed: int = 0
+    seed: Seed = 0
     licence: str = "Apache-2.0"
 
 
@@ -284,8 +291,8 @@ class Recipe(Settings):
     """One run, from teacher to report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    seed: int = Field(default=0, ge=0, description="every random draw comes from this and the arm seeds")
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="one student of each arm per seed")
+    seed: Seed = Field(default=0, description="every random draw comes from this and the arm seeds")
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, description="one student of each arm per seed")
     compute: Compute = Field(default_factory=Compute)
     teacher: TeacherChoice
     data: Data = Field(default_factory=Data)
@@ -301,7 +308,7 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _kinds(cls, table: Any) -> Any:
-        return _with_default_kind(table, targets="sampled", method="kd")
+        return _with_default_kind(table, targets=DEFAULT_KINDS["targets"], method=DEFAULT_KINDS["method"])
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
@@ -310,6 +317,6 @@ class Recipe(Settings):
         return self
 
     def hash_of(self, *sections: str) -> str:
-        """SHA-256 of the named parts, as a stage depends on them."""
-        whole = self.model_dump(mode="json")
+        """SHA-256 of the named parts, as a stage depends on them; how often it saves changes no result."""
+        whole = self.model_dump(mode="json", exclude={"train": {"checkpoint_every"}})
         return sha256_json({s: whole[s] for s in sections})

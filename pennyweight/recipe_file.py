@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pennyweight.errors import RecipeError
-from pennyweight.recipe import Recipe
+from pennyweight.recipe import DEFAULT_KINDS, Recipe
 
 
 def shipped(name: str) -> Path:
@@ -49,11 +49,11 @@ def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
 
 
 def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A recipe from a plain table; ``origin`` is named in messages."""
+    """A recipe from a plain table; ``origin``, where there is one, is named in messages."""
     try:
         return Recipe.model_validate(table)
     except ValidationError as e:
-        raise RecipeError(f"{origin}: {_explain(e)}") from None
+        raise RecipeError(f"{origin}: {_explain(e)}" if origin else _explain(e)) from None
 
 
 def distillation(
@@ -75,7 +75,11 @@ def distillation(
     Raises:
         RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
     """
-    if bool(student) == bool(cut):
+    if data == "":
+        raise RecipeError(
+            "--data is empty; give a file, a folder or a hub name, or leave it out for the teacher's samples"
+        )
+    if (student is None) == (cut is None):
         raise RecipeError(
             "say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both"
         )
@@ -84,16 +88,25 @@ def distillation(
         "name": f"distill-{name}"[:100],
         "seeds": list(range(seeds)),
         "teacher": {"kind": "folder", "path": teacher, "trust_remote_code": trust_remote_code},
-        "data": {"source": {"kind": "files", "path": data} if data else {"kind": "teacher_samples"}},
-        "student": {"kind": "folder", "path": student} if student else {"kind": "cut"},
+        "data": {"source": {"kind": "files", "path": data} if data is not None else {"kind": "teacher_samples"}},
+        "student": {"kind": "folder", "path": student, "trust_remote_code": trust_remote_code}
+        if student is not None
+        else {"kind": "cut"},
         "method": {"kind": method},
         "train": {"steps": steps, "batch": batch, "lr": lr},
     }
-    for pair in (cut or "").split(",") if cut else []:
+    for pair in parted(cut or ""):
+        if "=" not in pair:
+            raise RecipeError(f"--cut {cut} cannot be read; write it as layers=N[,hidden=N][,intermediate=N]")
         _override(table, f"student.{pair}")
     for item in settings or []:
         _override(table, item)
-    return parse(table, "pennyweight distill")
+    return parse(table, "")
+
+
+def parted(text: str) -> list[str]:
+    """``a=1,b=[2,3]`` at its commas, those inside brackets left alone."""
+    return [p for p in re.split(r",(?![^\[]*\])", text) if p.strip()]
 
 
 def _override(table: dict[str, Any], item: str) -> None:
@@ -111,7 +124,7 @@ def _override(table: dict[str, Any], item: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"cannot set {path}: {key} is a value, not a table; set {key} itself")
         table = inner
-    if keys[-1] == "kind" and table.get("kind") != value:
+    if keys[-1] == "kind" and table.get("kind", DEFAULT_KINDS.get(keys[-2] if keys[1:] else "")) != value:
         table.clear()
     table[keys[-1]] = value
 

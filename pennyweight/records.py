@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -16,6 +17,15 @@ from typing import Any, Protocol
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: one text for one value, so that its hash is a name for it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in place of NaN and infinity, which JSON does not have, at any depth."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_text(text: str) -> str:
@@ -116,6 +126,7 @@ class Encoded:
     id: str
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+    _token_hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def loss_positions(self) -> list[int]:
@@ -125,7 +136,9 @@ class Encoded:
     @property
     def token_hash(self) -> str:
         """Hash of ids and mask: what cached teacher targets are addressed by."""
-        return sha256_json([list(self.ids), [int(m) for m in self.mask]])
+        if not self._token_hash:  # asked for at every step
+            self._token_hash.append(sha256_json([list(self.ids), [int(m) for m in self.mask]]))
+        return self._token_hash[0]
 
 
 @dataclass(frozen=True, slots=True)

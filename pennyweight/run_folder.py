@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,10 @@ class Run:
         self.folder, self.recipe = folder, recipe
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
             self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until close
+        except FileExistsError:
+            raise RunError(f"{folder} is a file; choose another --out") from None
         except OSError as e:
             raise RunError(f"cannot write the RUN folder {folder}: {e.strerror}; choose another with --out") from None
         try:
@@ -82,22 +86,35 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _refuse_foreign(self) -> None:
+        """Leave a folder alone that holds something and is not ours."""
+        if (self.folder / "recipe.json").exists():
+            return
+        if any(p.name != ".lock" and not p.name.startswith(".making-") for p in self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and is not a RUN folder; choose another --out")
+
     def _claim(self) -> None:
-        """Write recipe.json, once it is sure that the folder is empty or belongs to a recipe of the same name."""
+        """Write recipe.json, unless the folder belongs to a recipe of another name."""
         file = self.folder / "recipe.json"
         if file.exists():
             try:
                 owner = json.loads(file.read_text())["name"]
             except (OSError, ValueError, KeyError, TypeError):
                 raise RunError(f"{file} is damaged; choose another --out, or remove that folder") from None
-            if owner != self.recipe.name:
+            if owner != self.recipe.name and self._has_results():
                 raise RunError(
                     f"{self.folder} holds a run of the recipe {owner!r}, not {self.recipe.name!r}; "
                     "choose another --out, or remove that folder"
                 )
-        elif any(p.name != ".lock" for p in self.folder.iterdir()):
-            raise RunError(f"{self.folder} is not empty and is not a RUN folder; choose another --out")
         write_json(file, self.recipe.model_dump(mode="json"))
+
+    def _has_results(self) -> bool:
+        """Whether any stage has finished; a folder in which nothing has may be taken by another recipe."""
+        file = self.folder / "ledger.sqlite"
+        if not file.exists():
+            return False
+        with Ledger.open(file, create=False) as ledger:
+            return bool(ledger.finished_stages())
 
     def stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made]) -> Done:
         """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed.
@@ -203,4 +220,4 @@ def _peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

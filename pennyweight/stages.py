@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.bench import Bench, packer
-from pennyweight.data.prepare import Writer, facts, gather, prepare, stream_facts
+from pennyweight.data.prepare import Writer, facts, gather, prepare, settle, told
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
 from pennyweight.data.split import is_held_out, split
@@ -43,17 +43,13 @@ from pennyweight.version import __version__
 
 
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """The whole line: teacher -> data -> targets -> students -> low-bit copies -> evaluation -> report.
-
-    Returns:
-        what summary.json holds.
-    """
+    """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     bench = Bench(recipe, out)
     with Run(out, recipe) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
-        data = the_data(line, teacher)
         starts = the_starts(line, teacher)
+        data = the_data(line, teacher)
         targets = the_targets(line, teacher, data)
         arms = {
             arm: {seed: an_arm(line, arm, seed, starts[seed], teacher, data, targets) for seed in recipe.seeds}
@@ -87,9 +83,8 @@ class Line:
         settings = self.recipe.model_dump(mode="json")
         self.trackers = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)
         self.journal = Journal(self.folder / "metrics.jsonl", [self.trackers])
-        self.journal.path.touch()
         run.ledger.append("run", {"recipe": settings, "version": __version__})
-        run.ledger.append("environment", environment(self.compute.name, self.recipe.compute.threads))
+        run.ledger.append("environment", environment(self.compute.hardware, bench.threads))
 
     def __enter__(self) -> Line:
         return self
@@ -164,18 +159,19 @@ def _data(line: Line, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
     def writer(teacher: LocalTeacher | None = None) -> Writer:
-        return Writer(teacher or line.bench.answering, line.bench.teacher.tokenizer, work, recipe.seed, counting)
+        room, speaker = (line.bench.context, d.too_long), teacher or line.bench.answering
+        return Writer(speaker, line.bench.teacher.tokenizer, work, recipe.seed, counting, *room)
 
     own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
     parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
     train, held_out, rejected = prepare(parts, d.responses, writer, judge_sample)
-    found = facts(train, held_out, parts, rejected)
+    train, of_train = settle("train", train, line.bench.encode)
+    held_out, of_eval = settle("eval", held_out, line.bench.encode)
+    found = facts(train, held_out, parts, rejected) | of_train | of_eval
     for name, samples in (("train", train), ("eval", held_out)):
-        found |= stream_facts(name, line.bench.encode(samples))
         write_samples(folder / f"{name}.jsonl", samples)
         line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint, line.bench.teacher.name)
-    overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**parts.overlap)
-    say(f"data: {len(train):,} to train on, {len(held_out):,} held out; {rejected:,} rejected; {overlap}")
+    say(told(found))
     return Made(found, found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 
 
@@ -190,12 +186,15 @@ def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
 def a_start(line: Line, teacher: Done, seed: int) -> Done:
     """One untouched student: given, cut from the teacher, or made from nothing by its seed."""
     s, place = line.recipe.student, f"arms/base-{seed}"
-    depends = {"student": line.recipe.hash_of("student"), "teacher": teacher.facts["identity"], "seed": seed}
+    room = min(line.recipe.data.context, teacher.facts["context"])
+    depends = {"student": [s.model_dump(mode="json"), seed], "teacher": teacher.facts["identity"], "context": room}
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
     def make(work: Path) -> Made:
-        save(line.bench.first_student(seed), line.bench.teacher.tokenizer, line.folder / place)
+        student = line.bench.first_student(seed)
+        save(student, line.bench.teacher.tokenizer, line.folder / place, line.bench.student_dtype)
+        line.bench.check_copies(line.folder / place, work)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)
@@ -229,7 +228,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     method = SftMethod() if arm == "sft" else recipe.method
     uses_teacher = bool(METHODS[arm].signals(method))
     depends: dict[str, Any] = {
-        "train": recipe.hash_of("train", "tripwires"),
+        "train": recipe.hash_of("train"),
         "method": method.model_dump(mode="json"),
         "compute": line.compute.name,
         "start": start.outputs,
@@ -246,7 +245,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"
         next_batch = lambda step: [weigh(b, method, signal) for b in batches(step)]  # noqa: E731
         outcome = _fit(line, work, arm, seed, begin.model, s, next_batch)
-        save(begin.model, begin.tokenizer, line.folder / place)
+        save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
         return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [place], outcome.seconds)
 
     return line.run.stage(f"{arm}-{seed}", depends, make)
@@ -258,7 +257,8 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
     place = line.folder / "student"
 
     def make(work: Path) -> Made:
-        shutil.rmtree(place, ignore_errors=True)
+        for old in (place, *line.folder.glob("student-*")):  # low-bit copies of another student, too
+            shutil.rmtree(old, ignore_errors=True)
         shutil.copytree(line.folder / next(iter(chosen.outputs)), place)
         return Made(line.bench.opened(place).facts(), paths=["student"])
 
@@ -288,8 +288,8 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
     text = line.recipe.evaluate.text
     shared = {
-        "evaluate": line.recipe.hash_of("evaluate"),
-        "text": content_hash(text) if text else None,
+        "evaluate": line.recipe.hash_of("evaluate", "seed"),
+        "text": [content_hash(text), line.recipe.data.context] if text else None,
         "teacher": teacher,
         "data": [made.data.outputs, made.data.facts["eval_stream"]],
     }
@@ -339,9 +339,9 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
         "version": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": made.targets.facts,
-        "data": made.data.facts,
+        "data": {**made.data.facts, **line.bench.text_overlap()},
         "stages": line.run.stages(),
-        "environment": environment(line.compute.name, recipe.compute.threads),
+        "environment": environment(line.compute.hardware, line.bench.threads),
         "ledger": {**ledger.counts(), "seq": seq, "head": head},
     }
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))

@@ -235,7 +235,8 @@ def test_too_long():
     short, long, crowded = ask("a", "b"), ask("a", "Hello there " * 30), ask("안녕 " * 60, "b")
     length = len(getattr(encode(long, tokenizer), "ids"))  # noqa: B009
     with pytest.raises(
-        DataError, match=rf"sample 1 is {length} tokens long, one of 1 of 2 .*context is 40; set data.too_long=drop"
+        DataError,
+        match=rf"1 of 2 samples are too long; .* has {length} tokens: the context is 40; set data.too_long=drop",
     ):
         encode_all([short, long], tokenizer, 40, "refuse")
     assert [e.id for e in encode_all([short, long, crowded], tokenizer, 40, "drop")] == [short.id]
@@ -243,7 +244,7 @@ def test_too_long():
     assert cut.ids == getattr(encode(long, tokenizer), "ids")[:40]  # noqa: B009
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") != cut.ids[-1]
     for too_long in ("refuse", "truncate"):
-        with pytest.raises(DataError, match="sample 1 .*prompt alone leaves no room"):
+        with pytest.raises(DataError, match="samples are too long.*prompt alone leaves no room"):
             encode_all([short, crowded, long], tokenizer, 40, too_long)
         with pytest.raises(DataError, match="prompt alone leaves no room"):
             encode(crowded, tokenizer, 40, too_long)
@@ -257,7 +258,7 @@ def test_texts_longer_than_the_context_become_windows():
     tokenizer = trained()
     rng = random.Random()
     for context in (8, 13, 40):
-        sample = Sample((), " ".join(rng.choices(TEXTS, k=6)), "s")
+        sample = Sample((), " ".join(rng.choices(TEXTS, k=40)), "s")
         full = encode(sample, tokenizer)
         parts = encode_all([sample], tokenizer, context, "refuse")
         assert full is not None

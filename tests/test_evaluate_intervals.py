@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 
 import numpy as np
 import pytest
 
-from pennyweight.evaluate.intervals import difference, over_seeds, pass_at_k, ratio, wilson
+from pennyweight.evaluate.intervals import calibration_error, difference, over_seeds, ratio, wilson
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (1, 3), (87, 100), (987, 1000)])
@@ -36,15 +35,6 @@ def test_nothing_tried_is_no_number():
     assert math.isnan(wilson(0, 0).mean)
 
 
-@pytest.mark.parametrize(
-    ("correct", "samples", "k"), [(0, 5, 2), (1, 5, 2), (3, 5, 2), (5, 5, 3), (2, 4, 4), (4, 6, 1)]
-)
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(correct, samples, k):
-    right = [i < correct for i in range(samples)]
-    subsets = list(itertools.combinations(right, k))
-    assert pass_at_k(correct, samples, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
-
-
 def test_a_ratio_is_of_sums_and_its_bootstrap_covers():
     """Bits per byte of a corpus is total over total, not a mean of ratios."""
     assert ratio([1, 9], [10, 10], 0).mean == 0.5
@@ -58,6 +48,22 @@ def test_a_ratio_is_of_sums_and_its_bootstrap_covers():
     assert 0.90 < hits / 300 < 0.99
     assert ratio([1.0, 2.0], [3.0, 4.0], 5) == ratio([1.0, 2.0], [3.0, 4.0], 5)
     assert math.isnan(ratio([], [], 0).mean)
+    alone = ratio([3.0], [2.0], 0)
+    assert alone.mean == 1.5 and alone.low == -math.inf and alone.high == math.inf
+
+
+def test_calibration_error_is_the_gap_of_the_sums_and_its_interval_holds_it():
+    rng = np.random.default_rng(3)
+    bins = np.zeros((80, 15, 3))
+    for sample in bins:
+        for _ in range(50):
+            confidence = rng.uniform(0, 1)
+            sample[min(14, int(confidence * 15))] += [1, confidence, rng.uniform() < confidence**2]
+    count, confidence, hits = bins.sum(0).T
+    found = calibration_error(bins, 0)
+    assert found.mean == pytest.approx(sum(abs(c - h) for c, h in zip(confidence, hits, strict=True)) / count.sum())
+    assert 0.1 < found.low < found.mean < found.high < 0.25
+    assert calibration_error(bins[:1], 0).low == -math.inf
 
 
 def test_over_seeds_is_students_interval():
@@ -70,7 +76,17 @@ def test_over_seeds_is_students_interval():
 
 def test_differences_are_paired():
     """A seed effect that both sides share cancels."""
-    a, b = [1.0, 5.0, 9.0], [0.9, 4.9, 8.9]
+    a, b = [1.0, 5.0, 9.0], [0.9, 4.91, 8.89]
     assert difference(a, b).low > 0
     alone = difference([1.0], [0.5])
     assert alone.mean == 0.5 and alone.low == -math.inf and alone.high == math.inf
+    same = difference([0.72, 0.82, 0.62], [0.7, 0.8, 0.6])  # coarse metrics may agree by chance: that proves nothing
+    assert same.mean == pytest.approx(0.02) and same.low == -math.inf
+
+
+@pytest.mark.parametrize(("seeds", "t"), [(17, 2.119905), (21, 2.085963), (31, 2.042272)])
+def test_students_quantiles_go_on_beyond_the_table(seeds, t):
+    """Quantiles from the standard tables of Student's t."""
+    values = [float(i % 5) for i in range(seeds)]
+    found = over_seeds(values)
+    assert (found.high - found.mean) / (np.std(values, ddof=1) / math.sqrt(seeds)) == pytest.approx(t, abs=1e-3)

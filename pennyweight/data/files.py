@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,6 +226,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     repository, _, config = name.partition(":")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the hub client counts its tries aloud
     try:
         data = load_dataset(repository, config or None, split=split)
     except Exception as e:
@@ -232,6 +235,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
             f"{name} is no file or folder here, and its split {split!r} cannot be had from the hub ({_first_line(e)}); "
             "check data.source.path and the network, or download it and give the folder"
         ) from None
+    finally:
+        logging.disable(before)
     for number, row in enumerate(data, 1):
         yield f"{name} row {number}", row
 

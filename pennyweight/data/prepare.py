@@ -23,13 +23,18 @@ Counting = Callable[[str, int, str], Any]
 
 @dataclass(frozen=True)
 class Writer:
-    """A teacher that writes, its tokenizer, the folder its finished parts wait in, a seed, and how to show progress."""
+    """A teacher that writes, its tokenizer, the folder its finished parts wait in, a seed, and how to show progress.
+
+    Prompts that leave no room in ``context`` are refused, or left out where ``too_long`` is not ``refuse``.
+    """
 
     teacher: Teacher
     tokenizer: Any
     parts: Path
     seed: int
     counting: Counting
+    context: int
+    too_long: str
 
 
 def gather(source: Source, writer: Writer | None, licence: str) -> list[Sample]:
@@ -49,7 +54,7 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
     """Samples with a response each: theirs or the teacher's, as ``by`` (auto, given, teacher) says.
 
     Raises:
-        DataError: ``by`` is given and a sample has none.
+        DataError: ``by`` is given and a sample has none, or a prompt leaves no room for a response.
     """
     missing = [s for s in samples if s.response is None]
     if by == "given" and missing:
@@ -61,11 +66,17 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
     if not asked:
         return list(samples)
     w = writer()
-    with w.counting(f"teacher answers ({name})", len(asked), "prompts") as c:
+    fits = [s for s in asked if len(prompt_ids(s, w.tokenizer)) < w.context]
+    if len(fits) < len(asked) and w.too_long == "refuse":
+        raise DataError(
+            f"{len(asked) - len(fits):,} of {len(asked):,} prompts leave no room for a response in the context of "
+            f"{w.context:,} tokens; set data.too_long=drop, or a larger data.context"
+        )
+    with w.counting(f"teacher answers ({name})", len(fits), "prompts") as c:
         ids = lambda s: prompt_ids(s, w.tokenizer)  # noqa: E731
-        replies = iter(write_answers(asked, ids, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
-    chosen = {id(s) for s in asked}
-    return [next(replies) if id(s) in chosen else s for s in samples]
+        replies = iter(write_answers(fits, ids, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
+    left_out, chosen = {id(s) for s in asked} - {id(s) for s in fits}, {id(s) for s in fits}
+    return [next(replies) if id(s) in chosen else s for s in samples if id(s) not in left_out]
 
 
 def prepare(
@@ -101,10 +112,27 @@ def facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: i
     }
 
 
-def stream_facts(name: str, encoded: Sequence[Encoded]) -> dict[str, Any]:
-    """Tokens of one side, and the hash of its masked token streams: what later stages depend on.
+def settle(
+    name: str, samples: Sequence[Sample], encode: Callable[[list[Sample]], list[Encoded]]
+) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples of one side that have tokens to learn in the context, and facts of their streams.
 
-    The texts alone do not fix them: the chat template, the context and ``too_long`` do so too.
+    The hash of the masked token streams is what later stages depend on: the texts alone do not fix them, the chat
+    template, the context and ``too_long`` do so too.
     """
-    streams = sha256_json([[e.id, e.token_hash] for e in encoded])
-    return {f"{name}_tokens": sum(len(e.ids) for e in encoded), f"{name}_stream": streams}
+    encoded = encode(list(samples))
+    whole = {e.id.partition(":")[0] for e in encoded}
+    kept = [s for s in samples if s.id in whole]
+    return kept, {
+        f"{name}_tokens": sum(len(e.ids) for e in encoded),
+        f"{name}_too_long": len(samples) - len(kept),
+        f"{name}_stream": sha256_json([[e.id, e.token_hash] for e in encoded]),
+    }
+
+
+def told(found: dict[str, Any]) -> str:
+    """The facts in one line."""
+    too_long = found["train_too_long"] + found["eval_too_long"]
+    left_out = f"{found['rejected']:,} rejected" + (f", {too_long:,} too long" if too_long else "")
+    overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
+    return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

@@ -94,8 +94,8 @@ def encode_all(samples: Sequence[Sample], tokenizer: Any, context: int, too_long
     if refused:
         number, cut, length = refused[0]
         raise DataError(
-            f"sample {number} is {length} tokens long, one of {len(refused):,} of {len(samples):,} that are too long: "
-            f"{_over(cut, context)}"
+            f"{len(refused):,} of {len(samples):,} samples are too long; the first, {_begins(samples[number])}, has "
+            f"{length} tokens: {_over(cut, context)}"
         )
     out = [e for e in out if e.loss_positions]
     if not out:
@@ -158,6 +158,12 @@ def shown(encoded: Encoded, tokenizer: Any) -> str:
     for t, (number, text) in enumerate(zip(encoded.ids, texts, strict=True)):
         table.append(f"{t:>6} {number:>7} {text!r:<{width}} {'learnt' if learnt[t] else ''}".rstrip())
     return f"{stream}\n\n" + "\n".join(table)
+
+
+def _begins(sample: Sample) -> str:
+    """A sample by its first words, which can be looked for in a file."""
+    text = " ".join((sample.prompt[-1].content if sample.prompt else sample.response or "").split())
+    return repr(text if len(text) <= 50 else text[:49] + "…")
 
 
 def _numbered(number: int, sample: Sample, tokenizer: Any) -> Encoded:

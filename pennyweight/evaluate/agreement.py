@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.data.pack import Batch, collate
-from pennyweight.evaluate.intervals import ratio
+from pennyweight.evaluate.intervals import calibration_error, ratio
 from pennyweight.loss.divergence import cross_entropy, kl
 from pennyweight.records import Encoded, Interval
 
@@ -30,7 +30,8 @@ Logits = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Scored:
     """Per-sample sums, one entry a sample: tokens, UTF-8 bytes, nats of cross-entropy, and against the reference
-    KL both ways and top-1 matches (zeros without one). ``bins`` is (15, 3): tokens, confidence, hits by confidence.
+    KL both ways and top-1 matches (zeros without one). ``bins`` is (samples, 15, 3): tokens, confidence, hits by
+    confidence.
     """
 
     tokens: np.ndarray
@@ -48,11 +49,9 @@ class Scored:
         """Mean per token of ``kl_to`` (reference || model), ``kl_from`` (model || reference) or ``same``."""
         return ratio(getattr(self, what), self.tokens, seed)
 
-    @property
-    def ece(self) -> float:
+    def ece(self, seed: int = 0) -> Interval:
         """Expected calibration error of the top-1 next token, 15 equal bins (Guo et al., arXiv 1706.04599)."""
-        count, confidence, hits = self.bins.T
-        return float(np.abs(confidence - hits).sum() / max(1.0, count.sum()))
+        return calibration_error(self.bins, seed)
 
 
 @torch.no_grad()
@@ -71,13 +70,13 @@ def score(
         byte_counts: UTF-8 bytes of what each sample's loss tokens spell.
     """
     sums = np.zeros((len(samples), 4))
-    bins = torch.zeros(_BINS, 3, dtype=torch.float64)
+    bins = torch.zeros(len(samples), _BINS, 3, dtype=torch.float64)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
     for a in range(0, len(order), rows):
         chosen = order[a : a + rows]
         batch = collate([[samples[i]] for i in chosen], pad_id)
         owner = np.repeat(chosen, [len(samples[i].loss_positions) for i in chosen])
-        values = _values(batch, model, reference, bins)
+        values = _values(batch, model, reference, bins, torch.from_numpy(owner))
         np.add.at(sums, owner, values)
         progress(len(chosen))
     tokens = np.array([len(s.loss_positions) for s in samples], float)
@@ -86,9 +85,9 @@ def score(
 
 
 def _values(
-    batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden, Logits] | None, bins: Tensor
+    batch: Batch, model: tuple[Hidden, Logits], reference: tuple[Hidden, Logits] | None, bins: Tensor, owner: Tensor
 ) -> np.ndarray:
-    """(N, 4) nats, KL to, KL from, same top-1; adds the top-1 confidences to ``bins``."""
+    """(N, 4) nats, KL to, KL from, same top-1; adds the top-1 confidences to ``bins`` of each position's ``owner``."""
     hidden, logits_of = model
     states = hidden(batch)
     theirs = reference[0](batch) if reference else None
@@ -101,10 +100,11 @@ def _values(
         label = labels[a : a + tile]
         out[a : a + tile, 0] = cross_entropy(log_q, label).cpu()
         confidence, top = log_q.max(-1)
-        confidence = confidence.exp().double().cpu()
+        confidence = confidence.exp().cpu().double()
         bin_of = (confidence * _BINS).long().clamp(max=_BINS - 1)
-        hit = (top == label).double().cpu()
-        bins.index_add_(0, bin_of, torch.stack([torch.ones_like(hit), confidence, hit], -1))
+        hit = (top == label).cpu().double()
+        place = owner[a : a + tile] * _BINS + bin_of
+        bins.view(-1, 3).index_add_(0, place, torch.stack([torch.ones_like(hit), confidence, hit], -1))
         if reference is not None and theirs is not None:
             other = reference[1](theirs[a : a + tile])
             out[a : a + tile, 1] = kl(other, logits).cpu()

@@ -18,6 +18,11 @@ class Compute:
     autocast: torch.dtype | None
     name: str
 
+    @property
+    def hardware(self) -> str:
+        """The name with that of the GPU, where it is one: for the ledger and for people."""
+        return f"{torch.cuda.get_device_name(self.device)}, {self.name}" if self.device.type == "cuda" else self.name
+
 
 def choose(device: str, dtype: str) -> Compute:
     """Resolve ``auto``: cuda, then mps, then cpu; bfloat16 where the processor multiplies it natively.
@@ -31,10 +36,11 @@ def choose(device: str, dtype: str) -> Compute:
     return Compute(place, autocast, f"{place} {'bfloat16' if autocast else 'float32'}")
 
 
-def set_threads(threads: int) -> None:
-    """Use ``threads`` CPU threads; 0 is one per usable core."""
+def set_threads(threads: int) -> int:
+    """Use ``threads`` CPU threads, 0 being one per usable core; how many that is."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or usable or 1)
+    return threads or usable or 1
 
 
 def _device(name: str) -> torch.device:

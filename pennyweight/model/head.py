@@ -89,6 +89,17 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         return trunk(**given).last_hidden_state
 
 
+@torch.no_grad()
+def keeps_samples_apart(model: Any) -> bool:
+    """Whether two samples packed into one row, positions restarting, are blind to each other in this architecture."""
+    device = next(model.parameters()).device
+    ids = torch.arange(12, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    alone = forward_hidden(model, ids[:, 4:], torch.arange(8, device=device).unsqueeze(0))
+    positions = torch.cat([torch.arange(4, device=device), torch.arange(8, device=device)]).unsqueeze(0)
+    packed = forward_hidden(model, ids, positions)[:, 4:]
+    return bool((packed - alone).norm() < 0.01 * alone.norm())
+
+
 def _attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
     """Unfused attention where it trains faster: bfloat16 on a CPU, rows of up to 128 tokens.
 
@@ -109,6 +120,11 @@ def check_head(model: Any) -> None:
     got = head_of(model).logits(forward_hidden(model, ids, positions)[0])
     # Compared by cosine and size: 16-bit models round their own logits, which is no misunderstanding.
     error = float((got - want).norm() / want.norm().clamp(min=1e-6))
+    broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken is not None:
+        raise ModelError(
+            f"the weights hold values that are no numbers (NaN or infinity), first in {broken}; copy them again"
+        )
     if not error < 0.05:
         raise ModelError(
             f"the output head of {type(model).__name__} does more than this version of Pennyweight knows (its logits "

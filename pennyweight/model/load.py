@@ -35,10 +35,10 @@ def load(
     path: str,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Open a causal language model, its weights as ``dtype`` on ``device``.
+    """Open a causal language model on ``device``, its weights as ``dtype`` (None: as they are stored).
 
     Raises:
         ModelError: there is no such model, it is not a causal language model, its weights are missing, damaged, or
@@ -79,12 +79,16 @@ def fingerprint_of(path: str, trust_remote_code: bool = False) -> str:
     """SHA-256 over the weight files' contents and the architecture; the same wherever the folder lies."""
     folder = _folder_of(path, trust_remote_code)
     files = _weight_files(folder, path)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {e}; copy the model again") from None
+    config = _json(folder / "config.json")
     defining = {k: v for k, v in config.items() if k not in _NOT_DEFINING}
     return sha256_json([defining, [[f.name, hash_file(f)] for f in files]])
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """The dtype that a folder says its weights are stored in: bfloat16, float16, or else float32."""
+    config = _json(_folder_of(path, False) / "config.json")
+    named = str(config.get("dtype") or config.get("torch_dtype"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(named, torch.float32)
 
 
 def identity_of(path: str, trust_remote_code: bool = False) -> str:
@@ -125,8 +129,10 @@ def same_tokenizer(a: Any, b: Any) -> None:
             raise ModelError(f"the tokenizers differ: they cut {text!r} differently; {cure}")
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens, tokenizer and generation settings included.
+
+    The weights are stored as ``dtype`` (default: as they are); the model itself becomes that, too.
 
     It is written beside its place and moved in, so one that exists is whole.
     """
@@ -134,7 +140,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     with _quiet():
-        model.save_pretrained(making)
+        (model.to(dtype) if dtype else model).save_pretrained(making)
         tokenizer.save_pretrained(making)
     for file in making.iterdir():
         file.chmod(0o644)
@@ -142,6 +148,16 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
             os.fsync(f.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(making, folder)
+
+
+def open_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, without its model.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    with _quiet():
+        return _open_tokenizer(_folder_of(path, trust_remote_code), path, trust_remote_code)
 
 
 def _folder_of(path: str, trust_remote_code: bool) -> Path:
@@ -172,11 +188,7 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
     file = folder / "config.json"
     if not file.exists():
         raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model folder; give one that has")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(raw, dict)
-    except (ValueError, AssertionError):
-        raise ModelError(f"{file} is not a JSON object; copy the model again") from None
+    raw = _json(file)
     if raw.get("auto_map") and not trust_remote_code:
         raise ModelError(f"{path} comes with its own code, which runs only if you say so; add --trust-remote-code")
     named = raw.get("architectures") or []
@@ -193,6 +205,15 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
         raise ModelError(
             f"transformers does not understand {file}: {_line(e)}; check it, or update transformers"
         ) from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(value, dict)
+    except (OSError, ValueError, AssertionError):
+        raise ModelError(f"{file} cannot be read as a JSON object; copy the model again") from None
+    return value
 
 
 def _weight_files(folder: Path, path: str) -> list[Path]:
@@ -227,10 +248,14 @@ def _check_readable(file: Path) -> None:
         raise ModelError(f"{file} is not a whole safetensors file ({_line(e)}); copy or download it again") from None
 
 
-def _open_model(folder: Path, path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as e:
         raise ModelError(
@@ -259,6 +284,8 @@ def _open_tokenizer(folder: Path, path: str, trust_remote_code: bool) -> Any:
 
 def _line(e: Exception) -> str:
     """The first line of an error, short."""
+    if isinstance(e, KeyError):
+        return f"{e} is missing in it"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 

@@ -35,6 +35,11 @@ class Loaded:
         return {i for i in (*listed, self.tokenizer.eos_token_id) if i is not None}
 
     @property
+    def vocabulary(self) -> int:
+        """Entries of its output head; may be more than the tokenizer has."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
     def pad_id(self) -> int:
         """A token to fill rows with; never learnt and never seen, so any will do where there is none."""
         for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):

@@ -45,6 +45,11 @@ def from_shape(
         return LlamaForCausalLM(config)
 
 
+_UNDERSTOOD = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_norm", "k_norm"}
+_UNDERSTOOD |= {"input_layernorm", "post_attention_layernorm"}
+_UNDERSTOOD |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+
+
 def align_vocabulary(model: Any, vocabulary: int) -> bool:
     """Give ``model`` as many output entries as its teacher has; True where that changed it.
 
@@ -144,6 +149,12 @@ def _narrow(
         raise RecipeError(
             f"the widths of a {type(teacher).__name__} cannot be narrowed, because its blocks are not the gated kind; "
             "cut layers only, or give a student folder"
+        )
+    foreign = next((k for k in state if k.startswith(prefix) and k.rsplit(".", 2)[-2] not in _UNDERSTOOD), None)
+    if foreign:
+        raise RecipeError(
+            f"the widths of a {type(teacher).__name__} cannot be narrowed, because it is not known which side of "
+            f"{foreign} is which; cut layers only, or give a student folder"
         )
     for name, new, old in (("hidden", settings.hidden, hidden), ("intermediate", settings.intermediate, inner)):
         if new and new > old:

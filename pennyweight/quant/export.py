@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pennyweight.errors import ModelError
+from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.quant.formats import BITS, encode
 
 _WEIGHTS = "model.safetensors"
+_CARRIED = {".json", ".jinja", ".model", ".txt", ".py", ".md"}  # tokenizer, template, settings; never other weights
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     """
     bits = BITS[fmt]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = codable(model)
+    linears = codable(model, group)
     storage = _storage_dtype(model)
     tensors, by_row = _tensors(model, linears, bits, group, storage)
     making = out.with_name(f".making-{out.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     for file in parent.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+        if file.suffix in _CARRIED and file.is_file() and not file.name.endswith(".index.json"):
             shutil.copyfile(file, making / file.name)
     save_file(tensors, making / _WEIGHTS, metadata={"format": "pt"})
     (making / _WEIGHTS).chmod(0o644)
@@ -70,19 +72,23 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     return Exported((out / _WEIGHTS).stat().st_size, len(linears) - len(by_row), len(by_row))
 
 
-def codable(model: nn.Module) -> dict[str, nn.Linear]:
+def codable(model: nn.Module, group: int) -> dict[str, nn.Linear]:
     """The Linears that a low-bit copy codes, by name.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, they are coded already, or ``group`` divides the width of none of them.
     """
+    refuse_low_bit(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not linears:
         raise ModelError(
             f"a {type(model).__name__} has no Linear layer to quantise (its weights are in another kind of module); "
-            "leave low-bit copies out with quantize.formats=[], or use a Llama-like architecture"
+            "use a Llama-like architecture, or in a recipe leave low-bit copies out with quantize.formats=[]"
         )
+    if not any(m.in_features % group == 0 for m in linears.values()):
+        widths = ", ".join(str(w) for w in sorted({m.in_features for m in linears.values()}))
+        raise ModelError(f"groups of {group} divide none of the widths of this model ({widths}); give another group")
     return linears
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pennyweight.report.page import render
 
@@ -13,8 +14,15 @@ def draw(root: Path) -> Path:
     metrics = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     shown = json.loads((root / "evaluation" / "shown.json").read_text(encoding="utf-8"))
-    page = render(summary, [json.loads(line) for line in metrics if line.strip()], shown)
+    lines = [json.loads(line) for line in metrics if line.strip()]
+    of_this_run = [x for x in lines if x.get("arm") == "teacher" or _trained(summary, x)]
+    page = render(summary, of_this_run, shown)
     making = root / ".making-report.html"
     making.write_text(page, encoding="utf-8")
     making.replace(root / "report.html")
     return root / "report.html"
+
+
+def _trained(summary: dict[str, Any], line: dict[str, Any]) -> bool:
+    """Whether a line of metrics is of an arm and a seed that the summary still holds."""
+    return line.get("seed") in summary["arms"].get(line.get("arm"), {}).get("seeds", [])

@@ -110,7 +110,7 @@ def provenance(view: View) -> Html:
         element(
             "p",
             "Each step of the run is an entry of a ledger in which every entry seals the one before; ",
-            element("code", "pennyweight verify"),
+            element("code", "pennyweight ledger verify RUN"),
             " derives all its hashes again.",
         ),
         facts(

@@ -96,7 +96,9 @@ def _achievement(seen: View, student: Model) -> str:
     if metric == "kl_to_teacher":
         base = seen.find("base")
         before = base.mean(metric) if base else None
-        start = f", from {with_unit('nats', before)} before training" if before is not None else ""
+        worse = before is not None and mine > before
+        words = "worse than the {} before training" if worse else "from {} before training"
+        start = "" if before is None else ", " + words.format(with_unit("nats", before))
         return f"is {with_unit('nats', mine)} away from its teacher (KL divergence, 0 is the same model){start}"
     other = f" where its teacher needs {with_unit('bits', theirs)}" if theirs is not None else ""
     return f"needs {with_unit('bits', mine)} of text{other}"

@@ -150,11 +150,6 @@ def _finding(view: View, metric: str) -> str:
     listed.append(f"{last} {with_unit(unit, value) if unit == 'nats' else measured(unit, value) + _percent(unit)}")
     name = plain(metric)
     found = (view.summary.get("gap_recovered") or {}).get(metric)
-    ending = {
-        "draw": ": a draw with the control",
-        "better": ": better than the control",
-        "worse": ": worse than the control",
-    }
     ending = f": {_BESIDE[outcome(view, found)]} the control" if found and view.control else ""
     return f"{name[0].upper()}{name[1:]} – {', '.join(listed)}{ending}"
 
@@ -204,7 +199,7 @@ def _gap(view: View) -> Html | None:
 def _recovered(found: Mapping[str, Any]) -> Any:
     mean = finite(found.get("mean"))
     if mean is None:
-        return _cell("not defined", "no gap to recover")
+        return _cell("not defined", "the control has no gap")
     if abs(mean) > 10:
         return _cell("not telling", "the gap is next to nothing")
     low, high = finite(found.get("low")), finite(found.get("high"))

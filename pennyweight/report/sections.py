@@ -123,6 +123,8 @@ def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
         panels.append(Panel(view.role(arm), view.label(arm), seeds, f"ends at {number(last)}"))
         said.append(f"{view.label(arm)} from {number(first)} to {number(last)}")
     several = any(len(p.seeds) > 1 for p in panels)
+    below = any(min(v) < 0 for p in panels for _, v in p.seeds.values())
+    estimate = " From sampled targets it is an unbiased estimate, which may fall below zero." if below else ""
     thin = "Thin lines are single seeds, the thick line is their mean. " if several else ""
     return section(
         "training",
@@ -132,7 +134,7 @@ def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
             curves(
                 "training-loss", panels, "training step", "loss, nats per token", f"Training loss: {'; '.join(said)}."
             ),
-            f"{thin}Each arm minimises its own loss on its own scale, so compare the shapes, not the heights.",
+            f"{thin}Each arm has a loss and a scale of its own, so compare the shapes, not the heights.{estimate}",
         ),
     )
 

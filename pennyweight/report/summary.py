@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.evaluate.intervals import difference, over_seeds
-from pennyweight.records import METRICS, Interval, sha256_json
+from pennyweight.records import METRICS, Interval, finite, sha256_json
 
 Evaluation = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
         low, high = (0.0, 1.0) if METRICS[name].unit == "percent" else (0.0, math.inf)
         out[name]["low"] = max(low, out[name]["low"])
         out[name]["high"] = min(high, out[name]["high"])
-        out[name] = _finite(out[name])
+        out[name] = finite(out[name])
     return out
 
 
@@ -36,6 +36,8 @@ def gap_recovered(
     teacher: Evaluation, sft: Mapping[int, Evaluation], kd: Mapping[int, Evaluation], arm: str
 ) -> dict[str, dict[str, Any]]:
     """(kd - sft) / (teacher - sft) for each metric that both arms have, with a verdict.
+
+    It is None where the control is as good as the teacher or better: there is no gap to recover.
 
     The verdict goes by the paired difference kd - sft: over seeds its t interval; with one seed whether the two
     sampling intervals are apart. An interval that holds zero is a draw.
@@ -49,18 +51,23 @@ def gap_recovered(
         a = [kd[s]["metrics"][name]["mean"] for s in seeds]
         b = [sft[s]["metrics"][name]["mean"] for s in seeds]
         best = _teacher_value(teacher, name)
-        gap = best - sum(b) / len(b) if best is not None else None
-        recovered = [(x - y) / gap for x, y in zip(a, b, strict=True)] if gap and abs(gap) > 1e-9 else None
+        gap = best - sum(b) / len(b) if best is not None else 0.0
+        ahead = (
+            gap if METRICS[name].higher_is_better else -gap
+        )  # a control as good as the teacher leaves nothing to recover
+        recovered = [(x - y) / gap for x, y in zip(a, b, strict=True)] if ahead > 1e-9 else None
         whole = over_seeds(recovered) if recovered and len(recovered) > 1 else None
         delta = difference(a, b)
         share = {
             "mean": sum(recovered) / len(recovered) if recovered else None,
             "low": whole.low if whole else None,
             "high": whole.high if whole else None,
-            "how": whole.how if whole else delta.how,
+            "how": (whole.how if whole else delta.how)
+            if recovered
+            else "the control is as good as the teacher, or better",
         }
         verdict = _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm)
-        out[name] = {**_finite(share), "difference": _finite(delta.to_json()), "verdict": verdict}
+        out[name] = {**finite(share), "difference": finite(delta.to_json()), "verdict": verdict}
     return out
 
 
@@ -88,14 +95,9 @@ def _verdict(name: str, delta: Interval, kd: Mapping[str, Any], sft: Mapping[str
     return f"{arm} better" if better else "sft better"
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has neither infinity nor NaN: what is not known is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
 def per_seed(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """The value of each metric for each seed."""
-    return {str(s): _finite({n: e["metrics"][n]["mean"] for n in names}) for s, e in evaluations.items()}
+    return {str(s): finite({n: e["metrics"][n]["mean"] for n in names}) for s, e in evaluations.items()}
 
 
 def summarise(

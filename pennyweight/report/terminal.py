@@ -10,42 +10,25 @@ from rich.table import Table
 from pennyweight.records import METRICS
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
+from pennyweight.report.wording import MISSING, measured, parameters, size, span
 
 _HEADINGS = {
-    "accuracy": "accuracy",
+    "accuracy": "accuracy, %",
     "kl_to_teacher": "teacher KL",
-    "agreement": "agreement",
+    "agreement": "agreement, %",
     "bits_per_byte": "bits/byte",
 }
 
-
-def number(name: str, value: float | None) -> str:
-    """A metric's value in its unit: percent with one decimal, nats and bits with three."""
-    if value is None or value != value:
-        return "-"
-    return f"{100 * value:.1f} %" if METRICS[name].unit == "percent" else f"{value:.3f}"
-
-
-def bounds(name: str, row: dict[str, Any]) -> str:
-    """``84.1–89.5``; empty where they are not known, or are the value itself."""
-    if row["low"] is None or row["high"] is None or row["low"] == row["high"]:
-        return ""
-    low, high = (number(name, row[k]).removesuffix(" %") for k in ("low", "high"))
-    return f"{low}–{high}"
+_LIKE = {"kl_to_teacher": "kl", "ece": "ece", "bits_per_byte": ""}
+"""Metrics that lend their unit to values of other names, by how those begin."""
 
 
 def interval(name: str, row: dict[str, Any]) -> str:
     """``87.0 % (84.1–89.5)``."""
-    between = bounds(name, row)
-    return f"{number(name, row['mean'])} ({between})" if between else number(name, row["mean"])
-
-
-def size(n: int) -> str:
-    """Bytes in kB, MB or GB."""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= one:
-            return f"{n / one:,.1f} {unit}"
-    return f"{n} B"
+    unit = METRICS[name].unit
+    value = measured(unit, row["mean"]) + (" %" if unit == "percent" else "")
+    between = span(unit, row)
+    return f"{value} ({between})" if between else value
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -70,15 +53,15 @@ def _table(summary: dict[str, Any]) -> Table:
     names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())]
     seeds = len(summary["seeds"])
     title = f"{summary['name']}: {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals below each value"
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("parameters", "weights", *(_HEADINGS[n] for n in names)):
+    for heading in ("size", "weights", *(_HEADINGS[n] for n in names)):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, m in models.items():
-        rows = [m["metrics"].get(n) for n in names]
-        values = [number(n, r["mean"]) if r else "-" for n, r in zip(names, rows, strict=True)]
-        table.add_row(name, f"{m['params']:,}", size(m["bytes"]), *values)
-        table.add_row("", "", "", *(bounds(n, r) if r else "" for n, r in zip(names, rows, strict=True)))
+        rows = [(METRICS[n].unit, m["metrics"].get(n)) for n in names]
+        values = [measured(unit, row["mean"]) if row else MISSING for unit, row in rows]
+        table.add_row(name, parameters(m["params"]), size(m["bytes"]), *values)
+        table.add_row("", "", "", *(span(unit, row) if row else "" for unit, row in rows))
     return table
 
 
@@ -86,7 +69,7 @@ def print_values(found: dict[str, Any], indent: str = "") -> None:
     """One line a value; an interval on one line."""
     for key, value in found.items():
         if isinstance(value, dict) and {"mean", "low", "high"} <= set(value):
-            known = key if key in METRICS else ("kl_parent" if key.startswith("kl") else "bits_per_byte")
+            known = next(n for n in (key, *_LIKE) if n in METRICS and (n == key or key.startswith(_LIKE[n])))
             print(f"{indent}{key}: {interval(known, value)}  [{value.get('how', '')}]")
         elif isinstance(value, dict):
             print(f"{indent}{key}:")

@@ -57,7 +57,7 @@ class TargetCache:
         self._kept: dict[str, Kept] = {}
 
     def fill(self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None) -> CacheFacts:
-        """Load or make every shard; afterwards ``signal`` answers for these samples."""
+        """Load or make every shard; afterwards ``signal`` answers for these samples, and no other shard is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in self.folder.glob(".making-*"):
             left_by_a_kill.unlink()
@@ -65,6 +65,7 @@ class TargetCache:
         order = sorted(unique)
         tokens = size = entries = made = 0
         damaged: list[str] = []
+        used: set[str] = set()
         for start in range(0, len(order), self.shard):
             hashes = order[start : start + self.shard]
             group = [unique[h] for h in hashes]
@@ -74,9 +75,12 @@ class TargetCache:
             if kept is None:
                 kept = join(self.label(group, self.threshold, self.temperature))
                 path, made = self._store(key, kept), made + 1
+            used.add(path.name)
             self._kept.update(zip(hashes, kept.split(sizes), strict=True))
             tokens, size, entries = tokens + sum(sizes), size + path.stat().st_size, entries + len(kept.ids)
             progress(len(group))
+        for of_other_settings in {p.name for p in self.folder.glob("*.safetensors")} - used:
+            (self.folder / of_other_settings).unlink()
         return CacheFacts(tokens, size, entries, made, tuple(damaged))
 
     def signal(self, batch: Batch, device: torch.device) -> Callable[[int, int], Sparse]:

@@ -16,6 +16,9 @@ class Journal:
     path: Path
     also: list[Callable[[dict], None]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.path.touch()
+
     def write(self, line: dict) -> None:
         """Append one line and hand it on."""
         with open(self.path, "a", encoding="utf-8") as f:
@@ -25,8 +28,6 @@ class Journal:
 
     def read(self) -> list[dict]:
         """All whole lines; a last one that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
         lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

@@ -61,9 +61,7 @@ def train(
         should_stop: asked after each step; when True a checkpoint is written and ``Stopped`` raised.
 
     Raises:
-        Tripped: a tripwire held; the last good checkpoint is kept.
-        LedgerError: from ``admit``.
-        Stopped: the user asked.
+        Tripped, Stopped: a tripwire held, or the user asked; the last good checkpoint is kept.
     """
     torch.manual_seed(seed)
     model.to(compute.device).train()
