@@ -256,3 +256,44 @@ def test_a_disk_that_is_really_full_loses_nothing(teacher, rows, tmp_path):
         assert again.returncode == 0, again.stderr[-2000:]
     finally:
         subprocess.run(["umount", disk])
+
+
+def test_prompts_that_leave_no_room_are_refused_or_left_out_and_counted(says, teacher, tmp_path):
+    rows = [{"prompt": f"what is {i}?"} for i in range(60)] + [{"prompt": "what is " * 60 + f"{i}?"} for i in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    short = ("--set", "data.responses.max_tokens=4", "--set", "quantize.formats=[]", "--set", "data.eval_fraction=0.3")
+    command = distill(teacher, "--data", tmp_path / "p.jsonl", *short, out=tmp_path / "r")
+    said = says(*command)
+    assert "prompts leave no room for a response in the context of 64 tokens; set data.too_long=drop" in said
+    run = subprocess.run(
+        [sys.executable, "-m", "pennyweight.cli", *map(str, command), "--set", "data.too_long=drop"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-500:]
+    kept = [json.loads(x) for x in (tmp_path / "r" / "data" / "train.jsonl").read_text().splitlines()]
+    assert kept and all(len(x["prompt"][0]["content"]) < 20 for x in kept)
+
+
+def test_a_student_of_the_same_tokenizer_and_another_padding_is_aligned(teacher, rows, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(160)
+    save(model, AutoTokenizer.from_pretrained(teacher), tmp_path / "padded")
+    command = ("distill", "--teacher", teacher, "--student", tmp_path / "padded", "--data", rows, "--steps", 2)
+    command = (*map(str, command), "--seeds", "1", "--out", str(tmp_path / "r"))
+    run = subprocess.run([sys.executable, "-m", "pennyweight.cli", *command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert "the student's vocabulary of 160 is set to the teacher's" in run.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "student").config.vocab_size < 160
+
+
+def test_a_low_bit_folder_is_not_quantised_again(says, teacher, tmp_path):
+    from pennyweight.commands import quantize
+
+    quantize(str(teacher), "int4", str(tmp_path / "q"))
+    assert "low-bit copy already" in says("quantize", tmp_path / "q", "--format", "int8", "--out", tmp_path / "again")
+    assert "groups of 7 divide none" in says("quantize", teacher, "--group", "9", "--out", tmp_path / "x").replace(
+        "9", "7"
+    )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pennyweight
 from pennyweight.commands import verify
-from pennyweight.errors import MethodError, RunError
+from pennyweight.errors import DataError, MethodError, ModelError, RunError
 from pennyweight.ledger.hashing import hash_folder
 from pennyweight.records import METRICS
 
@@ -148,6 +148,11 @@ def test_a_second_call_runs_nothing(copy):
         ("quantize.group=16", {"int8", "int4", "evaluate-int4"}, {"kd-0", "student", "evaluate-kd-0"}),
         ("evaluate.problems=4", {"evaluate-teacher", "evaluate-kd-1"}, {"kd-0", "int4", "data"}),
         ("seeds=[0,1,2]", {"sft-2", "kd-2", "evaluate-kd-2"}, {"kd-0", "kd-1", "data", "evaluate-kd-0"}),
+        ("seed=5", {"data", "evaluate-teacher", "evaluate-int4"}, {"kd-0", "targets", "int4"}),
+        ("data.context=40", {"data", "start-0"}, {"targets", "kd-0"}),  # every sample fits in both
+        ("compute.dtype=bfloat16", {"teacher", "kd-0"}, set()),
+        ("tripwires.loss_spike=9.0", set(), {"teacher", "kd-0", "data", "evaluate-kd-0"}),
+        ("train.checkpoint_every=3", set(), {"kd-0", "data", "evaluate-kd-0"}),
     ],
 )
 def test_a_changed_value_reruns_just_what_depends_on_it(copy, setting, reruns, keeps):
@@ -184,6 +189,26 @@ def test_dense_targets_store_nothing(tmp_path):
     assert summary["targets"]["bytes"] == 0 and summary["arms"]["kd"]["steps"] == 12 and not summary["quantized"]
 
 
+def test_an_evaluation_text_is_read_first_and_checked_against_the_training_data(copy, tmp_path):
+    rows = [json.loads(x) for x in (copy / "data" / "train.jsonl").read_text().splitlines()]
+    text = tmp_path / "text.txt"
+    text.write_text(rows[0]["prompt"][0]["content"])
+    summary = pennyweight.run(TINY, [f"evaluate.text={text}"], copy)
+    assert summary["data"]["text_overlap"] == {"eval": 1, "normalised": 1, "ngram": 1}
+    assert summary["teacher"]["metrics"]["bits_per_byte"]["low"] is None  # one window has no interval
+    with pytest.raises(DataError, match="missing.txt"):
+        pennyweight.run(TINY, ["evaluate.text=missing.txt"], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_start_that_was_killed_or_mistyped_blocks_nobody(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".making-recipe.json").write_text("{")
+    with pytest.raises(ModelError, match="no model folder at ./nowhere"):
+        pennyweight.run(TINY, ["teacher.kind=folder", "teacher.path=./nowhere", "name=wrong"], tmp_path / "r")
+    pennyweight.run(TINY, ["seeds=[0]", "train.steps=1", "quantize.formats=[]", "evaluate.problems=1"], tmp_path / "r")
+
+
 def test_a_wrong_combination_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(MethodError, match=r"targets\.kind=dense"):
         pennyweight.run(TINY, ["method.divergence=reverse_kl"], tmp_path / "r")
@@ -211,5 +236,6 @@ def test_a_changed_chat_template_makes_the_data_anew(copy, tmp_path, monkeypatch
     template.write_text(template.read_text().replace("{{ bos_token }}", "{{ bos_token }}+"))
     pennyweight.run(TINY, given, tmp_path / "r")
     assert {"teacher", "data", "start-0", "kd-0"} <= set(stages(tmp_path / "r")[before:])
+    again = len(stages(tmp_path / "r"))
     pennyweight.run(TINY, given, tmp_path / "r")
-    assert stages(tmp_path / "r")[-1] == "evaluate-kd-0"
+    assert len(stages(tmp_path / "r")) == again and verify(str(tmp_path / "r")).ok

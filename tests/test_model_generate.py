@@ -89,7 +89,10 @@ def test_tokens_are_drawn_from_the_distribution(temperature, top_p):
 def test_the_context_is_never_left():
     model = make("llama", 2)
     made = generate(model, PROMPTS, max_tokens=50, temperature=0, eos_ids=set(), pad_id=0, seed=0, context=10)
-    assert all(len(p) + len(g.ids) <= 10 for p, g in zip(PROMPTS, made, strict=True))
+    assert [len(p) + len(g.ids) for p, g in zip(PROMPTS, made, strict=True)] == [10] * 4  # a long one cuts no other
+    learned = make("gpt2", 2)  # positions are a table: one beyond the context would be out of range
+    made = generate(learned, PROMPTS, max_tokens=200, temperature=0, eos_ids=set(), pad_id=0, seed=0, context=128)
+    assert [len(p) + len(g.ids) for p, g in zip(PROMPTS, made, strict=True)] == [128] * 4
     assert len(list(stream(model, [5] * 8, max_tokens=50, temperature=0, eos_ids=set(), seed=0, context=10))) == 2
     for bad in ([], list(range(10)), [V - 1] * 11):
         with pytest.raises(DataError, match=r"prompt 0 (has 1\d tokens|is empty)"):

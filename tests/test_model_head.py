@@ -8,7 +8,7 @@ from architectures import MAKERS, V, make
 
 from pennyweight.data.pack import collate, first_fit
 from pennyweight.errors import ModelError
-from pennyweight.model.head import Head, check_head, forward_hidden, head_of
+from pennyweight.model.head import Head, check_head, forward_hidden, head_of, keeps_samples_apart
 from pennyweight.records import Encoded
 
 
@@ -70,4 +70,21 @@ def test_a_head_that_does_more_is_refused():
     model = make("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out + args[0][..., :1] * 9)
     with pytest.raises(ModelError, match="output head of LlamaForCausalLM"):
+        check_head(model)
+
+
+def test_architectures_that_cannot_be_packed_are_told():
+    import transformers as tf
+
+    assert all(keeps_samples_apart(make(name)) for name in MAKERS)
+    torch.manual_seed(0)
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=113, hidden_size=32, n_layer=2, n_head=4)).eval()
+    assert not keeps_samples_apart(bloom)
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"NaN or infinity.*model\.layers\.1\.mlp\.up_proj\.weight"):
         check_head(model)

@@ -8,7 +8,7 @@ from architectures import MAKERS, V, make
 
 from pennyweight.errors import RecipeError
 from pennyweight.model.head import check_head
-from pennyweight.model.student import cut, from_shape
+from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.model.tokenizer import train_tokenizer
 from pennyweight.recipe import CutStudent, Shape
 
@@ -85,6 +85,33 @@ def test_what_cannot_be_cut_is_said():
             cut(teacher, CutStudent(**settings))
     with pytest.raises(RecipeError, match="GPT2LMHeadModel cannot be narrowed"):
         cut(make("gpt2"), CutStudent(hidden=16))
+    import transformers as tf
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    latent = tf.DeepseekV3Config(
+        vocab_size=V, intermediate_size=48, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=2, **sizes,
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="DeepseekV3ForCausalLM cannot be narrowed.*q_a_proj"):
+        cut(tf.DeepseekV3ForCausalLM(latent), CutStudent(layers=1, hidden=16))
+
+
+def test_what_is_said_layer_by_layer_follows_the_layers():
+    import transformers as tf
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    config = tf.SmolLM3Config(vocab_size=V, num_hidden_layers=8, pad_token_id=0, **sizes)
+    student = cut(tf.SmolLM3ForCausalLM(config), CutStudent(layers=[0, 3, 7]))
+    assert student.config.no_rope_layers == [config.no_rope_layers[i] for i in (0, 3, 7)] == [1, 0, 0]
+
+
+def test_a_vocabulary_that_differs_in_padding_is_aligned():
+    for size in (V - 5, V + 7):
+        model = make("llama-tied")
+        before = model.get_input_embeddings().weight[: V - 5].clone()
+        assert align_vocabulary(model, size) and not align_vocabulary(model, size)
+        assert model.get_output_embeddings().weight.shape[0] == model.config.vocab_size == size
+        assert torch.equal(model.get_input_embeddings().weight[: V - 5], before)
 
 
 def test_a_shape_is_the_same_for_a_seed_and_leaves_the_random_state_alone():

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pennyweight.errors import ModelError
 from pennyweight.model.load import load
+from pennyweight.model.student import cut
 from pennyweight.quant.export import export
 from pennyweight.quant.formats import BITS, decode, encode
+from pennyweight.recipe import CutStudent
 
 NAMES = ["llama", "llama-tied", "qwen3-head-norms", "gemma2-softcap-and-window"]
 
@@ -78,3 +80,23 @@ def test_a_model_without_linears_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no Linear layer to quantise"):
         export(load(str(parent)).model, parent, tmp_path / "copy", "int4", 32)
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_low_bit_copy_is_neither_coded_nor_cut_again(tmp_path):
+    parent = save_with_tokenizer(make("llama"), tmp_path / "parent")
+    export(load(str(parent)).model, parent, tmp_path / "copy", "int4", 32)
+    again = load(str(tmp_path / "copy"))
+    assert again.params == load(str(parent)).params
+    with pytest.raises(ModelError, match="low-bit copy already"):
+        export(again.model, tmp_path / "copy", tmp_path / "twice", "int8", 32)
+    with pytest.raises(ModelError, match="low-bit copy already"):
+        cut(again.model, CutStudent(layers=1))
+
+
+def test_a_group_that_divides_nothing_and_pickles_beside_the_weights(tmp_path):
+    parent = save_with_tokenizer(make("llama"), tmp_path / "parent")
+    (parent / "training_args.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match=r"groups of 9 divide none of the widths of this model \(32, 48\)"):
+        export(load(str(parent)).model, parent, tmp_path / "copy", "int4", 9)
+    export(load(str(parent)).model, parent, tmp_path / "copy", "int4", 16)
+    assert not (tmp_path / "copy" / "training_args.bin").exists()

@@ -35,6 +35,8 @@ def test_settings_go_on_top():
 def test_a_new_kind_drops_the_settings_of_the_old_one():
     student = load(None, ["student.kind=cut", "student.layers=2"]).student
     assert student.kind == "cut" and student.layers == 2
+    method = load(None, ["method.divergence=jsd", "method.kind=kd", "targets.kind=dense"]).method
+    assert method.divergence == "jsd"  # kd is what it was anyway
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,9 @@ def test_a_new_kind_drops_the_settings_of_the_old_one():
         ("student.kind=nope", "'folder', 'shape', 'cut'"),
         ("teacher.shape.heads=5", "even head width"),
         ("seeds=[1,1]", "name one seed twice"),
+        ("seeds=[20251231235959]", "seeds.0: Input should be less than 2147483648"),
+        ("train.lr=inf", "train.lr: Input should be a finite number"),
+        ("train.batch=1000000000", "less than or equal to 1000000"),
         ("train.steps", "write it as a.b=value"),
         ("train.steps.x=1", "steps is a value, not a table"),
         ("name=a/b", "name"),
@@ -85,5 +90,10 @@ def test_distill_needs_no_recipe():
     for both in ({}, {"student": "s", "cut": "layers=1"}):
         with pytest.raises(RecipeError, match="not both"):
             distillation(teacher="t", **both)
+    assert distillation(teacher="t", cut="layers=[0,2],hidden=64").student.layers == [0, 2]
     with pytest.raises(RecipeError, match="did you mean 'layers'"):
         distillation(teacher="t", cut="layrs=2")
+    with pytest.raises(RecipeError, match=r"write it as layers=N\[,hidden=N\]"):
+        distillation(teacher="t", cut="layers")
+    with pytest.raises(RecipeError, match="--data is empty"):
+        distillation(teacher="t", cut="layers=2", data="")

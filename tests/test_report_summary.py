@@ -66,6 +66,8 @@ def test_one_seed_decides_only_when_the_intervals_are_apart():
 def test_no_gap_is_no_division():
     found = gap_recovered(evaluation(0.7), {0: evaluation(0.7)}, {0: evaluation(0.7)}, "kd")["accuracy"]
     assert found["mean"] is None and found["verdict"] == "draw"
+    ahead = gap_recovered(evaluation(0.7), {0: evaluation(0.8)}, {0: evaluation(0.6)}, "kd")["accuracy"]
+    assert ahead["mean"] is None and ahead["verdict"] == "sft better" and "as good as the teacher" in ahead["how"]
 
 
 def test_the_summary_is_json_without_nan_or_infinity():

@@ -68,3 +68,20 @@ def test_killed_anywhere_it_ends_in_the_same_student(tmp_path):
     for name in ("student", "student-int4", "targets", "teacher"):
         assert hash_folder(out / name) == hash_folder(whole / name), name
     assert verify(str(out)).ok
+
+
+@pytest.mark.parametrize("stage", ["data: ...", "sft-0: ...", "evaluate-teacher: ..."])
+def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(stage, tmp_path):
+    command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "seeds=[0]", "train.steps=200"]
+    command += ["--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        before = next(line for line in process.stderr if line.startswith(stage))
+        process.send_signal(signal.SIGINT)
+        told = before + process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in told
+    assert [x for x in told.splitlines() if x.startswith("pennyweight: stopped")] == [told.splitlines()[-1]]
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "teacher: finished before, skipped" in again.stderr
+    assert verify(str(tmp_path / "run")).ok

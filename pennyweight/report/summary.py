@@ -26,9 +26,10 @@ def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
         vary = len(set(values)) > 1 and all(math.isfinite(v) for v in values)
         out[name] = over_seeds(values).to_json() if vary else dict(interval)
         low, high = (0.0, 1.0) if METRICS[name].unit == "percent" else (0.0, math.inf)
-        out[name]["low"] = max(low, out[name]["low"])
-        out[name]["high"] = min(high, out[name]["high"])
-        out[name] = finite(out[name])
+        row = finite(out[name])
+        row["low"] = None if row["low"] is None else max(low, row["low"])
+        row["high"] = None if row["high"] is None else min(high, row["high"])
+        out[name] = row
     return out
 
 
