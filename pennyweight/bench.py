@@ -204,6 +204,14 @@ class Bench:
         openings = [_opening(x) for x in encoded[: e.shown]]
         return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
 
+    def device_peak(self, anew: bool) -> int | None:
+        """Most bytes that tensors took on a CUDA device since the count was last started anew."""
+        if self.compute.device.type != "cuda":
+            return None
+        if anew:
+            torch.cuda.reset_peak_memory_stats(self.compute.device)
+        return torch.cuda.max_memory_allocated(self.compute.device)
+
     def text_overlap(self) -> dict[str, Any]:
         """How much of the evaluation text is in the training samples; nothing where there is no such text."""
         path = self.recipe.evaluate.text

@@ -51,13 +51,15 @@ class Run:
     Args:
         folder: made if it is not there.
         recipe: what the folder is, or becomes, a run of.
+        device_peak: asked with True to start its count anew and with False for the most bytes in use on the device
+            since; None where that is main memory.
 
     Raises:
         RunError: the folder cannot be written, is in use, or belongs to another recipe.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, device_peak: Callable[[bool], int | None] = lambda anew: None):
+        self.folder, self.recipe, self._device_peak = folder, recipe, device_peak
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
@@ -131,6 +133,7 @@ class Run:
         say(f"{name}: ...")
         self.ledger.append("stage", {"name": name, "key": key, "status": "started"})
         _reset_peak_memory()
+        self._device_peak(True)
         began = time.monotonic()
         made = make(self.folder / "work" / f"{name}-{key[:16]}")
         artifacts = [artifact(self.folder, path).to_json() for path in made.paths]
@@ -142,6 +145,7 @@ class Run:
             "seconds": round(seconds, 3),
             "tokens": made.tokens,
             "peak_memory_bytes": _peak_memory(),
+            "peak_device_memory_bytes": self._device_peak(False),
             "facts": made.facts,
             "artifacts": artifacts,
         }
@@ -156,7 +160,8 @@ class Run:
         out = {}
         for name in self._walked:
             body = self.ledger.stage_finished(name) or {}
-            out[name] = {k: body.get(k) for k in ("seconds", "tokens", "peak_memory_bytes")}
+            told = ("seconds", "tokens", "peak_memory_bytes", "peak_device_memory_bytes")
+            out[name] = {k: body.get(k) for k in told}
         return out
 
     def _intact(self, artifacts: list[dict[str, Any]]) -> bool:

@@ -46,7 +46,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     bench = Bench(recipe, out)
-    with Run(out, recipe) as run, Line(run, bench) as line:
+    with Run(out, recipe, bench.device_peak) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)

@@ -220,7 +220,7 @@ def cost(view: View) -> Html | None:
             name,
             element("span", duration(s.get("seconds")), _bar(seconds[name] / longest)),
             count(s.get("tokens")) if s.get("tokens") else MISSING,
-            size(s.get("peak_memory_bytes")),
+            _memory(s),
         ]
         for name, s in known.items()
     ]
@@ -238,6 +238,13 @@ def cost(view: View) -> Html | None:
         ),
         table("Time, tokens and peak memory of each stage", ["stage", "time", "tokens", "peak memory"], rows, foot),
     )
+
+
+def _memory(stage: Mapping[str, Any]) -> Any:
+    """Main memory, and that of the device below it."""
+    device = finite(stage.get("peak_device_memory_bytes"))
+    below = element("small", f"{size(device)} on the device") if device is not None else None
+    return element("span", size(stage.get("peak_memory_bytes")), below)
 
 
 def _bar(share: float) -> Html:
