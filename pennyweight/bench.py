@@ -201,7 +201,9 @@ class Bench:
         encoded = windows(e.text, tokenizer, self.context) if e.text else self.encode(samples)
         asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < self.context]
         problems, prompts = [s for s, _ in asked[: e.problems]], [ids for _, ids in asked[: e.problems]]
-        openings = [_opening(x) for x in encoded[: e.shown]]
+        asked_of = {s.id: s.prompt[-1].content for s in samples if s.prompt}
+        begun = [(x.id, _opening(x)) for x in encoded[: e.shown]]
+        openings = [(ids, asked_of.get(i) or tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in begun]
         return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
 
     def device_peak(self, anew: bool) -> int | None:

@@ -65,6 +65,7 @@ def test_token_metrics_are_there_and_a_model_is_its_own_twin(loaded):
 def test_without_problems_it_writes_on_and_nobody_judges(loaded):
     rows = problems(2)
     encoded = [encode(s, loaded.tokenizer) for s in rows]
-    held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), [], [], [list(encoded[0].ids[:3])])
+    held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), [], [], [(list(encoded[0].ids[:3]), "p0")])
     found = examine(loaded, held_out, exact, Sampling(6, 2, 1.0, 0), CPU)
+    assert found.outputs[0]["prompt"] == "p0"
     assert len(found.outputs) == 1 and found.outputs[0]["correct"] is None and "accuracy" not in found.metrics

@@ -342,7 +342,7 @@ def test_one_seed_says_that_there_is_no_interval() -> None:
 
     words = said(one)
     assert (
-        "with one seed there is no interval of it, and the two arms' own 95 % intervals do not overlap"
+        "one seed has no interval of it: the arms' own 95 % intervals do not overlap, but another seed may differ"
         in words.replace("’", "'")
     )
     assert "One seed of each arm was trained." in words

@@ -11,14 +11,14 @@ from pennyweight.records import Encoded, Sample
 class HeldOut:
     """Token samples with the bytes their learnt tokens spell, and problems with their prompts as token ids.
 
-    ``openings`` are token ids to write on from, to be shown where there are no problems.
+    ``openings`` are token ids to write on from, and what a reader is shown of them, where there are no problems.
     """
 
     encoded: list[Encoded]
     bytes: list[int]
     problems: list[Sample]
     prompts: list[list[int]]
-    openings: list[list[int]] = field(default_factory=list)
+    openings: list[tuple[list[int], str]] = field(default_factory=list)
 
     def passes(self, samples: int, references: int) -> int:
         """Samples that an evaluation goes through: tokens once for each reference, greedy and sampled answers."""

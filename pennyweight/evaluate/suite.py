@@ -146,13 +146,14 @@ def _solve(
     found.metrics["pass_at_k"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
 
 
-def _write_on(found: Examined, loaded: Loaded, openings: list[list[int]], sampling: Sampling) -> None:
+def _write_on(found: Examined, loaded: Loaded, openings: list[tuple[list[int], str]], sampling: Sampling) -> None:
     """Greedy continuations, for the reader's eye: nothing judges them."""
     began = time.monotonic()
-    written = _answers(loaded, openings, replace(sampling, max_tokens=min(64, sampling.max_tokens)), 0.0, sampling.seed)
+    begun = [ids for ids, _ in openings]
+    written = _answers(loaded, begun, replace(sampling, max_tokens=min(64, sampling.max_tokens)), 0.0, sampling.seed)
     found.decode_tokens_per_second = round(sum(len(g.ids) for g in written) / max(time.monotonic() - began, 1e-9), 1)
-    for opening, answer in zip(openings, written, strict=True):
-        prompt, text = (loaded.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (opening, answer.ids))
+    for (_, prompt), answer in zip(openings, written, strict=True):
+        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         found.outputs.append({"prompt": prompt, "gold": None, "text": text, "correct": None})
 
 

@@ -69,7 +69,7 @@ def _margin(metric: str, found: Mapping[str, Any]) -> str:
         holds = ", which includes zero" if found.get("verdict") == "draw" else ""
         return f"{text} (95 % interval {bounds}{holds})"
     apart = "overlap" if found.get("verdict") == "draw" else "do not overlap"
-    return f"{text}; with one seed there is no interval of it, and the two arms' own 95 % intervals {apart}"
+    return f"{text}; one seed has no interval of it: the arms' own 95 % intervals {apart}, but another seed may differ"
 
 
 def _who_is_who(view: View) -> Html:
