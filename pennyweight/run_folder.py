@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 import signal
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pennyweight.atomic import write_whole
 from pennyweight.errors import RunError
 from pennyweight.ledger.hashing import artifact
 from pennyweight.ledger.store import Ledger
@@ -195,13 +195,7 @@ class Run:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, whole."""
-    making = path.with_name(f".making-{path.name}")
-    making.parent.mkdir(parents=True, exist_ok=True)
-    with open(making, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(making, path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def read_json(path: Path) -> Any:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pennyweight.atomic import write_whole
 from pennyweight.report.page import render
 
 
@@ -17,9 +18,7 @@ def draw(root: Path) -> Path:
     lines = [json.loads(line) for line in metrics if line.strip()]
     of_this_run = [x for x in lines if x.get("arm") == "teacher" or _trained(summary, x)]
     page = render(summary, of_this_run, shown)
-    making = root / ".making-report.html"
-    making.write_text(page, encoding="utf-8")
-    making.replace(root / "report.html")
+    write_whole(root / "report.html", page)
     return root / "report.html"
 
 

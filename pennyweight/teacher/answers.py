@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pennyweight.atomic import write_whole
 from pennyweight.records import Sample, Teacher, Verdict, sha256_json
 
 _PART = 512  # prompts a part; also the unit of the random seed, so the text does not depend on where a pass stopped
@@ -30,9 +30,7 @@ def write_answers(
             pairs = json.loads(path.read_text(encoding="utf-8"))
         else:
             pairs = teacher.write([prompt_ids(s) for s in group], seed * 1_000_003 + number)
-            making = path.with_suffix(".making")
-            making.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
-            os.replace(making, path)
+            write_whole(path, json.dumps(pairs, ensure_ascii=False))
         out += [s.answered(text, teacher.name, ended) for s, (text, ended) in zip(group, pairs, strict=True)]
         progress(len(group))
     return out

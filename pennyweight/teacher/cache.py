@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pennyweight.atomic import write_whole
 from pennyweight.data.pack import Batch
 from pennyweight.loss.divergence import Sparse
 from pennyweight.records import Encoded, sha256_json
@@ -113,12 +113,7 @@ class TargetCache:
         settings = json.dumps({"pennyweight-targets": 1, "threshold": self.threshold, "temperature": self.temperature})
         content = save(_pack(kept), metadata={"made": settings})
         path = self.folder / f"{key}.{_digest(content)}.safetensors"
-        making = path.with_name(f".making-{path.name}")
-        with open(making, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(making, path)
+        write_whole(path, content)
         return path
 
 

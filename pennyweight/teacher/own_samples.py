@@ -7,11 +7,11 @@ user would speak, and writes the prompt itself (Xu et al., Magpie, arXiv 2406.08
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pennyweight.atomic import write_whole
 from pennyweight.errors import DataError
 from pennyweight.records import Message, Sample, Teacher
 
@@ -39,9 +39,7 @@ def own_samples(
             pairs = json.loads(path.read_text(encoding="utf-8"))
         else:
             pairs = teacher.write([start] * size, seed * 1_000_003 + number)
-            making = path.with_suffix(".making")
-            making.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
-            os.replace(making, path)
+            write_whole(path, json.dumps(pairs, ensure_ascii=False))
         for text, ended in pairs:
             source = f"samples of {teacher.name}"
             if chat and text.strip() and ended:

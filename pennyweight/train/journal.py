@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pennyweight.atomic import write_whole
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,4 @@ class Journal:
         """Drop the lines that carry all of ``of``'s values and a step above ``step``; atomic."""
         lines = self.read()
         kept = [x for x in lines if not (x.get("step", 0) > step and all(x.get(k) == v for k, v in of.items()))]
-        making = self.path.with_suffix(".making")
-        making.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
-        os.replace(making, self.path)
+        write_whole(self.path, "".join(json.dumps(x) + "\n" for x in kept))
