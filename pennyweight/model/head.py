@@ -109,8 +109,8 @@ def keeps_samples_apart(model: Any) -> bool:
 def _attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
     """Unfused attention where it trains faster: bfloat16 on a CPU, rows of up to 128 tokens.
 
-    There the fused kernel's backward pass takes 1.7 to 5 times as long; from 256 tokens on, and in float32, the fused
-    one wins (benchmarks/attention.py).
+    There forward and backward of a small model take 9 to 15 % longer with the fused kernel; from 256 tokens on, and in
+    float32, the fused one is the faster (benchmarks/attention.py).
     """
     on_cpu = ids_BT.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if on_cpu and ids_BT.shape[1] <= 128 else nullcontext()
