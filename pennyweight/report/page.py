@@ -201,7 +201,8 @@ def _verdict_tile(seen: View) -> _Tile:
     result = outcome(seen, seen.summary["gap_recovered"][metric])
     words = {"draw": "Draw", "better": "Better", "worse": "Worse"}[result]
     than = "with the control on" if result == "draw" else "than the control on"
-    return "Beside the control", words, f"{than} {plain(metric)}"
+    alone = ", by one seed" if len(seen.summary.get("seeds") or []) == 1 and result != "draw" else ""
+    return "Beside the control", words, f"{than} {plain(metric)}{alone}"
 
 
 def _foot(seen: View) -> Html:
