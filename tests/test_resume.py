@@ -75,7 +75,8 @@ def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(stage, tmp_path):
     command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "seeds=[0]", "train.steps=200"]
     command += ["--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         assert process.stderr is not None
         before = next(line for line in process.stderr if line.startswith(stage))
         process.send_signal(signal.SIGINT)
