@@ -137,8 +137,3 @@ def test_a_sample_is_refused_where_it_would_be_biased():
     for kind in ("reverse_kl", "jsd"):
         with pytest.raises(ValueError, match="biased"):
             div.divergence(div.Divergence(kind), torch.zeros(2, 5), sparse)
-
-
-def test_total_counts_only_what_weighs():
-    value, count = div.total(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, 2.0]))
-    assert float(value) == 6.5 and count == 2

@@ -11,8 +11,6 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,17 +32,12 @@ def hash_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_of(folder: Path | str, patterns: Sequence[str] | None = None) -> list[Path]:
+def files_of(folder: Path | str) -> list[Path]:
     """Paths of all files below ``folder``, relative to it, hidden ones included, in the byte order of their names.
-
-    Args:
-        folder: where to look.
-        patterns: keep only relative paths that match one of these shell patterns (``*`` also crosses ``/``).
 
     Raises:
         OSError: the folder or one below it cannot be listed, or holds a link to another folder, which could lead
             anywhere, itself included.
-        FileNotFoundError: patterns were given and no file matches: the hash of nothing would fit any folder.
     """
     folder = Path(folder)
     found: list[Path] = []
@@ -53,25 +46,17 @@ def files_of(folder: Path | str, patterns: Sequence[str] | None = None) -> list[
             if os.path.islink(os.path.join(where, name)):
                 raise OSError(errno.EINVAL, "a link to a folder cannot be hashed", os.path.join(where, name))
         found += [Path(where, name).relative_to(folder) for name in names]
-    if patterns is not None:
-        found = [p for p in found if any(fnmatchcase(p.as_posix(), pattern) for pattern in patterns)]
-        if not found:
-            raise FileNotFoundError(errno.ENOENT, f"no file matches {', '.join(patterns)}", str(folder))
     return sorted(found, key=_name)
 
 
-def hash_folder(path: Path | str, patterns: Sequence[str] | None = None) -> str:
+def hash_folder(path: Path | str) -> str:
     """Hex SHA-256 of a folder: of the relative path and SHA-256 of each of its files, in path order.
-
-    Args:
-        path: the folder.
-        patterns: hash only the files that match one of these (``["*.safetensors"]``); default: every file.
 
     Raises:
         OSError: see ``files_of`` and ``hash_file``.
     """
     whole = hashlib.sha256(_FOLDER_TAG)
-    for file in files_of(path, patterns):
+    for file in files_of(path):
         whole.update(_name(file) + b"\0" + bytes.fromhex(hash_file(Path(path, file))))
     return whole.hexdigest()
 

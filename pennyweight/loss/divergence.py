@@ -124,8 +124,3 @@ def divergence(spec: Divergence, student_logits: Tensor, target: Target) -> Tens
     if spec.kind == "jsd":
         return scale * jsd(teacher, student, spec.beta)
     raise ValueError(f"no divergence named {spec.kind!r}")
-
-
-def total(values: Tensor, weights: Tensor) -> tuple[Tensor, int]:
-    """(sum of weight times value, number of positions that weigh anything). Only the loop divides."""
-    return (values * weights).sum(), int(torch.count_nonzero(weights))

@@ -27,7 +27,7 @@ from pennyweight.train.tripwire import Tripwire
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training run went: steps in all, tokens seen, seconds (over all of its sessions)."""
+    """How a training run went: steps in all, tokens seen, seconds, interruptions left out."""
 
     steps: int
     tokens: int
