@@ -22,7 +22,7 @@ from pennyweight.model.load import load, same_tokenizer, stored_dtype
 from pennyweight.model.loaded import Loaded, refuse_low_bit
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import codable, export
+from pennyweight.quant.export import export
 from pennyweight.recipe import (
     FolderTeacher,
     Recipe,
@@ -113,8 +113,6 @@ class Bench:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
         student = self._first_student(seed)
         # What cannot be done is refused now, not after hours of training.
-        if self.recipe.quantize.formats:
-            codable(student, self.recipe.quantize.group)
         if self.recipe.train.pack and not (keeps_samples_apart(student) and keeps_samples_apart(self.teacher.model)):
             raise RecipeError(
                 f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
@@ -133,8 +131,8 @@ class Bench:
         q = self.recipe.quantize
         if not q.formats:
             return
+        export(self.opened(student).model, student, work / "copy", q.formats[0], q.group)
         try:
-            export(self.opened(student).model, student, work / "copy", q.formats[0], q.group)
             self.opened(work / "copy")
         except ModelError as e:
             raise RecipeError(f"low-bit copies of this student would not work: {e}; set quantize.formats=[]") from None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pennyweight.errors import PennyweightError, RecipeError, in_one_sentence
-from pennyweight.records import finite
+from pennyweight.records import json_safe
 from pennyweight.version import __version__
 
 app = typer.Typer(
@@ -309,7 +309,7 @@ def _reply(talk: Any, text: str) -> None:
 def _tell(found: dict[str, Any], as_json: bool) -> None:
     """JSON, or one line per value."""
     if as_json:
-        typer.echo(json.dumps(finite(found), indent=2, ensure_ascii=False, allow_nan=False))
+        typer.echo(json.dumps(json_safe(found), indent=2, ensure_ascii=False, allow_nan=False))
         return
     from pennyweight.report.terminal import print_values
 

@@ -101,7 +101,9 @@ def test_what_is_said_layer_by_layer_follows_the_layers():
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     config = tf.SmolLM3Config(vocab_size=V, num_hidden_layers=8, pad_token_id=0, **sizes)
+    config.eos_token_id = [2, 3, 4, 5, 6, 7, 8, 9]  # as many as there are layers, and nothing to do with them
     student = cut(tf.SmolLM3ForCausalLM(config), CutStudent(layers=[0, 3, 7]))
+    assert student.config.eos_token_id == config.eos_token_id
     assert student.config.no_rope_layers == [config.no_rope_layers[i] for i in (0, 3, 7)] == [1, 0, 0]
 
 

@@ -66,17 +66,18 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
     if not asked:
         return list(samples)
     w = writer()
-    fits = [s for s in asked if len(prompt_ids(s, w.tokenizer)) < w.context]
+    tokens = {id(s): prompt_ids(s, w.tokenizer) for s in asked}
+    fits = [s for s in asked if len(tokens[id(s)]) < w.context]
     if len(fits) < len(asked) and w.too_long == "refuse":
         raise DataError(
             f"{len(asked) - len(fits):,} of {len(asked):,} prompts leave no room for a response in the context of "
             f"{w.context:,} tokens; set data.too_long=drop, or a larger data.context"
         )
     with w.counting(f"teacher answers ({name})", len(fits), "prompts") as c:
-        ids = lambda s: prompt_ids(s, w.tokenizer)  # noqa: E731
+        ids = lambda s: tokens[id(s)]  # noqa: E731
         replies = iter(write_answers(fits, ids, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
-    left_out, chosen = {id(s) for s in asked} - {id(s) for s in fits}, {id(s) for s in fits}
-    return [next(replies) if id(s) in chosen else s for s in samples if id(s) not in left_out]
+    chosen = {id(s) for s in fits}
+    return [next(replies) if id(s) in chosen else s for s in samples if id(s) in chosen or id(s) not in tokens]
 
 
 def prepare(

@@ -79,7 +79,7 @@ def cut(teacher: Any, settings: CutStudent) -> Any:
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
     for name, value in vars(text).items():  # what is said layer by layer: attention windows, rotary or not, ...
-        if isinstance(value, list) and len(value) == len(blocks) > 1:
+        if isinstance(value, list) and len(value) == len(blocks) > 1 and not name.endswith("token_id"):
             setattr(text, name, [value[i] for i in layers])
     state = _chosen_layers(teacher.state_dict(), prefix, layers)
     if settings.hidden or settings.intermediate:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.evaluate.intervals import difference, over_seeds
-from pennyweight.records import METRICS, Interval, finite, sha256_json
+from pennyweight.records import METRICS, Interval, json_safe, sha256_json
 
 Evaluation = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
         vary = len(set(values)) > 1 and all(math.isfinite(v) for v in values)
         out[name] = over_seeds(values).to_json() if vary else dict(interval)
         low, high = (0.0, 1.0) if METRICS[name].unit == "percent" else (0.0, math.inf)
-        row = finite(out[name])
+        row = json_safe(out[name])
         row["low"] = None if row["low"] is None else max(low, row["low"])
         row["high"] = None if row["high"] is None else min(high, row["high"])
         out[name] = row
@@ -53,9 +53,8 @@ def gap_recovered(
         b = [sft[s]["metrics"][name]["mean"] for s in seeds]
         best = _teacher_value(teacher, name)
         gap = best - sum(b) / len(b) if best is not None else 0.0
-        ahead = (
-            gap if METRICS[name].higher_is_better else -gap
-        )  # a control as good as the teacher leaves nothing to recover
+        # A control as good as the teacher, or better, leaves nothing to recover.
+        ahead = gap if METRICS[name].higher_is_better else -gap
         recovered = [(x - y) / gap for x, y in zip(a, b, strict=True)] if ahead > 1e-9 else None
         whole = over_seeds(recovered) if recovered and len(recovered) > 1 else None
         delta = difference(a, b)
@@ -68,7 +67,7 @@ def gap_recovered(
             else "the control is as good as the teacher, or better",
         }
         verdict = _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm)
-        out[name] = {**finite(share), "difference": finite(delta.to_json()), "verdict": verdict}
+        out[name] = {**json_safe(share), "difference": json_safe(delta.to_json()), "verdict": verdict}
     return out
 
 
@@ -98,7 +97,7 @@ def _verdict(name: str, delta: Interval, kd: Mapping[str, Any], sft: Mapping[str
 
 def per_seed(evaluations: Mapping[int, Evaluation], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """The value of each metric for each seed."""
-    return {str(s): finite({n: e["metrics"][n]["mean"] for n in names}) for s, e in evaluations.items()}
+    return {str(s): json_safe({n: e["metrics"][n]["mean"] for n in names}) for s, e in evaluations.items()}
 
 
 def summarise(
