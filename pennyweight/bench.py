@@ -20,10 +20,12 @@ from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
 from pennyweight.model.load import load, same_tokenizer, stored_dtype
 from pennyweight.model.loaded import Loaded, refuse_low_bit
+from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
 from pennyweight.recipe import (
+    DenseTargets,
     FolderTeacher,
     Recipe,
     SampledTargets,
@@ -31,10 +33,12 @@ from pennyweight.recipe import (
     StudentChoice,
     TeacherChoice,
     TeacherSamples,
+    TopKTargets,
 )
 from pennyweight.records import Encoded, Sample
-from pennyweight.teacher.cache import CacheFacts, TargetCache
+from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_threshold
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.targets import Keep, predicted_bytes
 
 
 class Bench:
@@ -68,6 +72,14 @@ class Bench:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
         r = self.recipe
         return self._opened(path, _trusted(r.teacher) if r.student.kind == "cut" else _trusted(r.student))
+
+    def to_train(self, path: str | Path, seed: int) -> Loaded:
+        """A student's start, with a map to the teacher's hidden width where the method matches hidden states."""
+        begin = self.opened(path)
+        if getattr(self.recipe.method, "hidden", 0):
+            mine, theirs = (m.get_output_embeddings().weight.shape[1] for m in (begin.model, self.teacher.model))
+            attach(begin.model, mine, theirs, seed)
+        return begin
 
     def _opened(self, path: str | Path, trust_remote_code: bool) -> Loaded:
         return load(str(path), device=self.compute.device, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -163,33 +175,54 @@ class Bench:
         if self.recipe.method.kind == "sft" or kind == "dense":
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
-        facts = {
-            "bytes": made.bytes,
-            "bytes_per_token": made.bytes_per_token,
-            "entries_per_token": made.entries / tokens,
-        }
+        facts: dict[str, Any] = {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token}
+        facts["entries_per_token"] = made.entries / tokens if kind != "hidden" else None
+        if kind == "sampled":
+            facts["threshold"] = self.cache.keep.threshold
         return {"kind": kind, "tokens": tokens, **facts}, made.damaged
 
     def fill_cache(self) -> CacheFacts:
         """Label what is not labelled yet."""
         with counting("targets", len(self.encoded), "samples") as c:
-            return self._cache.fill(self.encoded, c.advance)
+            return self.cache.fill(self.encoded, c.advance)
 
     def signal(self, batch: Batch):
         """The teacher at a batch's loss positions, live or from the cache."""
         if self.recipe.targets.kind == "dense":
             return self.answering.dense(batch)
-        if not self._cache.filled:
+        if not self.cache.filled:
             self.fill_cache()
-        return self._cache.signal(batch, self.compute.device)
+        return self.cache.signal(batch, self.compute.device, lambda: self.answering.head)
 
     @cached_property
-    def _cache(self) -> TargetCache:
-        t = self.recipe.targets
-        assert isinstance(t, SampledTargets)
+    def cache(self) -> TargetCache:
+        """The targets of the training samples, on disk."""
+        t, made_by = self.recipe.targets, f"{self.teacher.fingerprint} on {self.compute.name}"
+        assert not isinstance(t, DenseTargets)
         temperature = getattr(self.recipe.method, "temperature", 1.0)
-        made_by = f"{self.teacher.fingerprint} on {self.compute.name}"
-        return TargetCache(self.folder / "targets", made_by, t.threshold, temperature, t.shard, self.answering.targets)
+        keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
+        if isinstance(t, SampledTargets):
+            keep = replace(keep, threshold=self._threshold(t, temperature, made_by))
+        if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
+            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
+        label = self.answering.targets
+        return TargetCache(self.folder / "targets", made_by, keep, self.teacher.vocabulary, t.shard, label)
+
+    def _threshold(self, t: SampledTargets, temperature: float, made_by: str) -> float:
+        """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples."""
+        some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
+        tried = [min(0.5, t.threshold * 2 ** (i / 4)) for i in range(33)]
+        made_from = [made_by, t.threshold, t.budget, temperature, [e.token_hash for e in some]]
+
+        def find() -> float:
+            for wanted in (tried[:1], tried[1:]):
+                expected = self.answering.expected(some, wanted, temperature)
+                for threshold, (heads, tails) in zip(wanted, expected, strict=True):
+                    if predicted_bytes(heads, tails, self.teacher.vocabulary, threshold) <= t.budget:
+                        return threshold
+            return tried[-1]
+
+        return settled_threshold(self.folder / "targets", made_from, find)
 
     @cached_property
     def held_out(self) -> HeldOut:

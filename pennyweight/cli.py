@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(no_args_is_help=True, help="Look after a run's ledger.")
 app.add_typer(ledger_app, name="ledger")
+targets_app = typer.Typer(no_args_is_help=True, help="What is kept of a teacher.")
+app.add_typer(targets_app, name="targets")
 
 _STOPPED = "stopped; run and distill go on from here with the same command"
 
@@ -108,19 +110,9 @@ def distill(
     """
     from pennyweight.recipe_file import distillation
 
-    recipe = distillation(
-        teacher=teacher,
-        data=data,
-        student=student,
-        cut=cut,
-        method=method,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        seeds=seeds,
-        settings=[*(settings or []), *_logged(log)],
-        trust_remote_code=trust_remote_code,
-    )
+    asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "trust_remote_code": trust_remote_code}
+    asked |= {"method": method, "steps": steps, "batch": batch, "lr": lr, "seeds": seeds}
+    recipe = distillation(teacher=teacher, settings=[*(settings or []), *_logged(log)], **asked)
     _line(recipe, out, as_json)
 
 
@@ -147,17 +139,8 @@ def evaluate(
     """
     import pennyweight.commands as commands
 
-    found = commands.evaluate_model(
-        model,
-        tasks,
-        text,
-        problems_per_task=problems,
-        samples=samples,
-        max_tokens=max_tokens,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    asked: dict[str, Any] = {"problems_per_task": problems, "samples": samples, "max_tokens": max_tokens, "seed": seed}
+    found = commands.evaluate_model(model, tasks, text, **asked, device=device, trust_remote_code=trust_remote_code)
     _tell(found, as_json)
 
 
@@ -217,21 +200,11 @@ def chat(
 
         pennyweight chat runs/quickstart/student --prompt "Calculate 12 + 34 + 56."
     """
-    from pennyweight.commands import Chat
+    import pennyweight.commands as commands
 
     writing: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    talk = Chat(model, **writing, device=device, trust_remote_code=trust_remote_code)
-    if prompt is not None:
-        _reply(talk, prompt)
-        return
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        _reply(talk, line)
+    talk = commands.Chat(model, **writing, device=device, trust_remote_code=trust_remote_code)
+    commands.converse(talk, prompt)
 
 
 @app.command()
@@ -254,13 +227,7 @@ def show(
     if sample is not None:
         typer.echo(commands.show_sample(folder, sample, as_json))
         return
-    found = commands.show(folder)
-    if as_json:
-        _tell(found, True)
-    else:
-        from pennyweight.report.terminal import print_summary
-
-        print_summary(found)
+    _tell(commands.show(folder), as_json, "print_summary")
 
 
 @ledger_app.command("verify")
@@ -281,39 +248,60 @@ def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
         )
 
 
+@targets_app.command("inspect")
+def targets_inspect(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    tokens: Annotated[int, typer.Option(min=64, help="Training tokens to measure on.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Bytes a token, mass kept, gradient error and calibration of the run's targets, beside top-k at the same bytes.
+
+    Measured on the run's own training samples; the report of a finished run gets the picture.
+
+    Example:
+
+        pennyweight targets inspect runs/quickstart
+    """
+    from pennyweight.inspection import inspect_targets
+
+    _tell(inspect_targets(folder, tokens), as_json, "print_inspection")
+
+
+@targets_app.command("label")
+def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Help a run to label: take shards that nobody is at. As many processes as you like may do so at once.
+
+    Example, in a second terminal or on another machine that sees the folder:
+
+        pennyweight targets label runs/quickstart
+    """
+    from pennyweight.inspection import help_to_label
+
+    _tell(help_to_label(folder), as_json)
+
+
 def _logged(log: list[str] | None) -> list[str]:
     """The recipe setting behind ``--log``."""
     return [f"log={json.dumps(log)}"] if log else []
 
 
 def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
-    from pennyweight.report.terminal import print_summary
     from pennyweight.stages import run_line
 
     folder = out or Path("runs") / recipe.name
-    summary = run_line(recipe, folder)
-    if as_json:
-        _tell(summary, True)
-    else:
-        print_summary(summary)
+    _tell(run_line(recipe, folder), as_json, "print_summary")
+    if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
 
 
-def _reply(talk: Any, text: str) -> None:
-    for piece in talk.say(text):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def _tell(found: dict[str, Any], as_json: bool) -> None:
-    """JSON, or one line per value."""
+def _tell(found: dict[str, Any], as_json: bool, shown_by: str = "print_values") -> None:
+    """JSON, or as a function of ``report.terminal`` shows it: one line per value, unless another is named."""
     if as_json:
         typer.echo(json.dumps(json_safe(found), indent=2, ensure_ascii=False, allow_nan=False))
         return
-    from pennyweight.report.terminal import print_values
+    import pennyweight.report.terminal as terminal
 
-    print_values(found)
+    getattr(terminal, shown_by)(found)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from pennyweight.recipe import FolderTeacher, Recipe
 from pennyweight.recipe_file import parted
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
-from pennyweight.run_folder import read_json
+from pennyweight.run_folder import a_run, read_object
 from pennyweight.verifiers import judge
 
 WINDOW = 1024
@@ -184,25 +184,41 @@ class Chat:
         self.turns.append(Message("assistant", told))
 
 
+def converse(talk: Chat, prompt: str | None) -> None:
+    """Print the reply to ``prompt``; without one, to each line that is typed, until an empty one."""
+    while True:
+        try:
+            line = input("> ") if prompt is None else prompt
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        for piece in talk.say(line):
+            print(piece, end="", flush=True)
+        print()
+        if prompt is not None:
+            return
+
+
 def show(folder: str) -> dict[str, Any]:
     """The summary of a RUN folder, or, of an unfinished one, its recipe and the stages so far."""
-    root = _run_folder(folder)
+    root = a_run(folder)
     if (root / "summary.json").exists():
-        return _read(root / "summary.json")
+        return read_object(root / "summary.json")
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
-        return {"recipe": _read(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
+        return {"recipe": read_object(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
 
 
 def show_sample(folder: str, number: int, as_json: bool = False) -> str:
     """The exact masked token stream of one training sample, as training sees it; several where a text is cut up."""
-    root = _run_folder(folder)
+    root = a_run(folder)
     file = root / "data" / "train.jsonl"
     if not file.exists():
         raise RunError(f"{root} has no training samples yet; let the run get past its data stage")
     samples = read_samples(file)
     if not 0 <= number < len(samples):
         raise RunError(f"{root} has training samples 0 to {len(samples) - 1}, not {number}; choose one of them")
-    recipe = Recipe.model_validate(_read(root / "recipe.json"))
+    recipe = Recipe.model_validate(read_object(root / "recipe.json"))
     teacher = recipe.teacher.path if isinstance(recipe.teacher, FolderTeacher) else str(root / "teacher")
     tokenizer = open_tokenizer(teacher, getattr(recipe.teacher, "trust_remote_code", False))
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
@@ -218,7 +234,7 @@ def show_sample(folder: str, number: int, as_json: bool = False) -> str:
 
 def redraw(folder: str) -> Path:
     """Draw report.html again from what the run has measured."""
-    root = _run_folder(folder)
+    root = a_run(folder)
     if not (root / "summary.json").exists():
         raise RunError(f"{root} is not finished, so there is no report yet; run it again to go on")
     return draw(root)
@@ -226,10 +242,10 @@ def redraw(folder: str) -> Path:
 
 def verify(folder: str) -> Verification:
     """Re-derive every hash of a RUN folder's ledger and of the artifacts it names."""
-    root = _run_folder(folder)
+    root = a_run(folder)
     expected = None
     if (root / "summary.json").exists():
-        head = _read(root / "summary.json").get("ledger", {})
+        head = read_object(root / "summary.json").get("ledger", {})
         expected = (head["seq"], head["head"]) if "seq" in head and "head" in head else None
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
         return ledger.verify(root, expected)
@@ -239,23 +255,6 @@ def _open(model: str, device: str, threads: int, trust_remote_code: bool) -> tup
     set_threads(threads)
     compute = choose(device, "auto")
     return load(model, device=compute.device, trust_remote_code=trust_remote_code), compute
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object that a run wrote."""
-    try:
-        value = read_json(file)
-        assert isinstance(value, dict)
-    except (ValueError, AssertionError):
-        raise RunError(f"{file} is damaged; run the recipe again on that folder, which writes it anew") from None
-    return value
-
-
-def _run_folder(folder: str) -> Path:
-    root = Path(folder)
-    if not (root / "recipe.json").exists():
-        raise RunError(f"{root} is not a RUN folder (it has no recipe.json); give the folder that pennyweight run made")
-    return root
 
 
 def _task(text: str) -> tuple[str, dict[str, Any]]:

@@ -238,13 +238,21 @@ class KdMethod(Settings):
     """Divergence to the teacher's distribution at every response token, with cross-entropy beside it if asked."""
 
     kind: Literal["kd"] = "kd"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
     beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="skew: share of the first side mixed into the second")
     temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
     cross_entropy: float = Field(default=0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
+    hidden: float = Field(default=0.0, ge=0, description="weight of matching the teacher's last hidden states, besides")
 
 
 MethodChoice = Annotated[Union[SftMethod, KdMethod], Discriminator("kind")]  # noqa: UP007
+
+
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8"],
+    Field(description="of the teacher's forward pass that labels; auto: as the run computes"),
+]
 
 
 class DenseTargets(Settings):
@@ -258,15 +266,34 @@ class SampledTargets(Settings):
 
     kind: Literal["sampled"] = "sampled"
     threshold: float = Field(
-        default=0.025,
-        gt=0,
-        lt=1,
-        description="probabilities from here up are kept exactly; below, sampled to weigh this much",
+        default=0.025, gt=0, lt=1, description="probabilities from here up are kept; below, sampled to weigh this much"
+    )
+    budget: float = Field(
+        default=48.0, ge=4, description="bytes a token, on average, at most: a diffuse teacher's threshold rises to it"
     )
     shard: int = Field(default=256, ge=1, description="samples per shard")
+    precision: Precision = "auto"
 
 
-TargetChoice = Annotated[Union[DenseTargets, SampledTargets], Discriminator("kind")]  # noqa: UP007
+class TopKTargets(Settings):
+    """The k most probable tokens, and all the others together as one outcome; labelled once and kept on disk."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=32, ge=1, le=65_535)
+    shard: int = Field(default=256, ge=1, description="samples per shard")
+    precision: Precision = "auto"
+
+
+class HiddenTargets(Settings):
+    """The teacher's last hidden states, labelled once and kept on disk: its whole distribution, made by its head."""
+
+    kind: Literal["hidden"] = "hidden"
+    shard: int = Field(default=256, ge=1, description="samples per shard")
+    precision: Precision = "auto"
+
+
+_Targets = DenseTargets | SampledTargets | TopKTargets | HiddenTargets
+TargetChoice = Annotated[_Targets, Discriminator("kind")]
 
 
 class Quantize(Settings):

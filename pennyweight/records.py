@@ -183,7 +183,7 @@ class Verifier(Protocol):
 
 
 class Teacher(Protocol):
-    """A model that can be asked. ``gives`` names its signals: ``text``, ``dense``, ``sampled``.
+    """A model that can be asked. ``gives`` names its signals: ``text``, ``dense``, ``hidden``, ``top_k``, ``sampled``.
 
     ``fingerprint`` is the SHA-256 of its weights; ``name`` is for people.
     """
@@ -201,8 +201,8 @@ class Teacher(Protocol):
         """Responses to prompts of token ids: (text, whether it ended by itself)."""
         ...
 
-    def targets(self, samples: Sequence[Encoded], threshold: float, temperature: float) -> list[Any]:
-        """A sparse sample of the distribution at each sample's loss positions (``teacher.targets.Kept``)."""
+    def targets(self, samples: Sequence[Encoded], keep: Any) -> list[Any]:
+        """What is kept of the distribution at each sample's loss positions (``teacher.targets.Keep`` and ``Kept``)."""
         ...
 
 

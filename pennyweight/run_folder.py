@@ -220,3 +220,29 @@ def _peak_memory() -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        value = read_json(file)
+        assert isinstance(value, dict)
+    except (ValueError, AssertionError):
+        raise RunError(f"{file} is damaged; run the recipe again on that folder, which writes it anew") from None
+    return value
+
+
+def a_run(folder: str) -> Path:
+    """The RUN folder at ``folder``.
+
+    Raises:
+        RunError: it is none.
+    """
+    root = Path(folder)
+    if not (root / "recipe.json").exists():
+        raise RunError(f"{root} is not a RUN folder (it has no recipe.json); give the folder that pennyweight run made")
+    return root

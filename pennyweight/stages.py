@@ -239,7 +239,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
     def make(work: Path) -> Made:
-        begin = line.bench.opened(line.folder / next(iter(start.outputs)))
+        begin = line.bench.to_train(line.folder / next(iter(start.outputs)), seed)
         batches = line.bench.batches(s, seed)
         signal = line.bench.signal if uses_teacher else None
         weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": {"folder"},
     "show": {"folder", "sample", "as_json"},
     "ledger": set(),
+    "targets": set(),
 }  # fmt: skip
 
 FIELDS = {
@@ -49,9 +50,11 @@ FIELDS = {
     "ShapeStudent": "kind shape",
     "CutStudent": "kind layers hidden intermediate",
     "SftMethod": "kind",
-    "KdMethod": "kind divergence beta temperature cross_entropy",
+    "KdMethod": "kind divergence beta alpha temperature cross_entropy hidden",
     "DenseTargets": "kind",
-    "SampledTargets": "kind threshold shard",
+    "SampledTargets": "kind threshold budget shard precision",
+    "TopKTargets": "kind k shard precision",
+    "HiddenTargets": "kind shard precision",
     "Quantize": "formats group",
     "Evaluate": "problems samples temperature max_tokens text shown",
 }
@@ -63,6 +66,7 @@ def test_commands_and_their_options():
     for name, options in COMMANDS.items():
         assert {p.name for p in commands[name].params} - {"help"} == options, name
     assert set(commands["ledger"].commands) == {"verify"}
+    assert set(commands["targets"].commands) == {"inspect", "label"}
 
 
 def test_recipe_fields():
@@ -78,7 +82,7 @@ def test_the_version_is_told():
     assert run.stdout == f"pennyweight {pennyweight.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["ledger", "verify"]])
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["ledger", "verify"], ["targets", "inspect"]])
 def test_help_imports_nothing_heavy_and_shows_examples(command):
     code = (
         "import sys; sys.argv = ['pennyweight', *sys.argv[1:], '--help']\n"

@@ -5,14 +5,14 @@ Letters: B rows, T positions in a row, N positions that carry loss (row-major ov
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pennyweight.loss.divergence import Divergence, Target
+from pennyweight.loss.divergence import Divergence
 from pennyweight.records import Encoded
 
 IGNORE = -100
@@ -23,7 +23,7 @@ class Batch:
     """One forward pass. ``placed`` lists its samples in the row-major order of their loss positions.
 
     ``ids``, ``positions``, ``labels`` are (B, T) int64; labels are next tokens, -100 where nothing is learnt.
-    A method fills in the (N,) weights, the divergence, and ``target(a, b)``.
+    A method fills in the (N,) weights, the divergence, and ``target``, a teacher (of loss.signals) at the N positions.
     """
 
     ids: Tensor
@@ -32,8 +32,9 @@ class Batch:
     placed: tuple[Encoded, ...]
     ce_weight: Tensor | None = None
     kd_weight: Tensor | None = None
+    hidden_weight: Tensor | None = None
     divergence: Divergence = field(default_factory=Divergence)
-    target: Callable[[int, int], Target] | None = None
+    target: Any = None
 
     @property
     def selected(self) -> Tensor:
@@ -56,12 +57,11 @@ class Batch:
         """Tokens of the samples, without padding."""
         return sum(len(s.ids) for s in self.placed)
 
-    def weighted(
-        self, ce: float, kd: float, divergence: Divergence, target: Callable[[int, int], Target] | None
-    ) -> Batch:
+    def weighted(self, ce: float, kd: float, divergence: Divergence, target: Any, hidden: float = 0.0) -> Batch:
         """This batch with the same weights at every loss position."""
         ones = torch.ones(self.count)
-        return replace(self, ce_weight=ce * ones, kd_weight=kd * ones, divergence=divergence, target=target)
+        weights = {"ce_weight": ce * ones, "kd_weight": kd * ones, "hidden_weight": hidden * ones if hidden else None}
+        return replace(self, **weights, divergence=divergence, target=target)
 
 
 def collate(rows: list[list[Encoded]], pad_id: int, length: int | None = None) -> Batch:

@@ -1,36 +1,44 @@
-"""Output head and loss in tiles of positions, so that the full logits never exist.
+"""Output head and loss in one pass over tiles of positions, so that the full logits never exist.
 
-A tile of (tile, V) float32 logits is made, its loss and gradient are taken, and only the gradients with respect to
-the hidden states and the head are kept. Peak memory is one tile's logits, not N of them.
+A tile of (tile, V) float32 logits is made in a buffer, overwritten with the gradient of its loss, and multiplied into
+the gradients of the hidden states and the head, before the next tile takes the buffer. So each head is multiplied
+once: N V (2 D_teacher + 6 D_student) floating-point operations, the least there can be, and memory for one tile of
+each side's logits and the head's gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pennyweight.loss import divergence as div
+from pennyweight.loss.divergence import Divergence, divergence
+from pennyweight.loss.signals import Dense, Target, softmax_
 from pennyweight.model.head import Head
 
-_TILE_ENTRIES = 1 << 23  # float32 logits of one tile: 32 MiB
+_TILE_ENTRIES = {"cpu": 1 << 25, "cuda": 1 << 28}  # float32 logits of one side's tile: 128 MiB, 1 GiB
+_BLOCK_ENTRIES = {"cpu": 1 << 16}  # worked on at once within a tile, so that a CPU's cache holds them
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the loss of N positions is made of. Weights are per position; a term with no weight is not computed.
+    """What the loss of N positions is made of. Weights are per position; positions without any are skipped.
 
-    ``labels`` (N,) int64, ``ce_weight`` and ``kd_weight`` (N,) float32; ``target(a, b)`` gives the teacher at
-    positions a to b, already on the right device.
+    ``labels`` (N,) int64, ``ce_weight`` and ``kd_weight`` (N,) float32; ``target`` is the teacher at these positions,
+    on the device of the hidden states.
     """
 
     labels: Tensor
     ce_weight: Tensor
     kd_weight: Tensor
-    divergence: div.Divergence
-    target: Callable[[int, int], div.Target] | None = None
+    divergence: Divergence
+    target: Target | None = None
+
+    def take(self, index: Tensor) -> Terms:
+        """The same of some positions."""
+        target = None if self.target is None else self.target.take(index)
+        return Terms(self.labels[index], self.ce_weight[index], self.kd_weight[index], self.divergence, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,8 @@ class Totals:
     """Sums over positions: ``loss`` carries the gradient, the others are plain numbers for the log.
 
     ``cross_entropy`` and ``entropy`` (of the student) are summed over all positions, weighted or not, and are None
-    unless they were asked for; ``divergence`` is None without a target. ``count`` is the number of positions.
+    unless they were asked for; ``divergence`` is None without a target, ``hidden`` where no hidden states are matched.
+    ``count`` is the number of positions.
     """
 
     loss: Tensor
@@ -46,88 +55,149 @@ class Totals:
     cross_entropy: float | None
     divergence: float | None
     entropy: float | None
+    hidden: float | None = None
 
 
 def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = False, tile: int | None = None) -> Totals:
     """Sum over positions of ce_weight * cross-entropy + kd_weight * divergence.
 
+    Gradients are made in the forward pass; ``backward`` scales them, once.
+
     Args:
-        hidden_ND: the student's last hidden states at the N positions that carry loss.
+        hidden_ND: the student's last hidden states at the N positions that carry loss, any float dtype.
         head: the student's output head.
         terms: labels, weights and targets.
         measure: also sum the student's entropy and cross-entropy, for the log and the tripwires.
-        tile: positions per tile; default: as many as keep a tile's logits near 32 MiB.
+        tile: positions per tile; default: as many as keep a tile's logits near 128 MiB on a CPU, 1 GiB on a GPU.
     """
-    vocabulary = head.weight.shape[0]
-    size = tile or max(16, min(4096, _TILE_ENTRIES // vocabulary))
-    sums = torch.zeros(3, dtype=torch.float64)
-    loss = _Tiled.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
+    count = len(terms.labels)
+    weighed = (terms.ce_weight != 0) | (terms.kd_weight != 0)
+    if not measure and not bool(weighed.all()):
+        index = weighed.nonzero().squeeze(-1)
+        hidden_ND, terms = hidden_ND[index], terms.take(index)
+    room = _TILE_ENTRIES.get(hidden_ND.device.type, _TILE_ENTRIES["cuda"])
+    size = tile or max(16, min(4096, room // head.weight.shape[0]))
+    sums = torch.zeros(3, dtype=_wide(hidden_ND), device=hidden_ND.device)
+    loss = _OnePass.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
     ce, kd, entropy = sums.tolist()
     has_kd = terms.target is not None
-    return Totals(
-        loss, len(terms.labels), ce if measure else None, kd if has_kd else None, entropy if measure else None
-    )
+    return Totals(loss, count, ce if measure else None, kd if has_kd else None, entropy if measure else None)
 
 
-class _Tiled(torch.autograd.Function):
-    """Gradients are made in forward, tile by tile, and only scaled in backward."""
+class _OnePass(torch.autograd.Function):
+    """Forward makes the gradients of a loss of 1 and keeps them; backward scales and hands them over."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, terms, size, measure, sums):  # type: ignore[override]
         needs = ctx.needs_input_grad[:3]
-        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if needs[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
-        for a in range(0, len(hidden), size):
-            b = min(a + size, len(hidden))
-            wanted = [t for t, n in zip((hidden[a:b], weight, bias), needs, strict=True) if t is not None and n]
-            with torch.set_grad_enabled(any(needs)):
-                leaves = [t.detach().requires_grad_(True) for t in wanted]
-                given = iter(leaves)
-                h = next(given) if needs[0] else hidden[a:b]
-                w = next(given) if needs[1] else weight
-                c = (next(given) if needs[2] else bias) if bias is not None else None
-                value = _tile_loss(replace(head, weight=w, bias=c).logits(h), terms, a, b, measure, sums)
-                grads = iter(
-                    torch.autograd.grad(value, leaves) if value.requires_grad else map(torch.zeros_like, leaves)
-                )
-            loss += value.detach().to(wide)
-            for d, part in ((d_hidden, slice(a, b)), (d_weight, ...), (d_bias, ...)):
-                if d is not None:
-                    d[part] += next(grads)
-        ctx.save_for_backward(*(d for d in (d_hidden, d_weight, d_bias) if d is not None))
-        ctx.given = [d is not None for d in (d_hidden, d_weight, d_bias)]
+        low = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+        # On a CPU nothing multiplies 16-bit numbers into float32 ones, so there they are widened first.
+        h, w = (hidden, weight.to(hidden.dtype)) if low else (hidden.float(), weight.float())
+        d_hidden = torch.empty_like(h, dtype=torch.float32) if needs[0] else None
+        d_weight = torch.zeros_like(w, dtype=torch.float32) if needs[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+        loss = torch.zeros((), dtype=sums.dtype, device=hidden.device)
+        head = replace(head, weight=w, bias=bias)
+        desk = _Desk(terms, head, min(size, len(h)), measure, sums)
+        for a in range(0, len(h), size):
+            x = h[a : a + size]
+            g = desk.logits[: len(x)]
+            head.logits(x, out=g)
+            loss += desk.tile(a, a + len(x))
+            if d_bias is not None:
+                d_bias += g.sum(0)
+            if low:
+                g = g.to(h.dtype)
+            if d_hidden is not None:
+                _product(g, w, d_hidden[a : a + size])
+            if d_weight is not None and low:
+                d_weight += torch.mm(g.T, x, out_dtype=torch.float32)
+            elif d_weight is not None:
+                d_weight.addmm_(g.T, x)
+        ctx.made = [d_hidden, d_weight, d_bias]
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         return loss.float()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        saved = iter(ctx.saved_tensors)
-        out = [
-            (next(saved) * grad).to(dtype) if given else None
-            for given, dtype in zip(ctx.given, ctx.dtypes, strict=True)
-        ]
+        if ctx.made is None:
+            raise RuntimeError("this loss keeps its gradients for one backward pass; take the loss again for another")
+        made, ctx.made = ctx.made, None
+        out = [None if d is None else d.mul_(grad).to(t) for d, t in zip(made, ctx.dtypes, strict=True)]
         return (*out, None, None, None, None, None)
 
 
-def _tile_loss(logits: Tensor, terms: Terms, a: int, b: int, measure: bool, sums: Tensor) -> Tensor:
-    """Weighted loss of one tile; adds cross-entropy, divergence and entropy to ``sums`` on the way."""
-    ce_weight, kd_weight = terms.ce_weight[a:b], terms.kd_weight[a:b]
-    wants_ce = bool(ce_weight.any())
-    log_q = torch.log_softmax(logits, -1) if wants_ce or measure else None
-    value = logits.new_zeros(())
-    if log_q is not None:
-        ce = div.cross_entropy(log_q, terms.labels[a:b])
-        if wants_ce:
-            value = value + (ce * ce_weight).sum()
-        if measure:
-            sums[0] += float(ce.detach().sum())
-            detached = log_q.detach()
-            sums[2] += float(-(detached.exp() * detached).sum())
-    if terms.target is not None:
-        kd = div.divergence(terms.divergence, logits, terms.target(a, b))
-        value = value + (kd * kd_weight).sum()
-        sums[1] += float(kd.detach().sum())
-    return value
+class _Desk:
+    """Memory for one tile, used again for each: ``logits`` (rows, V) of the student, which become their gradient."""
+
+    def __init__(self, terms: Terms, head: Head, rows: int, measure: bool, sums: Tensor):
+        self.terms, self.head, self.measure, self.sums = terms, head, measure, sums
+        self.has_ce = measure or bool(terms.ce_weight.any())
+        vocabulary, device = len(head.weight), head.weight.device
+        entries = _BLOCK_ENTRIES.get(device.type)
+        self.step = rows if entries is None else min(rows, max(1, entries // vocabulary))
+        self.logits = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
+        self.dense = isinstance(terms.target, Dense)
+        self.teacher = torch.empty_like(self.logits) if self.dense else None
+        self.room = self.logits.new_empty((4 if self.dense else 0, self.step, vocabulary))
+
+    def tile(self, a: int, b: int) -> Tensor:
+        """Loss of positions a to b; ``logits`` become its gradient with respect to the head's product."""
+        teacher, target = None, self.terms.target
+        if self.teacher is not None and isinstance(target, Dense):
+            teacher = target.logits(slice(a, b), self.teacher[: b - a])
+        loss = torch.zeros((), dtype=self.sums.dtype, device=self.logits.device)
+        for i in range(0, b - a, self.step):
+            j = min(i + self.step, b - a)
+            loss += self._block(self.logits[i:j], None if teacher is None else teacher[i:j], a + i, a + j)
+        return loss
+
+    def _block(self, s: Tensor, t: Tensor | None, a: int, b: int) -> Tensor:
+        """Loss of positions a to b. Their student logits ``s`` become its gradient; ``t`` are a dense teacher's."""
+        x, wide = self.terms, self.sums.dtype
+        slope = self.head.slope(s)
+        loss = torch.zeros((), dtype=wide, device=s.device)
+        g = None
+        if self.has_ce:
+            ce, entropy, g = _cross_entropy(s, x.labels[a:b], x.target is not None, self.measure)
+            loss += (ce * x.ce_weight[a:b]).sum(dtype=wide)
+            self.sums[0] += ce.sum(dtype=wide)
+            self.sums[2] += entropy.sum(dtype=wide)
+            g.mul_(x.ce_weight[a:b].unsqueeze(-1))
+        if x.target is not None:
+            if isinstance(x.target, Dense):
+                assert t is not None
+                value, d = divergence(x.divergence, t, s, self.room[:, : b - a])
+            else:
+                value, d = x.target.span(a, b).loss(x.divergence, s)
+            loss += (value * x.kd_weight[a:b]).sum(dtype=wide)
+            self.sums[1] += value.sum(dtype=wide)
+            torch.mul(d, x.kd_weight[a:b].unsqueeze(-1), out=s)
+            if g is not None:
+                s.add_(g)
+        if not isinstance(slope, float) or slope != 1.0:
+            s.mul_(slope)
+        return loss
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a @ b in float32, whatever the factors."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _cross_entropy(s: Tensor, labels: Tensor, keep: bool, measure: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) cross-entropy, (n,) entropy (zero unless ``measure``), and the gradient: in the place of ``s``, or beside it
+    with ``keep``."""
+    place = labels.unsqueeze(-1)
+    of_label = s.gather(-1, place).squeeze(-1)
+    q, log_mass = softmax_(s.clone() if keep or measure else s)
+    entropy = log_mass - (q * s).sum(-1) if measure else torch.zeros_like(log_mass)
+    gradient = q.scatter_add_(-1, place, torch.full_like(place, -1, dtype=q.dtype))
+    return log_mass - of_label, entropy, gradient if keep or not measure else s.copy_(gradient)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,52 +1,158 @@
-"""Cross-entropy and divergences at each position: tensors in, one value per position out.
+"""Divergences between a teacher's and a student's next-token distributions: value and gradient, in place.
 
-Everything is float32 (float64 when given it). N positions, V vocabulary, K kept entries. A teacher's distribution
-comes as ``Dense`` (its logits) or ``Sparse`` (an unbiased sample: weights whose expectation is the probability).
+Shape letters: N positions, V vocabulary, K kept entries. p is the teacher, q the student, d = log p - log q, and
+m_a = a p + (1 - a) q. Everything is computed in the dtype of the logits (float32; float64 when given it).
 
-Sources: forward and reverse KL, Kullback and Leibler (1951); temperature and its squared factor, Hinton et al.
-(arXiv 1503.02531); generalised JSD, Agarwal et al. (arXiv 2306.13649); sampled targets, Anshumann et al.
-(arXiv 2503.16870).
+Precision where p and q nearly agree. d is taken from the logits first, where close numbers subtract without error,
+and only then normalised. p - q is max(p, q) (1 - e^-|d|) with the sign of d, never the difference of two rounded
+exponentials. And every KL is summed with terms that are non-negative, as sum of p d - (p - q): the same number, since
+both sides sum to 1, but a rounding error in a normaliser then enters squared.
+
+Sources: forward and reverse KL, Kullback and Leibler (1951); temperature and its squared factor, Hinton et al. (arXiv
+1503.02531); generalised JSD, Agarwal et al. (arXiv 2306.13649); skew KL, Lee (1999) and Ko et al. (arXiv 2402.03898);
+total variation distance, Wen et al. (arXiv 2307.15190). docs/losses.md has the mathematics.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """Teacher logits (N, V) at temperature 1."""
-
-    logits: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Sparse:
-    """Kept entries of the teacher: ``ids`` (N, K) int64, ``weights`` (N, K) float32, zero where unused.
-
-    E[weight of id i] is the teacher's probability of i, so the weights of one position need not sum to 1.
-    ``entropy`` (N,) is the teacher's own, in nats: it turns the estimated cross-entropy into an estimated KL.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    entropy: Tensor
-
-
-Target = Dense | Sparse
+_FAR = 1e30  # stands for an infinite log-ratio: finite, so that 0 * d is 0
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Which divergence: ``forward_kl``, ``reverse_kl`` or ``jsd`` (with ``beta``), at a temperature."""
+    """Which divergence (a row of DIVERGENCES), at a temperature.
+
+    ``beta`` is the weight of the teacher in jsd's mixture; ``alpha`` is the share of the first argument that the skew
+    divergences mix into the second.
+    """
 
     kind: str = "forward_kl"
     beta: float = 0.5
     temperature: float = 1.0
+    alpha: float = 0.1
+
+
+class _Sides:
+    """p, q, d and what is made from them, for one block of rows; takes the two logits' memory as its own.
+
+    ``room`` is memory for four more blocks. ``gap`` is p - q, ``near`` is expm1(-|d|).
+    """
+
+    def __init__(self, teacher: Tensor, student: Tensor, temperature: float, room: Tensor):
+        self.p, log_p_mass = _softmax(teacher, temperature, room[0])
+        self.q, log_q_mass = _softmax(student, temperature, room[1])
+        shift = (log_q_mass - log_p_mass).to(teacher.dtype)
+        self.d = teacher.sub_(student)
+        if temperature != 1.0:
+            self.d.div_(temperature)
+        self.d.add_(shift).nan_to_num_(nan=0.0, posinf=_FAR, neginf=-_FAR)
+        self.near = torch.abs(self.d, out=room[2]).neg_().expm1_()
+        self.free, self.spare = student, room[3]
+
+    def gap(self) -> Tensor:
+        """p - q in ``free``, exact in relative terms also where p and q nearly agree."""
+        gap = torch.maximum(self.p, self.q, out=self.free).mul_(self.near)
+        return torch.copysign(gap, self.d, out=gap)
+
+    def log_mixture_over_q(self, a: float) -> Tensor:
+        """log(m_a / q) = log(1 - a + a e^d) in place of ``near``: exact near d = 0, no overflow far from it."""
+        share = a if a == 0.5 else torch.where(self.d > 0, 1.0 - a, a)
+        return self.near.mul_(share).log1p_().add_(torch.clamp(self.d, min=0, out=self.spare))
+
+    def through_softmax(self, k: Tensor, factor: float) -> Tensor:
+        """factor * q (k - sum of q k), in place of k: a gradient with respect to probabilities, taken to logits."""
+        mean = torch.mul(self.q, k, out=self.spare).sum(-1, keepdim=True)
+        return k.sub_(mean).mul_(self.q).mul_(factor)
+
+
+def _softmax(logits: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logits / temperature) in ``out``, and (n, 1) log of its normaliser, in float64 where that exists."""
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    top = logits.amax(-1, keepdim=True)
+    torch.sub(logits, top, out=out)
+    if temperature != 1.0:
+        out.div_(temperature)
+    mass = out.exp_().sum(-1, keepdim=True)
+    return out.div_(mass), mass.to(wide).log_().add_(top.to(wide) / temperature)
+
+
+def _forward_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    gap = x.gap()
+    value = x.p.mul_(x.d).sub_(gap).sum(-1)
+    # p - q sums to zero; what it sums to here is the rounding of d's normaliser, which q carries.
+    return value, gap.sub_(x.q.mul_(gap.sum(-1, keepdim=True))).neg_()
+
+
+def _reverse_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    gap = x.gap()
+    value = gap.addcmul_(x.q, x.d, value=-1.0).sum(-1)
+    return value, x.through_softmax(x.d, -1.0)
+
+
+def _jsd(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    b = spec.beta
+    u = x.log_mixture_over_q(b)
+    # b p log(p/m) + (1 - b) q log(q/m): of second order in d term by term, so nothing cancels between terms.
+    terms = torch.sub(x.d, u, out=x.d).mul_(x.p).mul_(b).addcmul_(x.q, u, value=b - 1.0)
+    return terms.sum(-1), x.through_softmax(u, b - 1.0)
+
+
+def _skew_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    """KL(p || m_a); the gradient's ratio p / m is at most 1 / a, which is what the skew is for."""
+    a, gap = spec.alpha, x.gap()
+    over_m = x.d.sub_(x.log_mixture_over_q(a))
+    value = x.p.mul_(over_m).sub_(gap, alpha=1.0 - a).sum(-1)
+    return value, x.through_softmax(over_m.expm1_(), a - 1.0)
+
+
+def _skew_reverse_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    """KL(q || a q + (1 - a) p)."""
+    a, gap = spec.alpha, x.gap()
+    u = x.log_mixture_over_q(1.0 - a)
+    value = gap.mul_(1.0 - a).addcmul_(x.q, u, value=-1.0).sum(-1)
+    ratio = torch.neg(u, out=x.d).expm1_()
+    return value, x.through_softmax(u.add_(ratio, alpha=a), -1.0)
+
+
+def _tvd(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
+    gap = x.gap()
+    sign = torch.sign(x.d, out=x.d)
+    return gap.abs_().sum(-1).mul_(0.5), x.through_softmax(sign, -0.5)
+
+
+DIVERGENCES = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
+}
+"""Name -> function of the two sides giving ((n,) value, (n, V) gradient with respect to the student's logits)."""
+
+
+def divergence(spec: Divergence, teacher: Tensor, student: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Value (n,) and gradient (n, V) with respect to ``student`` of a divergence times its squared temperature.
+
+    Args:
+        teacher, student: (n, V) logits at temperature 1, of one float dtype. Both are used up.
+        room: (4, n, V) memory to work in, for callers that have it.
+    """
+    t = spec.temperature
+    value, gradient = DIVERGENCES[spec.kind](
+        _Sides(teacher, student, t, teacher.new_empty((4, *teacher.shape)) if room is None else room), spec
+    )
+    return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q), (N,), from two (N, V) logits, which are kept."""
+    return divergence(Divergence(), p_logits.clone(), q_logits.clone())[0]
 
 
 def cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -54,73 +160,7 @@ def cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
     return -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q), (N,), from two (N, V) logits.
-
-    Precise also where p and q nearly agree, by two equalities. The difference d = log p - log q is taken from the
-    logits first, where close numbers subtract without error, and only then normalised. And p * d is summed as
-    p * (d + expm1(-d)), the same because both sides sum to 1, whose terms are all non-negative: nothing cancels.
-    """
-    log_p, log_q, d = _aligned(p_logits, q_logits)
-    terms = log_p.exp() * (d + torch.expm1(-d))
-    return torch.where(torch.isneginf(log_p), log_q.exp(), terms).sum(-1)
-
-
-def jsd(p_logits: Tensor, q_logits: Tensor, beta: float) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; p the teacher, q the student; (N,).
-
-    Both logarithms of the mixture are taken relative to one side, log(m / q) = log(1 - beta + beta e^d), so that
-    they vanish with d; each KL is summed with the non-negative terms of ``kl``.
-    """
-    log_p, log_q, d = _aligned(p_logits, q_logits)
-    one_sided = torch.isneginf(log_p) | torch.isneginf(log_q)
-    d = torch.where(one_sided, 0.0, d)
-    from_p, from_q = -_log_mixture(-d, 1.0 - beta), -_log_mixture(d, beta)
-    p, q = log_p.exp(), log_q.exp()
-    terms = beta * p * (from_p + torch.expm1(-from_p)) + (1.0 - beta) * q * (from_q + torch.expm1(-from_q))
-    alone = -beta * math.log(beta) * p - (1.0 - beta) * math.log1p(-beta) * q
-    return torch.where(one_sided, alone, terms).sum(-1)
-
-
-def _aligned(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, log q, and log p - log q; the difference is 0 where p is 0, which the callers treat apart."""
-    log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-    shift = torch.logsumexp(p_logits, -1, keepdim=True) - torch.logsumexp(q_logits, -1, keepdim=True)
-    impossible = torch.isneginf(p_logits)
-    d = torch.where(impossible, 0.0, torch.where(impossible, 0.0, p_logits) - q_logits - shift)
-    return log_p, log_q, d
-
-
-def _log_mixture(d: Tensor, share: float) -> Tensor:
-    """log(1 - share + share e^d), precise near d = 0 and without overflow far from it."""
-    near = torch.log1p(share * torch.expm1(d.clamp(-1.0, 1.0)))
-    far = torch.logaddexp(d + math.log(share), torch.full_like(d, math.log1p(-share)))
-    return torch.where(d.abs() <= 1.0, near, far)
-
-
-def sampled_kl(log_q: Tensor, target: Sparse) -> Tensor:
-    """Unbiased estimate of KL(p || q), (N,): -sum of w log q over the kept entries, less the teacher's entropy."""
-    return -(target.weights * log_q.gather(-1, target.ids)).sum(-1) - target.entropy
-
-
-def divergence(spec: Divergence, student_logits: Tensor, target: Target) -> Tensor:
-    """The divergence ``spec`` names at each position, (N,), times the squared temperature.
-
-    Raises:
-        ValueError: a divergence that is not linear in the teacher's probabilities, asked of a sample of them; its
-            expectation would be another objective. ``methods.check`` says so to the user before anything runs.
-    """
-    student = student_logits / spec.temperature
-    scale = spec.temperature**2
-    if isinstance(target, Sparse):
-        if spec.kind != "forward_kl":
-            raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
-        return scale * sampled_kl(torch.log_softmax(student, -1), target)
-    teacher = target.logits / spec.temperature
-    if spec.kind == "forward_kl":
-        return scale * kl(teacher, student)
-    if spec.kind == "reverse_kl":
-        return scale * kl(student, teacher)
-    if spec.kind == "jsd":
-        return scale * jsd(teacher, student, spec.beta)
-    raise ValueError(f"no divergence named {spec.kind!r}")
+def hidden_error(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Squared distance of hidden states relative to the teacher's squared length, (N,); autograd takes its gradient."""
+    teacher = teacher_ND.to(student_ND.dtype)
+    return (student_ND - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)

@@ -36,9 +36,16 @@ def check(settings: Any, gives: frozenset[str]) -> None:
         MethodError: with the reason and the cure.
     """
     wanted = METHODS[settings.kind].signals(settings)
-    if wanted and not wanted & gives:
+    if not wanted or wanted & gives:
+        return
+    asked = f"method {settings.kind} with divergence={settings.divergence}"
+    needs = f"needs {' or '.join(sorted(wanted))} targets, and the teacher gives {', '.join(sorted(gives))}"
+    if settings.hidden:
         raise MethodError(
-            f"method {settings.kind} with divergence={settings.divergence} needs {' or '.join(sorted(wanted))} "
-            f"targets, and the teacher gives {', '.join(sorted(gives))}: the divergence is not linear in the teacher's "
-            "probabilities, so a sample of them would bias it; set targets.kind=dense or method.divergence=forward_kl"
+            f"{asked} and hidden={settings.hidden} {needs}: hidden states are matched with the teacher's own; set "
+            "targets.kind to dense or hidden, or method.hidden=0"
         )
+    raise MethodError(
+        f"{asked} {needs}: the divergence is not linear in the teacher's probabilities, so a sample of them would bias "
+        "it; set targets.kind to dense, hidden or top_k, or method.divergence=forward_kl"
+    )

@@ -2,28 +2,35 @@
 
 Hinton et al. (arXiv 1503.02531) with forward KL; reverse KL and generalised JSD as in Agarwal et al. (arXiv
 2306.13649), off-policy: on the given tokens. Forward KL is linear in the teacher's probabilities, so an unbiased
-sample of them carries it; the other two need the dense distribution.
+sample of them carries it; the others need the whole distribution, or the top K with the rest as one outcome.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pennyweight.data.pack import Batch
-from pennyweight.loss.divergence import Divergence, Target
+from pennyweight.loss.divergence import Divergence
 from pennyweight.recipe import KdMethod
 
 
 def signals(settings: KdMethod) -> frozenset[str]:
-    """Dense always; sampled for what is linear in the teacher's probabilities."""
-    return frozenset({"dense", "sampled"}) if settings.divergence == "forward_kl" else frozenset({"dense"})
+    """Dense, hidden states and top K; sampled for what is linear in the teacher's probabilities. Matching hidden states
+    needs the teacher's."""
+    if settings.hidden:
+        return frozenset({"dense", "hidden"})
+    whole = frozenset({"dense", "hidden", "top_k"})
+    return whole | {"sampled"} if settings.divergence == "forward_kl" else whole
 
 
-def kd(batch: Batch, settings: KdMethod, signal: Callable[[Batch], Callable[[int, int], Target]]) -> Batch:
+def kd(batch: Batch, settings: KdMethod, signal: Callable[[Batch], Any]) -> Batch:
     """``signal(batch)`` gives the teacher at the batch's loss positions; cross-entropy joins by its share."""
+    s = settings
     return batch.weighted(
-        ce=settings.cross_entropy,
-        kd=1.0 - settings.cross_entropy,
-        divergence=Divergence(settings.divergence, settings.beta, settings.temperature),
+        ce=s.cross_entropy,
+        kd=1.0 - s.cross_entropy,
+        divergence=Divergence(s.divergence, s.beta, s.temperature, s.alpha),
         target=signal(batch),
+        hidden=s.hidden,
     )

@@ -27,33 +27,25 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, D) hidden states of any float dtype -> (N, V) float32 logits. Gradients flow to hidden and weight."""
+    @torch.no_grad()
+    def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, D) hidden states of any float dtype -> (N, V) float32 logits, in ``out`` if given; without gradient."""
         if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
-            out = _mm_float32.apply(hidden_ND, self.weight.to(hidden_ND.dtype))
+            weight = self.weight.to(hidden_ND.dtype)
+            out = torch.mm(hidden_ND, weight.T, out_dtype=torch.float32, out=out)
         else:
-            out = hidden_ND.float() @ self.weight.float().T
-        assert isinstance(out, Tensor)
+            out = torch.matmul(hidden_ND.float(), self.weight.float().T, out=out)
         if self.bias is not None:
-            out = out + self.bias.float()
+            out.add_(self.bias)
         if self.scale != 1.0:
-            out = out * self.scale
-        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+            out.mul_(self.scale)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
-
-class _mm_float32(torch.autograd.Function):
-    """hidden @ weight.T in 16 bits with float32 out, which ``torch.mm`` does on CUDA but does not differentiate."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight):  # type: ignore[override]
-        ctx.save_for_backward(hidden, weight)
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        hidden, weight = ctx.saved_tensors
-        low = grad.to(hidden.dtype)
-        return low @ weight, low.T @ hidden
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of logits with respect to hidden states times weight (plus bias), at ``logits``."""
+        if self.softcap is None:
+            return self.scale
+        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
 def head_of(model: Any) -> Head:

@@ -22,6 +22,7 @@ from pennyweight.errors import ModelError
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.head import check_head
 from pennyweight.model.loaded import Loaded
+from pennyweight.model.projection import detach
 from pennyweight.records import sha256_json
 
 _NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -139,6 +140,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = N
     making = folder.with_name(f".making-{folder.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
+    detach(model)
     with _quiet():
         (model.to(dtype) if dtype else model).save_pretrained(making)
         tokenizer.save_pretrained(making)

@@ -61,6 +61,15 @@ class Panel:
     text: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One way of doing something, as (x, y) points that its settings give, by rising x."""
+
+    role: str
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
 def intervals(
     name: str,
     marks: Sequence[Mark],
@@ -134,6 +143,27 @@ def curves(name: str, panels: Sequence[Panel], x_axis: str, y_axis: str, descrip
             ax.set_visible(False)
 
     return _both(name, description, lambda narrow: 20 + 200 * len(panels) if narrow else 250 * rows, draw)
+
+
+def tradeoff(name: str, lines: Sequence[Line], x_axis: str, y_axis: str, description: str) -> str:
+    """A line for each way, both axes logarithmic, named above."""
+    xs, ys = ([p[i] for line in lines for p in line.points if p[i] > 0] for i in (0, 1))
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        ax = figure.subplots()
+        _log(ax, "x", min(xs), max(xs), 4 if narrow else 7)
+        _log(ax, "y", min(ys), max(ys), 5)
+        for line in lines:
+            shape, size = _MARKER[line.role]
+            x, y = zip(*(p for p in line.points if p[1] > 0), strict=True)
+            ax.plot(x, y, f"{shape}-", color=_STAND_IN[line.role], markersize=size, linewidth=2, label=line.label)
+        ax.grid(color=_STAND_IN["grid"], linewidth=1)
+        ax.tick_params(length=0)
+        ax.set_xlabel(x_axis)
+        ax.set_ylabel(y_axis)
+        figure.legend(loc="outside upper left", ncols=2 if narrow else len(lines), frameon=False)
+
+    return _both(name, description, lambda narrow: 300 if narrow else 340, draw)
 
 
 def _curve_panel(ax: Axes, panel: Panel) -> None:

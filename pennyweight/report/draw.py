@@ -15,6 +15,8 @@ def draw(root: Path) -> Path:
     metrics = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     shown = json.loads((root / "evaluation" / "shown.json").read_text(encoding="utf-8"))
+    if (root / "inspection.json").exists():
+        summary["inspection"] = json.loads((root / "inspection.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in metrics if line.strip()]
     of_this_run = [x for x in lines if x.get("arm") == "teacher" or _trained(summary, x)]
     page = render(summary, of_this_run, shown)

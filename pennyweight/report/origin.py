@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pennyweight.report.markup import Html, element, facts, join, section
+from pennyweight.report.charts import Line, tradeoff
+from pennyweight.report.markup import Html, element, facts, figure, join, section
 from pennyweight.report.view import View
 from pennyweight.report.wording import count, finite, number, parameters, plural, size
 
@@ -81,6 +82,8 @@ def targets(view: View) -> Html | None:
     kind = {
         "sampled": "an unbiased sample of the teacher’s distribution at each token, written once and kept on disk",
         "dense": "the teacher’s whole distribution at each token, computed beside the student and not kept",
+        "top_k": "the most probable tokens, and all others together as one outcome, written once and kept on disk",
+        "hidden": "the teacher’s last hidden states, from which its head makes the whole distribution again",
     }.get(t["kind"], str(t["kind"]))
     return section(
         "targets",
@@ -92,8 +95,28 @@ def targets(view: View) -> Html | None:
                 ("Kept on disk", size(t["bytes"]) if t.get("bytes") else None),
                 ("Bytes per token", number(t["bytes_per_token"]) if t.get("bytes_per_token") else None),
                 ("Entries per token", number(t["entries_per_token"]) if t.get("entries_per_token") else None),
+                ("Threshold", number(t["threshold"]) if t.get("threshold") else None),
             ]
         ),
+        _inspection(view.summary.get("inspection") or {}),
+    )
+
+
+def _inspection(found: Mapping[str, Any]) -> Html | None:
+    """Gradient error against bytes a token, for each way of keeping a teacher, as ``targets inspect`` measured it."""
+    if not found.get("students"):
+        return None
+    name, rows = next(iter(found["students"].items()))
+    ways: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        ways.setdefault(r["way"], []).append((r["bytes_per_token"], r["gradient_error"]))
+    roles = dict(zip(ways, ("student", "control", "base", "teacher"), strict=False))
+    lines = [Line(roles[way], way, sorted(points)) for way, points in ways.items()]
+    return figure(
+        found["said"],
+        tradeoff("tradeoff", lines, "bytes per token", "error of the batch gradient", found["said"]),
+        f"Relative error of the gradient of {name} against the whole teacher’s, on {count(found['tokens'])} training "
+        "tokens; both axes are logarithmic, and lower left is better.",
     )
 
 

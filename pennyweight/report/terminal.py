@@ -47,6 +47,27 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"teacher's targets: {t['tokens']:,} tokens at {t['bytes_per_token']:.1f} bytes each")
 
 
+def print_inspection(found: dict[str, Any]) -> None:
+    """What ``targets inspect`` found: one table a student."""
+    console = Console(width=None, soft_wrap=True, highlight=False)
+    console.print(
+        f"{found['tokens']:,} training tokens, vocabulary {found['vocabulary']:,}, teacher's entropy "
+        f"{found['entropy']:.2f} nats. Bytes, ids and mass: kept of the teacher, per token; error and angle: of the "
+        "batch gradient, against the whole teacher's; calibration: error of the most probable token's weight."
+    )
+    for name, rows in found["students"].items():
+        table = Table(title=f"\n{name}", title_justify="left", title_style="", box=None, pad_edge=False)
+        for heading in ("kept", "set to", "bytes", "ids", "mass", "error", "angle", "calibration"):
+            table.add_column(heading, justify="left" if heading == "kept" else "right", no_wrap=True)
+        for r in rows:
+            cells = (f"{r['setting']:.4g}", f"{r['bytes_per_token']:.1f}", f"{r['ids_per_token']:.1f}")
+            cells += (f"{r['mass']:.3f}", f"{r['gradient_error']:.4f}", f"{r['gradient_angle']:.1f}°")
+            style = "bold" if r["chosen"] else ""
+            table.add_row(r["way"], *cells, f"{100 * r['calibration_error']:.2f} %", style=style)
+        console.print(table)
+    console.print(found["said"])
+
+
 def _table(summary: dict[str, Any]) -> Table:
     """Every model in two lines: its values, and below them the intervals; fits 80 columns."""
     models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}

@@ -1,31 +1,37 @@
-"""A teacher that wraps a teacher: its sampled targets, labelled once and kept in content-addressed shards.
+"""A teacher's targets, labelled once and kept in content-addressed shards.
 
 A shard holds the targets of up to ``shard`` samples, taken in the order of their token hashes, so it depends on the
-teacher's weights, the tokens and the settings, and on nothing else (not on seeds, batches or the order of the data).
-Its file name is ``KEY.SHA.safetensors``: KEY hashes what it was made from, SHA what is in it. So a killed pass goes
-on where it stopped, and a damaged shard is found, named and made again.
+teacher's weights, the tokens and the settings, and on nothing else (not on seeds, batches, the order of the data or how
+many label). Its file name is ``KEY.SHA.targets``: KEY hashes what it was made from, SHA what is in it. So a killed
+pass goes on where it stopped, a damaged shard is found, named and made again, and several processes can label at once:
+each takes a shard that nobody holds, and a process that dies lets go of its own.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from pennyweight.atomic import write_whole
 from pennyweight.data.pack import Batch
-from pennyweight.loss.divergence import Sparse
+from pennyweight.loss.signals import Dense, Sparse, Target, TopK
+from pennyweight.model.head import Head
 from pennyweight.records import Encoded, sha256_json
-from pennyweight.teacher.targets import Kept, join, restore
+from pennyweight.teacher.shards import Shard, encode, encode_hidden
+from pennyweight.teacher.targets import Keep, Kept, join, restore
 
-Label = Callable[[Sequence[Encoded], float, float], list[Kept]]
+Label = Callable[[Sequence[Encoded], Keep], list[Kept] | list[Tensor]]
+"""(samples, what to keep) -> targets of each sample: ``Kept``, or (P, D) hidden states"""
 
 
 @dataclass(frozen=True)
@@ -44,100 +50,150 @@ class CacheFacts:
 
 
 class TargetCache:
-    """Sampled targets of ``samples`` from the teacher whose weights hash to ``fingerprint``.
+    """Targets of samples from the teacher whose weights hash to ``fingerprint``.
 
     Args:
         folder: where the shards lie; made if it is not there.
-        label: (samples, threshold, temperature) -> Kept per sample; asked only for shards that are missing.
+        keep: what is kept of the teacher.
+        vocabulary: entries of the teacher's head.
+        shard: samples in one shard.
+        label: asked only for shards that are missing.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, threshold: float, temperature: float, shard: int, label: Label):
-        self.folder, self.fingerprint = folder, fingerprint
-        self.threshold, self.temperature, self.shard, self.label = threshold, temperature, shard, label
-        self._kept: dict[str, Kept] = {}
+    def __init__(self, folder: Path, fingerprint: str, keep: Keep, vocabulary: int, shard: int, label: Label):
+        self.folder, self.fingerprint, self.keep = folder, fingerprint, keep
+        self.vocabulary, self.shard, self.label = vocabulary, shard, label
+        self._place: dict[str, tuple[Shard, int]] = {}
 
     def fill(self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None) -> CacheFacts:
         """Load or make every shard; afterwards ``signal`` answers for these samples, and no other shard is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in self.folder.glob(".making-*"):
-            left_by_a_kill.unlink()
         unique = {s.token_hash: s for s in samples}
         order = sorted(unique)
-        tokens = size = entries = made = 0
+        groups = [[unique[h] for h in order[a : a + self.shard]] for a in range(0, len(order), self.shard)]
+        found: dict[str, Path] = {}
         damaged: list[str] = []
-        used: set[str] = set()
-        for start in range(0, len(order), self.shard):
-            hashes = order[start : start + self.shard]
-            group = [unique[h] for h in hashes]
-            sizes = [len(s.loss_positions) for s in group]
-            key = self._key(hashes)
-            kept, path = self._load(key, sum(sizes), damaged)
-            if kept is None:
-                kept = join(self.label(group, self.threshold, self.temperature))
-                path, made = self._store(key, kept), made + 1
-            used.add(path.name)
-            self._kept.update(zip(hashes, kept.split(sizes), strict=True))
-            tokens, size, entries = tokens + sum(sizes), size + path.stat().st_size, entries + len(kept.ids)
-            progress(len(group))
-        for of_other_settings in {p.name for p in self.folder.glob("*.safetensors")} - used:
-            (self.folder / of_other_settings).unlink()
-        return CacheFacts(tokens, size, entries, made, tuple(damaged))
+        made = 0
+        for waits in (False, True):  # first what nobody else is at; then wait for what they have not finished
+            for group in groups:
+                key = self._key(group)
+                if key in found:
+                    continue
+                path, new = self._shard(key, group, damaged, waits)
+                if path is not None:
+                    found[key], made = path, made + new
+                    progress(len(group))
+        used = {p.name for p in found.values()}
+        others = {p.name for p in self.folder.glob("*.targets")} - used
+        for of_other_settings in (*others, *(p.name for p in self.folder.glob(".claim-*"))):
+            (self.folder / of_other_settings).unlink(missing_ok=True)
+        shards = [Shard(found[self._key(group)]) for group in groups]
+        for shard, group in zip(shards, groups, strict=True):
+            self._place.update({s.token_hash: (shard, i) for i, s in enumerate(group)})
+        size = sum(p.stat().st_size for p in found.values())
+        entries = sum(s.layout.entries for s in shards)
+        return CacheFacts(sum(s.positions for s in shards), size, entries, made, tuple(damaged))
 
-    def signal(self, batch: Batch, device: torch.device) -> Callable[[int, int], Sparse]:
-        """The targets of a batch's loss positions, as the method hands them to the loss."""
-        whole = restore(join([self._kept[s.token_hash] for s in batch.placed]), self.threshold)
-        ids, weights, entropy = (t.to(device) for t in (whole.ids, whole.weights, whole.entropy))
-        return lambda a, b: Sparse(ids[a:b], weights[a:b], entropy[a:b])
+    def kept(self, sample: Encoded) -> Kept:
+        """The kept entries of one sample of those that ``fill`` was given."""
+        shard, place = self._place[sample.token_hash]
+        return shard.read(place)
+
+    def signal(self, batch: Batch, device: torch.device, head: Callable[[], Head]) -> Target:
+        """The targets of a batch's loss positions, on the device of the loss.
+
+        ``head`` gives the teacher's output head, which makes logits of hidden states.
+        """
+        places = [self._place[s.token_hash] for s in batch.placed]
+        if self.keep.kind == "hidden":
+            states = torch.cat([shard.hidden(i) for shard, i in places]).to(device)
+            return Dense.live(states, head().logits)
+        counts, ids, weights, entropy = restore(
+            join([shard.read(i) for shard, i in places]), self.keep.threshold, self.keep.bits
+        )
+        if self.keep.kind == "top_k":
+            return TopK(ids.view(-1, self.keep.k).to(device), weights.view(-1, self.keep.k).to(device))
+        return Sparse.of(counts, ids.to(device), weights.to(device), entropy.to(device))
 
     @property
     def filled(self) -> bool:
-        return bool(self._kept)
+        return bool(self._place)
 
-    def _key(self, hashes: list[str]) -> str:
-        made_from = [self.fingerprint, "threshold", self.threshold, self.temperature, hashes]
+    def _key(self, group: list[Encoded]) -> str:
+        made_from = [self.fingerprint, asdict(self.keep), self.vocabulary, [s.token_hash for s in group]]
         return sha256_json(made_from)[:32]
 
-    def _load(self, key: str, positions: int, damaged: list[str]) -> tuple[Kept | None, Path]:
-        for path in sorted(self.folder.glob(f"{key}.*.safetensors")):
-            content = path.read_bytes()
-            if _digest(content) == path.name.split(".")[1]:
-                kept = _unpack(path)
-                if kept is not None and len(kept) == positions:
-                    return kept, path
-            damaged.append(path.name)
-            path.unlink()
-        return None, self.folder
+    def _shard(self, key: str, group: list[Encoded], damaged: list[str], waits: bool) -> tuple[Path | None, bool]:
+        """The shard of a group and whether it was made now; None where another process is at it and ``waits`` is not
+        set."""
+        path = self._load(key, group, damaged)
+        if path is not None:
+            return path, False
+        with _claim(self.folder / f".claim-{key}", waits) as mine:
+            if not mine:
+                return None, False
+            path = self._load(key, group, damaged)
+            if path is not None:
+                return path, False
+            for left_by_a_kill in self.folder.glob(f".making-{key}.*"):
+                left_by_a_kill.unlink()
+            return self._make(key, group), True
 
-    def _store(self, key: str, kept: Kept) -> Path:
-        # One metadata entry only: their order in the file is not fixed, and a shard is named by its bytes.
-        settings = json.dumps({"pennyweight-targets": 1, "threshold": self.threshold, "temperature": self.temperature})
-        content = save(_pack(kept), metadata={"made": settings})
-        path = self.folder / f"{key}.{_digest(content)}.safetensors"
+    def _load(self, key: str, group: list[Encoded], damaged: list[str]) -> Path | None:
+        for path in sorted(self.folder.glob(f"{key}.*.targets")):
+            try:
+                whole = _digest(path.read_bytes()) == path.name.split(".")[1]
+                if whole and Shard(path).sizes() == [len(s.loss_positions) for s in group]:
+                    return path
+            except (ValueError, OSError):
+                pass
+            damaged.append(path.name)
+            path.unlink(missing_ok=True)
+        return None
+
+    def _make(self, key: str, group: list[Encoded]) -> Path:
+        targets = self.label(group, self.keep)
+        if self.keep.kind == "hidden":
+            content = encode_hidden(cast(list[Tensor], targets))
+        else:
+            content = encode(cast(list[Kept], targets), self.vocabulary, self.keep)
+        path = self.folder / f"{key}.{_digest(content)}.targets"
         write_whole(path, content)
         return path
 
 
+def settled_threshold(folder: Path, made_from: list[object], find: Callable[[], float]) -> float:
+    """A threshold that was found from the data, found once: read again where it was found from the same.
+
+    Args:
+        made_from: whatever it depends on, as JSON.
+    """
+    file, key = folder / "threshold.json", sha256_json(made_from)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(file.read_text())
+        if known["made_from"] == key:
+            return float(known["threshold"])
+    threshold = find()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"made_from": key, "threshold": threshold}))
+    return threshold
+
+
+@contextmanager
+def _claim(path: Path, waits: bool) -> Iterator[bool]:
+    """Whether this process may make a shard. The lock goes with its process, however that ends."""
+    with open(path, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+
+
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _pack(kept: Kept) -> dict[str, Tensor]:
-    """Narrowest integer types that hold the values; counts are at most 1/threshold heads and as many tails."""
-    wide = int(kept.ids.max()) > 65535 if len(kept.ids) else False
-    count = torch.uint8 if max(int(kept.heads.max()), int(kept.tails.max())) < 256 else torch.int32
-    return {
-        "heads": kept.heads.to(count),
-        "tails": kept.tails.to(count),
-        "ids": kept.ids.to(torch.int32 if wide else torch.uint16),
-        "head_q": kept.head_q.to(torch.uint16),
-        "entropy": kept.entropy,
-    }
-
-
-def _unpack(path: Path) -> Kept | None:
-    try:
-        with safe_open(path, framework="pt") as f:
-            t = {k: f.get_tensor(k) for k in ("heads", "tails", "ids", "head_q", "entropy")}
-    except (SafetensorError, OSError):
-        return None
-    return Kept(t["heads"].int(), t["tails"].int(), t["ids"].int(), t["head_q"].int(), t["entropy"])

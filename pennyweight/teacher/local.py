@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pennyweight.data.pack import Batch, collate
-from pennyweight.loss.divergence import Dense
+from pennyweight.loss.signals import Dense
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import generate
 from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.loaded import Loaded
 from pennyweight.records import Encoded
-from pennyweight.teacher.targets import Kept, draw, join
+from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, top, uniforms
 
 _TILE_ENTRIES = 1 << 24  # logits labelled at once: 64 MiB of float32
 
@@ -45,7 +45,7 @@ class LocalTeacher:
 
     @property
     def gives(self) -> frozenset[str]:
-        return frozenset({"text", "dense", "sampled"})
+        return frozenset({"text", "dense", "hidden", "top_k", "sampled"})
 
     @property
     def head(self) -> Head:
@@ -79,35 +79,56 @@ class LocalTeacher:
             states = forward_hidden(self.loaded.model, batch.ids.to(device), batch.positions.to(device))
         return states.flatten(0, 1)[batch.selected.to(device)]
 
-    def dense(self, batch: Batch) -> Callable[[int, int], Dense]:
+    def dense(self, batch: Batch) -> Dense:
         """The whole distribution at the batch's loss positions, its logits made from the hidden states by tile."""
-        hidden, head = self.hidden(batch), self.head
-
-        def tile(a: int, b: int) -> Dense:
-            with torch.no_grad():
-                return Dense(head.logits(hidden[a:b]))
-
-        return tile
+        return Dense.live(self.hidden(batch), self.head.logits)
 
     @torch.no_grad()
-    def targets(self, samples: Sequence[Encoded], threshold: float, temperature: float) -> list[Kept]:
-        """A sparse sample of the distribution at each sample's loss positions, drawn by the sample's own seed."""
-        out: dict[str, Kept] = {}
-        head = self.head
-        tile = max(16, _TILE_ENTRIES // head.weight.shape[0])
+    def targets(self, samples: Sequence[Encoded], keep: Keep) -> list[Kept] | list[Tensor]:
+        """What ``keep`` says at each sample's loss positions: kept entries, or (P, D) hidden states on the CPU.
+
+        What is drawn is drawn by each sample's own seed.
+        """
+        out: dict[str, Kept | Tensor] = {}
         # Rows of like length go together: less padding, and the same grouping whenever the same samples come.
         by_length = sorted(samples, key=lambda s: (len(s.ids), s.token_hash))
         for a in range(0, len(by_length), self.rows):
             group = by_length[a : a + self.rows]
-            hidden = self.hidden(collate([[s] for s in group], self.loaded.pad_id))
-            start = 0
-            for sample in group:
-                end = start + len(sample.loss_positions)
-                generator = torch.Generator().manual_seed(int(sample.token_hash[:15], 16))
-                pieces = [
-                    draw(head.logits(hidden[i : min(i + tile, end)]), threshold, temperature, generator)
-                    for i in range(start, end, tile)
-                ]
-                out[sample.token_hash] = join(pieces)
-                start = end
-        return [out[s.token_hash] for s in samples]
+            states = self.hidden(collate([[s] for s in group], self.loaded.pad_id))
+            sizes = [len(s.loss_positions) for s in group]
+            if keep.kind == "hidden":
+                parts: Sequence[Kept | Tensor] = states.cpu().split(sizes)
+            else:
+                seeds = [int(s.token_hash[:15], 16) for s in group]
+                u = torch.cat([uniforms(n, seed) for n, seed in zip(sizes, seeds, strict=True)])
+                parts = self._kept(states, keep, u).split(sizes)
+            out.update(zip((s.token_hash for s in group), parts, strict=True))
+        return [out[s.token_hash] for s in samples]  # type: ignore[return-value]
+
+    def _kept(self, states: Tensor, keep: Keep, u: Tensor) -> Kept:
+        """Entries kept at (N, D) hidden states, tile by tile in one buffer."""
+        head, parts = self.head, []
+        tile = min(len(states), max(16, _TILE_ENTRIES // head.weight.shape[0]))
+        buffer = torch.empty((tile, head.weight.shape[0]), dtype=torch.float32, device=states.device)
+        for a in range(0, len(states), tile):
+            rows = states[a : a + tile]
+            logits = head.logits(rows, buffer[: len(rows)])
+            if keep.kind == "sampled":
+                parts.append(draw(logits, keep.threshold, keep.temperature, u[a : a + tile]))
+            else:
+                parts.append(top(logits, keep.k, keep.temperature, u[a : a + tile], keep.bits))
+        return join(parts)
+
+    @torch.no_grad()
+    def expected(
+        self, samples: Sequence[Encoded], thresholds: list[float], temperature: float, positions: int = 1024
+    ) -> list[tuple[float, float]]:
+        """Heads and tails a position that each threshold would keep, on average over some positions of the samples."""
+        states = self.hidden(collate([[s] for s in samples], self.loaded.pad_id))
+        some = states[:: max(1, len(states) // positions)]
+        tile = max(16, _TILE_ENTRIES // self.head.weight.shape[0])
+        parts = [
+            (len(rows), expected_entries(self.head.logits(rows), thresholds, temperature)) for rows in some.split(tile)
+        ]
+        means = [[n / len(some) * torch.tensor(found[i]) for n, found in parts] for i in range(len(thresholds))]
+        return [tuple(torch.stack(m).sum(0).tolist()) for m in means]  # type: ignore[misc]

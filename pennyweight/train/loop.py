@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from pennyweight.data.pack import Batch
 from pennyweight.errors import Stopped, Tripped
 from pennyweight.loss.chunked import Terms, Totals, tiled_loss
+from pennyweight.loss.divergence import hidden_error
 from pennyweight.model.device import Compute
 from pennyweight.model.head import Head, forward_hidden, head_of
+from pennyweight.model.projection import projected
 from pennyweight.recipe import Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.optim import adamw, lr_at
@@ -134,7 +136,12 @@ def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, mea
         divergence=batch.divergence,
         target=batch.target,
     )
-    return tiled_loss(selected, head, terms, measure=measured)
+    totals = tiled_loss(selected, head, terms, measure=measured)
+    if batch.hidden_weight is None:
+        return totals
+    error = hidden_error(projected(model, selected), batch.target.states)
+    loss = totals.loss + (error * batch.hidden_weight.to(device)).sum()
+    return replace(totals, loss=loss, hidden=float(error.detach().sum()))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, step: int, s: Schedule) -> float:
@@ -156,6 +163,7 @@ def _means(sums: list[Totals]) -> dict[str, float | None]:
         "cross_entropy": mean([t.cross_entropy for t in sums]),
         "divergence": mean([t.divergence for t in sums]),
         "entropy": mean([t.entropy for t in sums]),
+        **({"hidden_error": mean([t.hidden for t in sums])} if sums[0].hidden is not None else {}),
     }
 
 

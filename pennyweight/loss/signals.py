@@ -1,0 +1,147 @@
+"""What a teacher's distribution comes as, and the loss each kind carries: value and gradient, in place.
+
+Shape letters: N positions, n of them in a block, V vocabulary, K kept entries, E entries of a sample in all. Each kind
+can be cut to a run of positions (``span``) or to some of them (``take``), and has ``loss(spec, student, scratch)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pennyweight.loss.divergence import Divergence, divergence
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The whole distribution: ``logits(rows, out)`` gives (n, V) float32 logits at temperature 1, in ``out`` if given.
+
+    They may be made only when asked for (a live teacher's, from its hidden states), so they need never exist in full.
+    ``states`` are these (N, D) last hidden states, where there are any.
+    """
+
+    logits: Callable[[Rows, Tensor | None], Tensor]
+    states: Tensor | None = None
+
+    @staticmethod
+    def of(logits_NV: Tensor) -> Dense:
+        """Logits that are there already; they are kept."""
+        return Dense(lambda rows, out: logits_NV[rows].clone() if out is None else out.copy_(logits_NV[rows]))
+
+    @staticmethod
+    def live(states_ND: Tensor, logits: Callable[[Tensor, Tensor | None], Tensor]) -> Dense:
+        """Made tile by tile from a teacher's last hidden states by its head: ``logits(states, out)``."""
+        return Dense(lambda rows, out: logits(states_ND[rows], out), states_ND)
+
+    def take(self, index: Tensor) -> Dense:
+        return Dense(
+            lambda rows, out: self.logits(index[rows], out), None if self.states is None else self.states[index]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The K most probable tokens and, as one more outcome, all the others together: the mass that is left.
+
+    ``ids`` (N, K) int64; ``probs`` (N, K) float32, which sum to at most 1, at the temperature of the loss.
+    """
+
+    ids: Tensor
+    probs: Tensor
+
+    def span(self, a: int, b: int) -> TopK:
+        return TopK(self.ids[a:b], self.probs[a:b])
+
+    def take(self, index: Tensor) -> TopK:
+        return TopK(self.ids[index], self.probs[index])
+
+    def loss(self, spec: Divergence, student: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence between the two distributions over K + 1 outcomes: at most the full one (data processing)."""
+        t = spec.temperature
+        if t != 1.0:
+            student.div_(t)
+        kept = student.gather(-1, self.ids)
+        e = student.sub_(student.amax(-1, keepdim=True))
+        shift = kept[:, :1] - e.gather(-1, self.ids[:, :1])
+        e.exp_().scatter_(-1, self.ids, 0.0)
+        rest = e.sum(-1, keepdim=True)
+        coarse = torch.cat([kept - shift, rest.log()], -1)
+        left = (1.0 - self.probs.sum(-1, keepdim=True)).clamp_(min=0)
+        teacher = torch.cat([self.probs, left], -1).to(coarse.dtype).log_()
+        value, g = divergence(Divergence(spec.kind, spec.beta, 1.0, spec.alpha), teacher, coarse)
+        e.mul_(g[:, -1:] / rest.clamp(min=torch.finfo(e.dtype).tiny)).scatter_(-1, self.ids, g[:, :-1])
+        return (value, e) if t == 1.0 else (value.mul_(t * t), e.mul_(t))
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """An unbiased sample: E[weight of id i at a position] is the teacher's probability of i there, whatever i.
+
+    Entries of all positions lie one after the other: ``starts`` (N + 1,) int64, always on the CPU, says where each
+    position's begin; ``row`` (E,) int64 is the position of each; ``ids`` (E,) int64; ``weights`` (E,) float32, at the
+    temperature of the loss. ``entropy`` (N,) float32 is the teacher's own, in nats: it turns the cross-entropy into KL.
+    """
+
+    starts: Tensor
+    row: Tensor
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+
+    @staticmethod
+    def of(counts: Tensor, ids: Tensor, weights: Tensor, entropy: Tensor) -> Sparse:
+        """From the number of entries of each position, on any device; the rest are on the device of the loss."""
+        starts = torch.zeros(len(counts) + 1, dtype=torch.long)
+        torch.cumsum(counts.cpu(), 0, out=starts[1:])
+        row = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu()).to(ids.device)
+        return Sparse(starts, row, ids, weights, entropy)
+
+    def span(self, a: int, b: int) -> Sparse:
+        i, j = int(self.starts[a]), int(self.starts[b])
+        starts, row = self.starts[a : b + 1] - i, self.row[i:j] - a
+        return Sparse(starts, row, self.ids[i:j], self.weights[i:j], self.entropy[a:b])
+
+    def take(self, index: Tensor) -> Sparse:
+        at = index.cpu()
+        counts = self.starts.diff()[at]
+        within = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        entry = (torch.repeat_interleave(self.starts[at], counts) + within).to(self.ids.device)
+        return Sparse.of(counts, self.ids[entry], self.weights[entry], self.entropy[index])
+
+    def to(self, device: torch.device) -> Sparse:
+        return Sparse(self.starts, *(x.to(device) for x in (self.row, self.ids, self.weights, self.entropy)))
+
+    def loss(self, spec: Divergence, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward KL, estimated without bias: it is linear in the teacher's probabilities, as no other is.
+
+        Raises:
+            ValueError: another divergence was asked for; ``methods.check`` says so to the user before anything runs.
+        """
+        if spec.kind != "forward_kl":
+            raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
+        t, w = spec.temperature, self.weights.to(student.dtype)
+        total = torch.zeros(len(student), dtype=student.dtype, device=student.device).index_add_(0, self.row, w)
+        place = self.row * student.shape[-1] + self.ids
+        picked = student.view(-1)[place] / t
+        q, log_mass = softmax_(student, t)
+        value = (total * log_mass).index_add_(0, self.row, w * picked, alpha=-1.0) - self.entropy
+        gradient = q.mul_(total.unsqueeze(-1))
+        gradient.view(-1).index_add_(0, place, w, alpha=-1.0)
+        return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
+
+
+Target = Dense | TopK | Sparse
+
+
+def softmax_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """softmax(logits / temperature) in their place, and (n,) log of its normaliser."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    top = logits.amax(-1, keepdim=True)
+    mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return logits.div_(mass), (mass.log_() + top).squeeze(-1)
