@@ -37,10 +37,10 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 
 WAYS: dict[str, tuple[Any, ...]] = {
-    "ours": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
-    "i.i.d. draws": (50, 25, 12, 6, 3),
-    "top-k, rescaled": (12, 8, 4, 2),
-    "top-k + tail": (8, 4, 2),
+    "ours": (0.025, 0.05, 0.1, 0.2),
+    "i.i.d. draws": (50, 12, 3),
+    "top-k, rescaled": (12, 4),
+    "top-k + tail": (4,),
 }
 
 

@@ -24,6 +24,7 @@ from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
+from pennyweight.quant.scoring import for_scoring
 from pennyweight.recipe import (
     DenseTargets,
     FolderTeacher,
@@ -90,9 +91,19 @@ class Bench:
 
     @cached_property
     def answering(self) -> LocalTeacher:
-        """The teacher as it labels, and answers prompts."""
+        """The teacher as it answers prompts."""
         r = self.recipe.data.responses
         return self._writing(r.temperature, r.top_p, r.max_tokens)
+
+    @cached_property
+    def labelling(self) -> LocalTeacher:
+        """The teacher as it labels: as it answers, or a copy in the precision that was asked for."""
+        precision = getattr(self.recipe.targets, "precision", "auto")
+        if precision == "auto":
+            return self.answering
+        model, head = for_scoring(self.teacher.model, precision)
+        plain = replace(self.compute, autocast=None)
+        return replace(self.answering, loaded=replace(self.teacher, model=model), compute=plain, output=head)
 
     def sampling(self, source: TeacherSamples) -> LocalTeacher:
         """The teacher as it writes from nothing."""
@@ -184,7 +195,9 @@ class Bench:
     def fill_cache(self) -> CacheFacts:
         """Label what is not labelled yet."""
         with counting("targets", len(self.encoded), "samples") as c:
-            return self.cache.fill(self.encoded, c.advance)
+            made = self.cache.fill(self.encoded, c.advance)
+        self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
+        return made
 
     def signal(self, batch: Batch):
         """The teacher at a batch's loss positions, live or from the cache."""
@@ -205,18 +218,24 @@ class Bench:
             keep = replace(keep, threshold=self._threshold(t, temperature, made_by))
         if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
             raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
-        label = self.answering.targets
-        return TargetCache(self.folder / "targets", made_by, keep, self.teacher.vocabulary, t.shard, label)
+        return TargetCache(
+            self.folder / "targets",
+            made_by,
+            keep,
+            self.teacher.vocabulary,
+            t.shard,
+            lambda samples, keep: self.labelling.targets(samples, keep),
+        )
 
     def _threshold(self, t: SampledTargets, temperature: float, made_by: str) -> float:
         """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples."""
         some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
         tried = [min(0.5, t.threshold * 2 ** (i / 4)) for i in range(33)]
-        made_from = [made_by, t.threshold, t.budget, temperature, [e.token_hash for e in some]]
+        made_from = [made_by, t.precision, t.threshold, t.budget, temperature, [e.token_hash for e in some]]
 
         def find() -> float:
             for wanted in (tried[:1], tried[1:]):
-                expected = self.answering.expected(some, wanted, temperature)
+                expected = self.labelling.expected(some, wanted, temperature)
                 for threshold, (heads, tails) in zip(wanted, expected, strict=True):
                     if predicted_bytes(heads, tails, self.teacher.vocabulary, threshold) <= t.budget:
                         return threshold

@@ -168,7 +168,7 @@ def test_a_prompt_longer_than_the_context(says, teacher, tmp_path):
         (("run", "a.toml", "b.toml"), "one recipe at a time"),
         (("run", "compute.device=cuda:9"), "cpu"),
         (("run", "compute.device=toaster"), "no device named 'toaster'"),
-        (("run", "method.divergence=jsd"), "targets.kind=dense"),
+        (("run", "method.divergence=jsd"), "set targets.kind to dense"),
         (("distill", "--teacher", "x"), "say which student"),
         (("show", "nowhere"), "not a RUN folder"),
         (("report", "nowhere"), "not a RUN folder"),

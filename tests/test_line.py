@@ -167,7 +167,7 @@ def test_damage_is_repaired(copy):
     want = hash_folder(copy / "arms" / "kd-0")
     shutil.rmtree(copy / "arms" / "kd-0")
     shard = next((copy / "targets").glob("*.targets"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     before = len(stages(copy))
     pennyweight.run(TINY, out=copy)
     assert {"targets", "kd-0"} <= set(stages(copy)[before:])

@@ -29,9 +29,12 @@ def test_trunk_and_head_are_the_model(name):
     check_head(model)
     ids = torch.randint(0, V, (2, 20))
     want = model(input_ids=ids, use_cache=False).logits
-    got = head_of(model).logits(forward_hidden(model, ids, torch.arange(20).expand(2, 20)))
+    hidden = forward_hidden(model, ids, torch.arange(20).expand(2, 20)).flatten(0, 1)
+    got = head_of(model).logits(hidden)
     assert float(want.std()) > 0.1
-    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want.float().flatten(0, 1), rtol=1e-4, atol=1e-4)
+    out = torch.full_like(got, float("nan"))
+    assert head_of(model).logits(hidden, out) is out and torch.equal(out, got)
 
 
 @pytest.mark.parametrize("name", [n for n in MAKERS if n != "mixtral-experts"])
@@ -64,6 +67,22 @@ def test_logits_are_float32_of_16_bit_weights():
     assert got.dtype == torch.float32
     error, theirs = ((x.double() - truth).norm() / truth.norm() for x in (got, rival))
     assert error < 1e-6 and theirs > 1e-4
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_the_slope_is_the_derivative_of_the_logits(softcap):
+    """Against autograd in float64, at a head with a bias and a scale."""
+    seed = torch.seed() % 10**6
+    g = torch.Generator().manual_seed(seed)
+    product = (torch.randn(9, 40, generator=g) * 5).double().requires_grad_(True)
+    logits = 0.7 * product
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    (want,) = torch.autograd.grad(logits.sum(), product)
+    head = Head(torch.zeros(40, 1), torch.zeros(40), 0.7, softcap)
+    given = logits.detach().float()
+    slope = head.slope(given)
+    assert float((torch.as_tensor(slope).double() - want).abs().max()) < 1e-6, f"seed {seed}"
+    assert torch.equal(given, logits.detach().float())
 
 
 def test_a_head_that_does_more_is_refused():

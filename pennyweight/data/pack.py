@@ -65,30 +65,27 @@ class Batch:
 
 
 def collate(rows: list[list[Encoded]], pad_id: int, length: int | None = None) -> Batch:
-    """Rows of samples -> one batch, padded on the right to ``length`` or to the longest row (a multiple of 8).
+    """Rows of samples -> one batch, padded on the right to ``length`` or to the longest row.
 
-    Positions restart at 0 with each sample; a model that is given them and no mask keeps samples of one row blind to
-    each other. In a row of one sample the padding continues its positions, which no earlier token can see.
+    A sample's last token is only ever a label, so it takes no position. Positions restart at 0 with each sample; a
+    model that is given them and no mask keeps samples of one row blind to each other. In a row of one sample the
+    padding continues its positions, which no earlier token can see.
     """
-    longest = max(sum(len(s.ids) for s in row) for row in rows)
-    width = length or -(-longest // 8) * 8
+    width = length or max(1, *(sum(len(s.ids) - 1 for s in row) for row in rows))
     ids = torch.full((len(rows), width), pad_id)
     positions = torch.zeros((len(rows), width), dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORE)
     for r, row in enumerate(rows):
         start = 0
         for sample in row:
-            end = start + len(sample.ids)
+            end = start + len(sample.ids) - 1
             tokens = torch.tensor(sample.ids)
-            ids[r, start:end] = tokens
-            positions[r, start:end] = torch.arange(len(tokens))
-            learnt = torch.tensor(sample.mask[1:])
-            labels[r, start : end - 1][learnt] = tokens[1:][learnt]
+            ids[r, start:end] = tokens[:-1]
+            positions[r, start:end] = torch.arange(end - start)
+            learnt = torch.tensor(sample.mask[1:], dtype=torch.bool)
+            labels[r, start:end][learnt] = tokens[1:][learnt]
             start = end
-        if len(row) == 1:
-            positions[r] = torch.arange(width)
-        else:
-            positions[r, start:] = torch.arange(width - start)
+        positions[r, start:] = torch.arange(width - start) + (start if len(row) == 1 else 0)
     return Batch(ids, positions, labels, tuple(s for row in rows for s in row))
 
 

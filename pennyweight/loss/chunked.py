@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pennyweight.loss import fused
 from pennyweight.loss.divergence import Divergence, divergence
-from pennyweight.loss.signals import Dense, Target, softmax_
+from pennyweight.loss.signals import Dense, Sparse, Target, TopK, softmax_
 from pennyweight.model.head import Head
 
 _TILE_ENTRIES = {"cpu": 1 << 25, "cuda": 1 << 28}  # float32 logits of one side's tile: 128 MiB, 1 GiB
@@ -137,9 +138,10 @@ class _Desk:
         entries = _BLOCK_ENTRIES.get(device.type)
         self.step = rows if entries is None else min(rows, max(1, entries // vocabulary))
         self.logits = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
+        self.fused = fused.available(device) and not isinstance(terms.target, TopK)
         self.dense = isinstance(terms.target, Dense)
         self.teacher = torch.empty_like(self.logits) if self.dense else None
-        self.room = self.logits.new_empty((4 if self.dense else 0, self.step, vocabulary))
+        self.room = self.logits.new_empty((4 if self.dense and not self.fused else 0, self.step, vocabulary))
 
     def tile(self, a: int, b: int) -> Tensor:
         """Loss of positions a to b; ``logits`` become its gradient with respect to the head's product."""
@@ -154,6 +156,8 @@ class _Desk:
 
     def _block(self, s: Tensor, t: Tensor | None, a: int, b: int) -> Tensor:
         """Loss of positions a to b. Their student logits ``s`` become its gradient; ``t`` are a dense teacher's."""
+        if self.fused:
+            return self._block_fused(s, t, a, b)
         x, wide = self.terms, self.sums.dtype
         slope = self.head.slope(s)
         loss = torch.zeros((), dtype=wide, device=s.device)
@@ -177,6 +181,28 @@ class _Desk:
                 s.add_(g)
         if not isinstance(slope, float) or slope != 1.0:
             s.mul_(slope)
+        return loss
+
+    def _block_fused(self, s: Tensor, t: Tensor | None, a: int, b: int) -> Tensor:
+        """The same by kernels that read each logit three times at most and write it once."""
+        x, wide, kd = self.terms, self.sums.dtype, self.terms.kd_weight[a:b]
+        slope = fused.Slope(self.head.scale, self.head.softcap)
+        text = fused.Text(x.labels[a:b], x.ce_weight[a:b])
+        if t is not None:
+            made = fused.dense_(x.divergence, t, s, kd, text if self.has_ce else None, slope)
+        elif isinstance(x.target, Sparse):
+            y = x.target.span(a, b)
+            sample = (y.row, y.ids, y.weights, y.entropy)
+            made = fused.sampled_(x.divergence, sample, s, kd, text if self.has_ce else None, slope)
+        else:
+            made = fused.text_(s, text, slope)
+        loss = torch.zeros((), dtype=wide, device=s.device)
+        for i, (value, weight) in enumerate(((made.cross_entropy, text.weight), (made.divergence, kd))):
+            if value is not None:
+                loss += (value * weight).sum(dtype=wide)
+                self.sums[i] += value.sum(dtype=wide)
+        if made.entropy is not None:
+            self.sums[2] += made.entropy.sum(dtype=wide)
         return loss
 
 

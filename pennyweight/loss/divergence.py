@@ -59,10 +59,16 @@ class _Sides:
         gap = torch.maximum(self.p, self.q, out=self.free).mul_(self.near)
         return torch.copysign(gap, self.d, out=gap)
 
-    def log_mixture_over_q(self, a: float) -> Tensor:
-        """log(m_a / q) = log(1 - a + a e^d) in place of ``near``: exact near d = 0, no overflow far from it."""
-        share = a if a == 0.5 else torch.where(self.d > 0, 1.0 - a, a)
-        return self.near.mul_(share).log1p_().add_(torch.clamp(self.d, min=0, out=self.spare))
+    def logs_of_mixture(self, a: float) -> tuple[Tensor, Tensor]:
+        """log(m_a / q) = log(1 - a + a e^d) in place of ``near``, and log(p / m_a) in place of ``d``.
+
+        Exact near d = 0; far from it, neither overflows or is a difference of large numbers.
+        """
+        share = a if a == 0.5 else torch.where(self.d > 0, self.d.new_tensor(1.0 - a), self.d.new_tensor(a))
+        w = self.near.mul_(share).log1p_()
+        above = torch.clamp(self.d, min=0, out=self.spare)
+        over_m = self.d.clamp_(max=0).sub_(w)
+        return w.add_(above), over_m
 
     def through_softmax(self, k: Tensor, factor: float) -> Tensor:
         """factor * q (k - sum of q k), in place of k: a gradient with respect to probabilities, taken to logits."""
@@ -96,16 +102,16 @@ def _reverse_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
 
 def _jsd(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
     b = spec.beta
-    u = x.log_mixture_over_q(b)
+    u, over_m = x.logs_of_mixture(b)
     # b p log(p/m) + (1 - b) q log(q/m): of second order in d term by term, so nothing cancels between terms.
-    terms = torch.sub(x.d, u, out=x.d).mul_(x.p).mul_(b).addcmul_(x.q, u, value=b - 1.0)
+    terms = over_m.mul_(x.p).mul_(b).addcmul_(x.q, u, value=b - 1.0)
     return terms.sum(-1), x.through_softmax(u, b - 1.0)
 
 
 def _skew_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
     """KL(p || m_a); the gradient's ratio p / m is at most 1 / a, which is what the skew is for."""
     a, gap = spec.alpha, x.gap()
-    over_m = x.d.sub_(x.log_mixture_over_q(a))
+    _, over_m = x.logs_of_mixture(a)
     value = x.p.mul_(over_m).sub_(gap, alpha=1.0 - a).sum(-1)
     return value, x.through_softmax(over_m.expm1_(), a - 1.0)
 
@@ -113,7 +119,7 @@ def _skew_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
 def _skew_reverse_kl(x: _Sides, spec: Divergence) -> tuple[Tensor, Tensor]:
     """KL(q || a q + (1 - a) p)."""
     a, gap = spec.alpha, x.gap()
-    u = x.log_mixture_over_q(1.0 - a)
+    u, _ = x.logs_of_mixture(1.0 - a)
     value = gap.mul_(1.0 - a).addcmul_(x.q, u, value=-1.0).sum(-1)
     ratio = torch.neg(u, out=x.d).expm1_()
     return value, x.through_softmax(u.add_(ratio, alpha=a), -1.0)

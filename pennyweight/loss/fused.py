@@ -1,8 +1,9 @@
 """The losses of ``loss/divergence.py`` and ``loss/signals.py`` in one kernel each, for GPUs.
 
-Written with tensor operations a divergence passes over the logits about thirty times, each pass as long as memory
-takes; here they are read three times and written once. The same definitions; cross-entropy on the text, the rows'
-weights and the slope of a capped or scaled head are part of it. ``loss/kernels.py`` has the arithmetic.
+Written with tensor operations a divergence passes over the logits again and again, each pass as slow as memory; here
+they are read three times and written once. The same definitions; cross-entropy on the text, the rows' weights and the
+slope of a capped or scaled head are part of it. ``loss/kernels.py`` has the arithmetic. On a GPU these need no memory
+beside the logits. Nothing here has a gradient of its own: it is what the student's logits become.
 
 Shape letters: n rows, V vocabulary, E entries of a sample in all.
 """
@@ -51,7 +52,8 @@ class Slope:
 
     @property
     def factor(self) -> float:
-        return self.scale if self.cap is None else self.scale / self.cap**2
+        """What is the same at all logits: the scale, or with a cap what multiplies (cap - logit) (cap + logit)."""
+        return float(self.scale if self.cap is None else self.scale / self.cap**2)
 
     def at(self, logits: Tensor) -> Tensor | float:
         """At some logits."""
@@ -106,7 +108,7 @@ def dense_(
     _launch(
         "dense_kernel", student,
         teacher, student, weight, weight if text is None else _vector(text.weight), *made, student.shape[1],
-        teacher.stride(0), student.stride(0), 1.0 / t, a, 1.0 - a, factor, slope.factor, slope.cap or 0.0,
+        teacher.stride(0), student.stride(0), 1.0 / t, a, 1.0 - a, factor, slope.factor, float(slope.cap or 0),
         spec.kind, slope.cap is not None, text is not None,
     )  # fmt: skip
     value = made[0] if t == 1.0 else made[0].mul_(t * t)
@@ -140,14 +142,15 @@ def sampled_(
 
     Raises:
         ValueError: another divergence was asked for, or as ``dense_``.
+        RuntimeError: there are gaps between the rows of ``student``.
     """
     if spec.kind != "forward_kl":
         raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
     _check(student)
-    row, ids, w, of_teacher = sample
-    t, n = spec.temperature, len(student)
+    (row, ids, w, of_teacher), t, n = sample, spec.temperature, len(student)
     total = student.new_zeros(n).index_add_(0, row, w)
-    logit, picked = student[row, ids], None if text is None else _picked(student, text)
+    flat, place = student.view(-1), row * student.shape[1] + ids
+    logit, picked = flat[place], None if text is None else _picked(student, text)
     scale, beside = kd_weight * total * t, None
     ce, entropy = None, None
     if text is not None and t == 1.0:
@@ -158,7 +161,7 @@ def sampled_(
     log_mass, its_entropy = _softmax(student, student, scale, t, slope)
     if beside is not None:
         student.add_(beside)
-    student.index_put_((row, ids), -kd_weight[row] * w * t * slope.at(logit), accumulate=True)
+    flat.index_add_(0, place, kd_weight[row] * w * slope.at(logit), alpha=-t)
     value = (total * log_mass).index_add_(0, row, w * logit / t, alpha=-1.0).sub_(of_teacher).mul_(t * t)
     if text is None or picked is None:
         return Losses(value, None, None)
@@ -173,7 +176,7 @@ def _softmax(logits: Tensor, out: Tensor, weight: Tensor, t: float, slope: Slope
     _launch(
         "softmax_kernel", logits,
         logits, out, _vector(weight), *made, logits.shape[1], logits.stride(0), out.stride(0),
-        1.0 / t, slope.factor, slope.cap or 0.0, slope.cap is not None,
+        1.0 / t, slope.factor, float(slope.cap or 0), slope.cap is not None,
     )  # fmt: skip
     return made[0], made[1]
 
@@ -183,13 +186,15 @@ def _launch(name: str, rows: Tensor, *arguments: Any) -> None:
     if len(rows):
         block = max(128, min(2048, 1 << (rows.shape[1] - 1).bit_length()))
         with torch.cuda.device_of(rows):
-            getattr(kernels, name)[(len(rows),)](*arguments, BLOCK=block, num_warps=max(1, block // 256))
+            getattr(kernels, name)[(len(rows),)](
+                *arguments, BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=True
+            )  # fmt: skip
 
 
 def _check(*logits: Tensor) -> None:
     for x in logits:
         if x.dtype != torch.float32 or x.stride(1) != 1:
-            raise ValueError(f"the fused loss takes float32 logits with rows side by side, not {x.dtype}, {x.stride()}")
+            raise ValueError(f"the fused loss takes float32 logits, a row's side by side, not {x.dtype}, {x.stride()}")
 
 
 def _vector(x: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ def terms(d, p, q, a, b, KIND: tl.constexpr):
     r = tl.abs(d)
     series = 1 / 120 - r * (1 / 720 - r * (1 / 5040 - r * (1 / 40320 - r * (1 / 362880))))
     h = r * r * (0.5 - r * (1 / 6 - r * (1 / 24 - r * series)))
-    far = tl.exp(-r)
-    near = tl.where(r < 0.7, h - r, far - 1.0)  # e^-r - 1
+    e = tl.exp(-r)
+    near = tl.where(r < 0.7, h - r, e - 1.0)  # e^-r - 1
     h = tl.where(r < 0.7, h, r + near)  # r + e^-r - 1
-    c = -tl.where(r < 0.7, h + r * near, near + r * far)  # 1 - (1 + r) e^-r
+    c = -tl.where(r < 0.7, h + r * near, near + r * e)  # 1 - (1 + r) e^-r
     if KIND == "forward_kl":
         value = hi * tl.where(more, h, c)
         k = hi * tl.where(more, -near, near)
@@ -75,11 +75,15 @@ def terms(d, p, q, a, b, KIND: tl.constexpr):
     else:
         first = more if KIND == "skew_kl" else d < 0  # whether hi is the first side
         z = tl.where(first, b, a) * near
-        rest = log1p_rest(z)
-        value = hi * tl.where(first, -rest, c - rest - near * (z + rest))
-        k = tl.where(first, -z, b * near) / (1.0 + z)  # the first side / m - 1
+        m = tl.where(first, a + b * e, b + a * e)  # over hi, as 1 + z
+        k = tl.where(first, -z, b * near) / m  # the first side / m - 1
+        close = (k > -0.5) & (first == 0)  # the first side is lo, but near to m
+        rest = log1p_rest(tl.where(close, k, z))
+        w = tl.where(close, k, z) + rest
+        lo_term = tl.where(close, m * (k * k + (1.0 + k) * rest), -e * (r + w) - b * near)
+        value = hi * tl.where(first, -rest, lo_term)
         if KIND == "skew_reverse_kl":
-            k = a * k + z + rest + tl.where(more, r, 0.0)
+            k = a * k + tl.where(close, -w, w + tl.where(more, r, 0.0))  # and log(m / q)
     return value, k
 
 
@@ -144,7 +148,7 @@ def dense_kernel(
     per_p, per_q, per_1 = 1.0 / mass_p, 1.0 / mass_q, 1.0 / mass_1
     shift = shift_of(top_p, top_q, mass_p, mass_q, inv)
     values = tl.zeros([BLOCK], tl.float32)
-    sums, below = tl.zeros_like(values), tl.zeros_like(values)
+    sums, ones, below = tl.zeros_like(values), tl.zeros_like(values), tl.zeros_like(values)
     for at in range(0, V, BLOCK):
         here = at + lane < V
         s = tl.load(student + at + lane, mask=here, other=float("-inf"))
@@ -154,10 +158,11 @@ def dense_kernel(
         values += term
         # p - q sums to zero; what it sums to here is the rounding of d's normaliser, which q carries.
         sums += k if KIND == "forward_kl" else q * k
+        ones += q
         if WITH_CE:
             below += plain(s, top_q, per_1)[1]
     tl.store(value + row, tl.sum(values, 0))
-    total = tl.sum(sums, 0)
+    total = tl.sum(sums, 0) / tl.sum(ones, 0)
     kd = tl.load(kd_weight + row) * factor
     ce = 0.0
     if WITH_CE:

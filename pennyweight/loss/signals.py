@@ -16,6 +16,8 @@ from pennyweight.loss.divergence import Divergence, divergence
 
 Rows = slice | Tensor
 
+_HALF_STEP = 0.5 / 65535  # of the 16 bits that probabilities are stored in
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -66,16 +68,25 @@ class TopK:
         if t != 1.0:
             student.div_(t)
         kept = student.gather(-1, self.ids)
-        e = student.sub_(student.amax(-1, keepdim=True))
-        shift = kept[:, :1] - e.gather(-1, self.ids[:, :1])
-        e.exp_().scatter_(-1, self.ids, 0.0)
-        rest = e.sum(-1, keepdim=True)
-        coarse = torch.cat([kept - shift, rest.log()], -1)
-        left = (1.0 - self.probs.sum(-1, keepdim=True)).clamp_(min=0)
-        teacher = torch.cat([self.probs, left], -1).to(coarse.dtype).log_()
-        value, g = divergence(Divergence(spec.kind, spec.beta, 1.0, spec.alpha), teacher, coarse)
-        e.mul_(g[:, -1:] / rest.clamp(min=torch.finfo(e.dtype).tiny)).scatter_(-1, self.ids, g[:, :-1])
+        least = torch.finfo(student.dtype).min  # of no token at all, where K is the whole vocabulary
+        top = student.scatter_(-1, self.ids, -torch.inf).amax(-1, keepdim=True).clamp_(min=least)
+        e = student.sub_(top).exp_()
+        mass = e.sum(-1, keepdim=True)
+        coarse = torch.cat([kept, mass.log() + top], -1)
+        value, g = divergence(Divergence(spec.kind, spec.beta, 1.0, spec.alpha), self._log(coarse, mass), coarse)
+        e.mul_(g[:, -1:] / mass.clamp(min=torch.finfo(e.dtype).tiny)).scatter_(-1, self.ids, g[:, :-1])
         return (value, e) if t == 1.0 else (value.mul_(t * t), e.mul_(t))
+
+    def _log(self, coarse: Tensor, mass: Tensor) -> Tensor:
+        """Logarithms of the teacher's K + 1 probabilities; none is zero, unless nothing is beside the K.
+
+        A probability that rounding has made zero, alone or by the sum of the others, stands for half a step.
+        """
+        left = 1.0 - self.probs.sum(-1, keepdim=True)
+        probs = torch.cat([self.probs, left], -1).to(coarse.dtype)
+        probs = torch.where(probs > 0, probs, _HALF_STEP)
+        probs[:, -1:].masked_fill_(mass == 0, 0.0)
+        return probs.log_()
 
 
 @dataclass(frozen=True, slots=True)

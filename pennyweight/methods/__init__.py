@@ -43,9 +43,15 @@ def check(settings: Any, gives: frozenset[str]) -> None:
     if settings.hidden:
         raise MethodError(
             f"{asked} and hidden={settings.hidden} {needs}: hidden states are matched with the teacher's own; set "
-            "targets.kind to dense or hidden, or method.hidden=0"
+            f"targets.kind to dense or hidden, or method.hidden=0{_besides(settings, gives)}"
         )
     raise MethodError(
         f"{asked} {needs}: the divergence is not linear in the teacher's probabilities, so a sample of them would bias "
         "it; set targets.kind to dense, hidden or top_k, or method.divergence=forward_kl"
     )
+
+
+def _besides(settings: Any, gives: frozenset[str]) -> str:
+    """What else has to be set for these signals to carry the method, once it matches no hidden states."""
+    other = settings.model_copy(update={"hidden": 0.0})
+    return "" if METHODS[settings.kind].signals(other) & gives else " and method.divergence=forward_kl"

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from pennyweight.errors import ModelError
 
@@ -99,13 +101,32 @@ def keeps_samples_apart(model: Any) -> bool:
 
 
 def _attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
-    """Unfused attention where it trains faster: bfloat16 on a CPU, rows of up to 128 tokens.
+    """Attention as it is fastest on a CPU.
 
-    There forward and backward of a small model take 9 to 15 % longer with the fused kernel; from 256 tokens on, and in
-    float32, the fused one is the faster (benchmarks/attention.py).
+    In bfloat16 and rows of up to 128 tokens that is the unfused one, where forward and backward of a small model take 9
+    to 15 % less time; in float32 the fused one, its heads padded to a vector's width (benchmarks/attention.py).
     """
-    on_cpu = ids_BT.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if on_cpu and ids_BT.shape[1] <= 128 else nullcontext()
+    if ids_BT.device.type != "cpu":
+        return nullcontext()
+    if not torch.is_autocast_enabled("cpu"):
+        return _WholeVectors()
+    return sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() and ids_BT.shape[1] <= 128 else nullcontext()
+
+
+class _WholeVectors(TorchFunctionMode):
+    """Within it, float32 attention of heads of 8 to 15 numbers works on 16: zeros change nothing, and the kernel goes
+    by whole vectors instead of number by number."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not 8 <= args[0].shape[-1] < 16:
+            return func(*args, **kwargs)
+        query, key, value, *others = args
+        width = query.shape[-1]
+        if kwargs.get("scale") is None:
+            kwargs = {**kwargs, "scale": width**-0.5}
+        padded = (F.pad(x, (0, 16 - x.shape[-1])) for x in (query, key, value))
+        return func(*padded, *others, **kwargs)[..., : value.shape[-1]]
 
 
 @torch.no_grad()

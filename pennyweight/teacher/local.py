@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from pennyweight.model.loaded import Loaded
 from pennyweight.records import Encoded
 from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, top, uniforms
 
+_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}  # in one forward pass that labels
 _TILE_ENTRIES = 1 << 24  # logits labelled at once: 64 MiB of float32
 
 
@@ -24,7 +25,8 @@ _TILE_ENTRIES = 1 << 24  # logits labelled at once: 64 MiB of float32
 class LocalTeacher:
     """A loaded model as teacher.
 
-    ``rows`` is how many samples go through it at once; ``write_*`` are how it writes.
+    ``rows`` is how many samples go through it at once; ``write_*`` are how it writes; ``output`` is a head to use in
+    place of the model's own.
     """
 
     loaded: Loaded
@@ -34,6 +36,7 @@ class LocalTeacher:
     write_top_p: float = 1.0
     write_tokens: int = 256
     context: int | None = None
+    output: Head | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +52,7 @@ class LocalTeacher:
 
     @property
     def head(self) -> Head:
-        return head_of(self.loaded.model)
+        return self.output or head_of(self.loaded.model)
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[str, bool]]:
         """Responses to prompts of token ids: (text, whether it ended by itself).
@@ -92,8 +95,7 @@ class LocalTeacher:
         out: dict[str, Kept | Tensor] = {}
         # Rows of like length go together: less padding, and the same grouping whenever the same samples come.
         by_length = sorted(samples, key=lambda s: (len(s.ids), s.token_hash))
-        for a in range(0, len(by_length), self.rows):
-            group = by_length[a : a + self.rows]
+        for group in self._groups(by_length):
             states = self.hidden(collate([[s] for s in group], self.loaded.pad_id))
             sizes = [len(s.loss_positions) for s in group]
             if keep.kind == "hidden":
@@ -104,6 +106,19 @@ class LocalTeacher:
                 parts = self._kept(states, keep, u).split(sizes)
             out.update(zip((s.token_hash for s in group), parts, strict=True))
         return [out[s.token_hash] for s in samples]  # type: ignore[return-value]
+
+    def _groups(self, samples: list[Encoded]) -> Iterator[list[Encoded]]:
+        """Runs of samples, sorted by length, that go through together: up to ``rows``, and few enough tokens to stay in
+        a CPU's cache."""
+        most = _TOKENS.get(self.compute.device.type, _TOKENS["cuda"])
+        group: list[Encoded] = []
+        for sample in samples:
+            if group and (len(group) == self.rows or (len(group) + 1) * len(sample.ids) > most):
+                yield group
+                group = []
+            group.append(sample)
+        if group:
+            yield group
 
     def _kept(self, states: Tensor, keep: Keep, u: Tensor) -> Kept:
         """Entries kept at (N, D) hidden states, tile by tile in one buffer."""
