@@ -179,6 +179,8 @@ class _Desk:
             torch.mul(d, x.kd_weight[a:b].unsqueeze(-1), out=s)
             if g is not None:
                 s.add_(g)
+        elif g is None:
+            s.zero_()  # nothing that these positions weigh is there to pull
         if not isinstance(slope, float) or slope != 1.0:
             s.mul_(slope)
         return loss
