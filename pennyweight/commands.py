@@ -23,11 +23,11 @@ from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting
 from pennyweight.quant.export import export
 from pennyweight.quant.formats import BITS
-from pennyweight.recipe import FolderTeacher, Recipe
+from pennyweight.recipe import FolderTeacher
 from pennyweight.recipe_file import parted
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
-from pennyweight.run_folder import a_run, read_object
+from pennyweight.run_folder import a_run, read_object, recipe_of
 from pennyweight.verifiers import judge
 
 WINDOW = 1024
@@ -218,7 +218,7 @@ def show_sample(folder: str, number: int, as_json: bool = False) -> str:
     samples = read_samples(file)
     if not 0 <= number < len(samples):
         raise RunError(f"{root} has training samples 0 to {len(samples) - 1}, not {number}; choose one of them")
-    recipe = Recipe.model_validate(read_object(root / "recipe.json"))
+    recipe = recipe_of(root)
     teacher = recipe.teacher.path if isinstance(recipe.teacher, FolderTeacher) else str(root / "teacher")
     tokenizer = open_tokenizer(teacher, getattr(recipe.teacher, "trust_remote_code", False))
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:

@@ -18,10 +18,10 @@ from pennyweight.loss.divergence import Divergence
 from pennyweight.loss.signals import Target
 from pennyweight.model.head import head_of
 from pennyweight.progress import counting
-from pennyweight.recipe import Recipe, SampledTargets
+from pennyweight.recipe import SampledTargets
 from pennyweight.records import Encoded
 from pennyweight.report.draw import draw
-from pennyweight.run_folder import a_run, read_object, write_json
+from pennyweight.run_folder import a_run, recipe_of, write_json
 from pennyweight.train.loop import batch_loss
 
 _ENTRIES = 1 << 28  # logits looked at in all: 1 GiB of float32
@@ -82,7 +82,10 @@ def _bench(folder: str) -> tuple[Path, Bench]:
     root = a_run(folder)
     if not (root / "data" / "train.jsonl").exists():
         raise RunError(f"{root} has no training samples yet; let the run get past its data stage")
-    return root, Bench(Recipe.model_validate(read_object(root / "recipe.json")), root)
+    bench = Bench(recipe_of(root), root)
+    if not bench.encoded:
+        raise RunError(f"{root} has no training samples; run its recipe again")
+    return root, bench
 
 
 def _some(encoded: list[Encoded], tokens: int) -> list[Encoded]:

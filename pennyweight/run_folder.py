@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pennyweight.atomic import write_whole
 from pennyweight.errors import RunError
 from pennyweight.ledger.hashing import artifact
@@ -246,3 +248,17 @@ def a_run(folder: str) -> Path:
     if not (root / "recipe.json").exists():
         raise RunError(f"{root} is not a RUN folder (it has no recipe.json); give the folder that pennyweight run made")
     return root
+
+
+def recipe_of(root: Path) -> Recipe:
+    """The recipe that a RUN folder was made by.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        return Recipe.model_validate(read_object(root / "recipe.json"))
+    except ValidationError:
+        raise RunError(
+            f"{root / 'recipe.json'} is no recipe of this version of Pennyweight; run the recipe again on that folder"
+        ) from None

@@ -95,7 +95,7 @@ CASES = {
     "as many as the header can say": {
         "vocabulary": 9,
         "heads": (65_534, 65_535),
-        "tails": (60_000, 99_999),
+        "tails": (60_000, 65_535),
         "sizes": (2,),
     },
     "16-bit probabilities": {"vocabulary": 999, "bits": 16, "threshold": 1e-5},
@@ -239,6 +239,13 @@ def test_top_k_shards(k, tmp_path):
     x = shard.layout
     assert (x.kind, x.head_bits, x.tail_bits, x.least_heads, x.prob_bits) == ("top_k", 0, 0, k, 16)
     assert [s["ids"] for s in decoded(content)] == [one.ids.tolist() for one in kept]
+
+
+def test_more_entries_a_position_than_16_bits_count(tmp_path):
+    """A k that a recipe may ask for."""
+    kept = a_kept(torch.Generator().manual_seed(fresh()), 2, 100_000, (70_000, 70_000), (0, 0), 16)
+    shard = written(tmp_path, encode([kept], 100_000, Keep("top_k", 0.0, 70_000)))
+    assert_same(shard.read(0), kept, "many")
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6, 65_504.0])
