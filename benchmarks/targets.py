@@ -1,16 +1,16 @@
 """What is kept of a teacher: bytes a token, gradient error, bias and calibration beside i.i.d. draws and top-k at equal
-bytes; what sampling and decoding cost; and final KL against bytes a token.
+bytes; and what sampling and decoding cost. benchmarks/targets_curve.py has final KL against bytes a token.
 
-    python -m benchmarks.targets [fidelity|cost|unbiased|curve ...]
+    python -m benchmarks.targets [unbiased|ids|cost|fidelity ...]
 
 Teachers: stories260K on 4,096 of its own tokens, its student cut to 3 layers, before and after 60 steps of training;
 and two synthetic ones of a vocabulary of 151,936 with Zipf-distributed unigrams, sharp (about 1.25 nats) and diffuse
 (about 5 nats), 2,048 tokens, gradients of the head and a layer below it.
-``curve`` trains stories260K cut to 2 layers.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.bars import Bars, machine, real
@@ -36,7 +37,7 @@ from pennyweight.model.student import cut
 from pennyweight.recipe import CutStudent
 from pennyweight.records import Encoded
 from pennyweight.teacher.shards import Shard, encode
-from pennyweight.teacher.targets import Keep, draw, restore, uniforms
+from pennyweight.teacher.targets import Keep, Kept, draw, restore, uniforms
 from pennyweight.train.loop import batch_loss
 
 V = 151_936
@@ -230,8 +231,28 @@ def cost(bars: Bars) -> None:
         bars.check(f"targets.{name}.decoded_tokens_per_second", median(rates), ">=1e5", median(rates) >= 1e5)
 
 
+def ids(bars: Bars) -> None:
+    """Bits of an id in a shard where ids recur as the words of a real text do: one tail a token, the token itself."""
+    file = real("tokenizers") / "smollm2" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    rows = [json.loads(line) for line in (real("gsm8k") / "train.jsonl").read_text().splitlines()[:400]]
+    texts = [tokenizer.encode(r["question"] + r["answer"]).ids for r in rows]
+    kept = []
+    for text in texts:
+        n = len(text)
+        one, none = torch.ones(n, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+        kept.append(Kept(0 * one, one, torch.tensor(text, dtype=torch.int32), none, torch.zeros(n, dtype=torch.uint8)))
+    vocabulary, tokens = tokenizer.get_vocab_size(), sum(map(len, texts))
+    bits = 8 * (len(encode(kept, vocabulary, Keep())) / tokens - 1)  # less the byte of an entropy
+    width = (vocabulary - 1).bit_length()
+    print(
+        f"\nids of {tokens:,} tokens of GSM8K, vocabulary {vocabulary:,}: {bits:.1f} bits each, of a width of {width}"
+    )
+    bars.check("targets.bits_of_an_id_over_its_width", bits / width, "<1", bits < width)
+
+
 def main(*parts: str) -> None:
-    known: dict[str, Callable[[Bars], None]] = {"unbiased": unbiased, "cost": cost, "fidelity": fidelity}
+    known: dict[str, Callable[[Bars], None]] = {"unbiased": unbiased, "ids": ids, "cost": cost, "fidelity": fidelity}
     print(machine())
     bars = Bars()
     for part in parts or known:
