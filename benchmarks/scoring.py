@@ -32,7 +32,7 @@ from pennyweight.loss.divergence import kl
 from pennyweight.model.head import Head, forward_hidden
 from pennyweight.quant.scoring import for_scoring
 
-TOKENS, ROUNDS, WARM_UP = 512, 7, 2
+TOKENS, ROUNDS, WARM_UP = 512, 9, 2
 ROUNDED = "bfloat16, rounded"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,9 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
     with torch.no_grad():
         logits = bench.answering.head.logits(bench.answering.hidden(batch))
     students = _students(bench, root)
-    ways = _ways(logits, _threshold(bench))
+    stands = _ways(logits, _threshold(bench))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in students}
-    with counting("inspecting", len(ways) * len(students), "gradients") as c:
-        stands = []
-        for make, chosen in ways:
-            stands.append((make(), chosen))
+    with counting("inspecting", len(stands) * len(students), "gradients") as c:
         for name, path in students.items():
             gradient = _gradient(bench, path, batch)
             whole, confidence = dense_of(logits)
@@ -128,18 +124,14 @@ def _gradient(bench: Bench, path: Path, batch: Batch) -> Gradient:
     return gradient
 
 
-def _ways(logits: Tensor, threshold: float) -> list[tuple[Callable[[], Stand], bool]]:
+def _ways(logits: Tensor, threshold: float) -> list[tuple[Stand, bool]]:
     """Ours around the run's threshold, and at each of its sizes the others; whether it is what the run keeps."""
-    out: list[tuple[Callable[[], Stand], bool]] = []
-    sizes = []
-    for factor in (4.0, 2.0, 1.0, 0.5):
-        stand = sampled(logits, min(0.5, threshold * factor), _DRAWS)
-        out.append((lambda stand=stand: stand, factor == 1.0))
-        sizes.append(stand.bytes_per_token)
-    ks = sorted({min(k_for(s, logits.shape[1]), logits.shape[1]) for s in sizes})
-    for tail in (False, True):
-        out += [(lambda k=k, tail=tail: top_k(logits, k, tail), False) for k in ks]
-    return out + [(lambda n=n: drawn(logits, n, _DRAWS), False) for n in (12, 25, 50, 100)]
+    factors = (4.0, 2.0, 1.0, 0.5)
+    ours = [sampled(logits, min(0.5, threshold * factor), _DRAWS) for factor in factors]
+    ks = sorted({min(k_for(s.bytes_per_token, logits.shape[1]), logits.shape[1]) for s in ours})
+    others = [top_k(logits, k, tail) for tail in (False, True) for k in ks]
+    others += [drawn(logits, n, _DRAWS) for n in (12, 25, 50, 100)]
+    return [(s, f == 1.0) for s, f in zip(ours, factors, strict=True)] + [(s, False) for s in others]
 
 
 def _said(rows: list[dict[str, Any]]) -> str:

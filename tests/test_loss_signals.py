@@ -95,7 +95,7 @@ def test_top_k_against_float64_over_k_plus_one_outcomes(kind, distance, temperat
     assert got.dtype == gradient.dtype == torch.float32 and gradient.shape == student.shape
     told = f"seed {seed}, {spec}: value off by {off(got, want):.1e}, gradient by {off(gradient, want_gradient):.1e}"
     # What float32 makes of the mass that is left, 1 - sum of probs, no arithmetic afterwards takes back.
-    blur = 2e-7 / float(want.mean() ** (1.0 if kind == "tvd" else 0.5))
+    blur = 3e-7 / float((want.mean() / spec.temperature**2) ** (1.0 if kind == "tvd" else 0.5))
     assert off(got, want) <= off(rival, want) + 5e-6 + blur, f"{told}; the naive value by {off(rival, want):.1e}"
     if kind == "tvd":  # its gradient is a matter of signs: where float32 cannot have them, there is none to compare
         t, p = spec.temperature, probs.double()
@@ -118,12 +118,13 @@ def test_top_k_is_never_above_the_whole_and_grows_with_k(kind):
     spec = a_spec(seed, kind)
     teacher, student = inputs(seed)
     whole = divergence(spec, teacher.clone(), student.clone())[0]
-    below, slack = torch.zeros(len(teacher)), 1e-3 if kind == "reverse_kl" else 1e-5
+    below, slack = torch.zeros(len(teacher)), (1e-3 if kind == "reverse_kl" else 1e-5) * whole
+    slack += 2e-5 * spec.temperature**2  # where float32 leaves no mass, half a step of it stands for what there is
     for k in (1, 3, 10, 40, 150):
         probs, ids = torch.softmax(teacher / spec.temperature, -1).topk(k)
         value = TopK(ids, probs).loss(spec, student.clone())[0]
-        assert bool((value >= below - slack * whole).all()), f"seed {seed}, {spec}, k {k}"
-        assert bool((value <= whole * (1 + slack)).all()), f"seed {seed}, {spec}, k {k}"
+        assert bool((value >= below - slack).all()), f"seed {seed}, {spec}, k {k}"
+        assert bool((value <= whole + slack).all()), f"seed {seed}, {spec}, k {k}"
         below = value
 
 
@@ -177,9 +178,10 @@ def test_a_student_so_sharp_that_the_rest_of_it_underflows(kind):
     student.scatter_add_(-1, ids[:, :1], torch.full((len(ids), 1), 300.0))
     want, want_gradient = with_gradient(lambda s: of_top_k(spec, ids, probs, s), student)
     value, gradient = TopK(ids, probs).loss(spec, student.clone())
-    error, slip = (value - want).abs() - 1e-5 * want, (gradient - want_gradient).abs()
-    assert float(error.max()) < 1e-6, f"seed {seed}, {spec}: {value[:4]} for {want[:4]}"
-    assert float(slip.max()) < 1e-5, f"seed {seed}, {spec}"
+    # A logit of 300 is itself good to 1.5e-5 only.
+    error, slip = (value - want).abs() - 5e-5 * want, (gradient - want_gradient).abs()
+    assert float(error.max()) < 5e-5, f"seed {seed}, {spec}: {value[:4]} for {want[:4]}"
+    assert float(slip.max()) < 5e-5, f"seed {seed}, {spec}"
 
 
 def test_top_k_is_cut_and_picked_by_position():

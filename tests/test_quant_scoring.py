@@ -149,9 +149,10 @@ def test_a_copy_scores_like_the_model_which_stays_as_it_was(name):
         copy, head = for_scoring(model, precision)
         assert not copy.training and model.training
         got = scored(copy, head, ids)
-        # Random and narrow, these spread errors further than a teacher does; what was misread would be nats away.
+        # As a share of how far two positions are apart. Random and narrow, these spread errors further than a teacher
+        # does, and a router near a tie picks another expert; what was misread would be at 1.
         apart, chance = kl(want, got).mean(), kl(want, want.roll(1, 0)).mean()
-        assert 0 < float(apart) < 0.05 * float(chance), f"{precision}, seed {seed}"
+        assert 0 < float(apart) < (0.2 if "experts" in name else 0.02) * float(chance), f"{precision}, seed {seed}"
         whole = copy(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         assert float((whole - got).norm()) < 0.05 * float(got.norm()), f"{precision}, seed {seed}"
     assert [type(m) for m in model.modules()] == modules
