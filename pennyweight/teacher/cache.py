@@ -126,12 +126,13 @@ class TargetCache:
     def _shard(self, key: str, group: list[Encoded], damaged: list[str], waits: bool) -> tuple[Path | None, bool]:
         """The shard of a group and whether it was made now; None where another process is at it and ``waits`` is not
         set."""
-        path = self._load(key, group, damaged)
+        path = self._load(key, group)
         if path is not None:
             return path, False
         with _claim(self.folder / f".claim-{key}", waits) as mine:
             if not mine:
                 return None, False
+            # Only who holds the claim may remove what is damaged: another may have repaired it since it was read.
             path = self._load(key, group, damaged)
             if path is not None:
                 return path, False
@@ -139,7 +140,8 @@ class TargetCache:
                 left_by_a_kill.unlink()
             return self._make(key, group), True
 
-    def _load(self, key: str, group: list[Encoded], damaged: list[str]) -> Path | None:
+    def _load(self, key: str, group: list[Encoded], damaged: list[str] | None = None) -> Path | None:
+        """The shard of a group, if there and whole; a damaged one is removed and named in ``damaged``, if given."""
         for path in sorted(self.folder.glob(f"{key}.*.targets")):
             try:
                 whole = _digest(path.read_bytes()) == path.name.split(".")[1]
@@ -147,8 +149,9 @@ class TargetCache:
                     return path
             except (ValueError, OSError):
                 pass
-            damaged.append(path.name)
-            path.unlink(missing_ok=True)
+            if damaged is not None:
+                damaged.append(path.name)
+                path.unlink(missing_ok=True)
         return None
 
     def _make(self, key: str, group: list[Encoded]) -> Path:
@@ -169,30 +172,42 @@ def settled_threshold(folder: Path, made_from: list[object], find: Callable[[], 
         made_from: whatever it depends on, as JSON.
     """
     file, key = folder / "threshold.json", sha256_json(made_from)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(file.read_text())
-        if known["made_from"] == key:
-            return float(known["threshold"])
-    threshold = find()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({"made_from": key, "threshold": threshold}))
+    with _claim(folder / ".claim-threshold", waits=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(file.read_text())
+            if known["made_from"] == key:
+                return float(known["threshold"])
+        threshold = find()
+        write_whole(file, json.dumps({"made_from": key, "threshold": threshold}))
     return threshold
 
 
 @contextmanager
 def _claim(path: Path, waits: bool) -> Iterator[bool]:
     """Whether this process may make a shard. The lock goes with its process, however that ends."""
-    with open(path, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+    while True:
+        with open(path, "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_at(f.fileno(), path):
+                continue  # whoever held it has removed the file since; another may have made a new one
+            try:
+                yield True
+            finally:
+                with suppress(OSError):
+                    os.unlink(path)
             return
-        try:
-            yield True
-        finally:
-            with suppress(OSError):
-                os.unlink(path)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
 
 
 def _digest(content: bytes) -> str:

@@ -72,6 +72,8 @@ class Layout:
     @staticmethod
     def from_bytes(raw: bytes) -> Layout:
         """Raises ValueError for bytes that are no shard of this version."""
+        if len(raw) < _HEADER.size:
+            raise ValueError("not a whole shard")
         magic, version, kind, dtype, ids, probs, heads, tails, classes, _, *rest = _HEADER.unpack(raw[: _HEADER.size])
         if magic != MAGIC or version != VERSION:
             raise ValueError("not a shard of this version")
@@ -80,6 +82,8 @@ class Layout:
             rest[4:],
         )
         names = {n: name for name, n in _KINDS.items()}
+        if kind not in names:
+            raise ValueError("not a shard of this version")
         return Layout(
             names[kind], ids, probs, heads, tails, tuple(widths[: classes - 1]), samples, table, columns, entries,
             dtype, least_heads, least_tails, threshold, temperature,
@@ -126,6 +130,8 @@ class Shard:
         at = 64 + 4 * layout.table
         self._table = np.frombuffer(self._bytes[64:at], "<u4").astype(np.int64)
         self._index = np.frombuffer(self._bytes[at : at + _INDEX.itemsize * (layout.samples + 1)], _INDEX)
+        if len(self._index) <= layout.samples or int(self._index["offset"][-1]) + _PAD != len(self._bytes):
+            raise ValueError("not a whole shard")
         firsts = np.cumsum([0, *(1 << w for w in layout.widths)])
         self._firsts = np.append(np.minimum(firsts[:-1], layout.table), 0)
         self._widths = np.array([*layout.widths, layout.id_bits])
@@ -223,11 +229,11 @@ def _ranking(ids: np.ndarray, id_bits: int) -> tuple[np.ndarray, tuple[int, ...]
 
 
 def _least(counts: np.ndarray) -> int:
-    return int(counts.min()) if len(counts) else 0
+    return min(65535, int(counts.min())) if len(counts) else 0
 
 
 def _bits(counts: np.ndarray) -> int:
-    return int(counts.max() - counts.min()).bit_length() if len(counts) else 0
+    return int(counts.max() - _least(counts)).bit_length() if len(counts) else 0
 
 
 def _pack(values: np.ndarray, widths: np.ndarray | int) -> bytes:
