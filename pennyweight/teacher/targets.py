@@ -109,6 +109,9 @@ def draw(logits_NV: Tensor, threshold: float, temperature: float, uniform_N3: Te
         uniform_N3: from ``uniforms``, on the CPU.
     """
     n, vocabulary = logits_NV.shape
+    if not n:
+        none = torch.zeros(0, dtype=torch.int32)
+        return Kept(none, none, none, none, none.to(torch.uint8))
     width = 64 if vocabulary <= 4096 else 256
     rows = n if logits_NV.device.type != "cpu" else max(1, _BLOCK_ENTRIES // vocabulary)
     scratch = logits_NV.new_zeros((min(rows, n), vocabulary + -vocabulary % width))
