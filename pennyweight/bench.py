@@ -187,7 +187,7 @@ class Bench:
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
         facts: dict[str, Any] = {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token}
-        facts["entries_per_token"] = made.entries / tokens if kind != "hidden" else None
+        facts["entries_per_token"] = made.entries / max(1, made.tokens) if kind != "hidden" else None
         if kind == "sampled":
             facts["threshold"] = self.cache.keep.threshold
         return {"kind": kind, "tokens": tokens, **facts}, made.damaged

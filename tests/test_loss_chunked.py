@@ -68,9 +68,9 @@ def truth(x, spec, head, kind="dense"):
     return (
         float(loss.detach()),
         torch.autograd.grad(loss, leaves),
-        float(ce.sum()),
-        float(kd.sum()),
-        float(entropy.sum()),
+        float(ce.detach().sum()),
+        float(kd.detach().sum()),
+        float(entropy.detach().sum()),
     )
 
 
