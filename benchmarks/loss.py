@@ -78,14 +78,14 @@ def ours(x: Inputs, kind: str) -> Tensor:
 
 
 def trl(x: Inputs, kind: str) -> Tensor:
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # type: ignore
 
     given = (x.student, x.student_head, None, x.teacher, x.teacher_head, None, BETA[kind])
     return ChunkedDivergenceFunction.apply(*given)[0].sum()
 
 
 def liger(x: Inputs, kind: str) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore
 
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, BETA[kind], compiled=False)
     labels = torch.zeros(len(x.student), dtype=torch.long, device=x.student.device)
@@ -291,8 +291,8 @@ def main(*parts: str) -> None:
     if parts and parts[0] == "peak":
         return peak(*parts[1:])
     try:
-        import liger_kernel  # noqa: F401
-        import trl  # noqa: F401
+        import liger_kernel  # type: ignore  # noqa: F401
+        import trl  # type: ignore  # noqa: F401
     except ImportError:
         print('skipped: needs the peers it measures against; pip install -e ".[peers]"')
         return None

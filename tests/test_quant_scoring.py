@@ -50,7 +50,7 @@ def truth(x, w, b=None):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 64, 32), (17, 64, 33), (5, 13, 7), (2, 1, 1), (40, 172, 64)]
+    ("rows", "inputs", "outputs"), [(1, 64, 32), (17, 64, 33), (5, 13, 7), (2, 1, 1), (40, 172, 64), (3, 2048, 9)]
 )
 def test_the_error_is_what_the_codes_explain(rows, inputs, outputs):
     seed = torch.seed() % 10**6
@@ -208,10 +208,10 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(RecipeError, match="no precision named 'int4' to score in; choose float32, bfloat16 or int8"):
         for_scoring(model, "int4")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(RecipeError, match="this one has none; leave targets.precision at auto"):
+    with pytest.raises(RecipeError, match="not on this cpu; leave targets.precision at auto"):
         for_scoring(model, "int8")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    with pytest.raises(RecipeError, match="the model is on meta; leave targets"):
+    with pytest.raises(RecipeError, match="not on this meta; leave targets"):
         for_scoring(make("llama").to("meta"), "int8")
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ModelError, match="LlamaForCausalLM has no Linear layer to code in int8"):
