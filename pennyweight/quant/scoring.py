@@ -96,8 +96,8 @@ def _int8(model: Any) -> tuple[Any, Head]:
     # Without VNNI the product alone is at most twice as fast as float32's; on a GPU none of this was measured.
     if not (model.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         raise RecipeError(
-            f"scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, not on this {model.device.type}; "
-            "leave targets.precision at auto"
+            "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
+            f"not on this {model.device.type}; leave targets.precision at auto"
         )
     head, output = head_of(model), model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output}
