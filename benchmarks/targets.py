@@ -1,11 +1,11 @@
 """What is kept of a teacher: bytes a token, gradient error, bias and calibration beside i.i.d. draws and top-k at equal
 bytes; and what sampling and decoding cost. benchmarks/targets_curve.py has final KL against bytes a token.
 
-    python -m benchmarks.targets [unbiased|ids|cost|fidelity ...]
+    python -m benchmarks.targets [unbiased|ids|size|cost|fidelity ...]
 
 Teachers: stories260K on 4,096 of its own tokens, its student cut to 3 layers, before and after 60 steps of training;
-and two synthetic ones of a vocabulary of 151,936 with Zipf-distributed unigrams, sharp (about 1.25 nats) and diffuse
-(about 5 nats), 2,048 tokens, gradients of the head and a layer below it.
+and three synthetic ones of a vocabulary of 151,936 with Zipf-distributed unigrams, sharp (about 1.25 nats), medium
+(about 3) and diffuse (about 5), 2,048 tokens, gradients of the head and a layer below it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pennyweight.data.pack import collate
 from pennyweight.evaluate.fidelity import Gradient, Stand, compare, dense_of, drawn, k_for, sampled, top_k
 from pennyweight.loss.chunked import Terms, tiled_loss
 from pennyweight.loss.divergence import Divergence
-from pennyweight.loss.signals import Target
+from pennyweight.loss.signals import Sparse, Target
 from pennyweight.model.device import choose
 from pennyweight.model.generate import generate
 from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.load import load
 from pennyweight.model.student import cut
-from pennyweight.recipe import CutStudent
+from pennyweight.recipe import CutStudent, SampledTargets
 from pennyweight.records import Encoded
 from pennyweight.teacher.shards import Shard, encode
-from pennyweight.teacher.targets import Keep, Kept, draw, restore, uniforms
+from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, restore, threshold_within, uniforms
 from pennyweight.train.loop import batch_loss
 
 V = 151_936
@@ -52,7 +52,7 @@ COLUMNS = {
     "calibration_error": (19, ".5f"),
 }
 DEFAULT = Keep().threshold
-SHARP, DIFFUSE = (9.0, 1.3), (3.0, 1.06)  # scale and exponent of synthetic_case
+SYNTHETIC = {"sharp": (9.0, 1.3), "medium": (5.0, 1.2), "diffuse": (3.0, 1.06)}  # scale and exponent of synthetic_case
 
 
 def real_case(steps: int) -> tuple[Tensor, Gradient]:
@@ -109,6 +109,24 @@ def synthetic_case(scale: float, zipf: float, noise: float = 0.5) -> tuple[Tenso
     return hidden @ weight.T, gradient
 
 
+def settled(logits: Tensor, budget: float) -> float:
+    """The threshold that a run settles on: the recipe's default, or what the budget of bytes a token makes of it."""
+    expected = lambda tried: expected_entries(logits[:1024].clone(), tried, 1.0)  # noqa: E731
+    return threshold_within(budget, DEFAULT, logits.shape[1], expected)
+
+
+def size(bars: Bars) -> None:
+    """Bytes a token in shards, of the recipe's default budget and of a smaller one."""
+    print(f"\n{'teacher':<9} {'budget':>7} {'threshold':>10} {'bytes/token':>12} {'ids/token':>10}")
+    for name, shape in SYNTHETIC.items():
+        logits, _ = synthetic_case(*shape)
+        for budget in (SampledTargets().budget, 36.0):
+            found = sampled(logits, settled(logits, budget), 1)
+            takes = found.bytes_per_token
+            print(f"{name:<9} {budget:>7g} {found.setting:>10.4f} {takes:>12.1f} {found.ids_per_token:>10.1f}")
+            bars.check(f"targets.{name}.bytes_at_budget_{budget:g}", takes, f"<={budget:g}", takes <= budget)
+
+
 def count_for(logits: Tensor, bytes_per_token: float) -> int:
     """How many i.i.d. draws take as many bytes."""
     low, high = 1, 4096
@@ -124,21 +142,21 @@ def fidelity(bars: Bars) -> None:
     cases: dict[str, Callable[[], tuple[Tensor, Gradient]]] = {
         "stories260K": lambda: real_case(0),
         "stories260K, trained": lambda: real_case(60),
-        "sharp": lambda: synthetic_case(*SHARP),
-        "diffuse": lambda: synthetic_case(*DIFFUSE),
+        **{name: lambda shape=shape: synthetic_case(*shape) for name, shape in SYNTHETIC.items()},
     }
     for name, make in cases.items():
         logits, gradient = make()
         whole, confidence = dense_of(logits)
         dense = [g.clone() for g in gradient(whole)]
         entropy = float(torch.distributions.Categorical(logits=logits[:512]).entropy().mean())
-        threshold = DEFAULT if name != "diffuse" else 0.05  # what a budget of 48 bytes makes of it
+        threshold = settled(logits, 48.0)
         draws = 8 if logits.shape[1] < 4096 else 4
         ours = sampled(logits, threshold, draws)
-        k, size = k_for(ours.bytes_per_token, logits.shape[1]), ours.bytes_per_token
+        takes = ours.bytes_per_token
+        k = k_for(takes, logits.shape[1])
         ways = [
             lambda ours=ours: ours,
-            lambda logits=logits, size=size, draws=draws: drawn(logits, count_for(logits, size), draws),
+            lambda logits=logits, takes=takes, draws=draws: drawn(logits, count_for(logits, takes), draws),
             lambda logits=logits, k=k: top_k(logits, k, tail=False),
             lambda logits=logits, k=k: top_k(logits, k, tail=True),
         ]
@@ -199,8 +217,8 @@ def cost(bars: Bars) -> None:
     """Sampling beside a softmax over the same logits, and decoding, on one thread by thread CPU time."""
     torch.set_num_threads(1)
     print(f"\n{'teacher':<9} {'softmax, ms':>12} {'sampling, ms':>13} {'entries':>8} {'decoded tokens/s':>17}")
-    for name, scale, zipf in (("sharp", *SHARP), ("diffuse", *DIFFUSE)):
-        logits, _ = synthetic_case(scale, zipf)
+    for name in ("sharp", "diffuse"):
+        logits, _ = synthetic_case(*SYNTHETIC[name])
         some = logits[:128]
         times: dict[str, list[float]] = {"softmax": [], "sampling": []}
         for r in range(6):
@@ -229,6 +247,28 @@ def cost(bars: Bars) -> None:
         print(f"{name:<9} {ms[0]:>12.1f} {ms[1]:>13.1f} {entries:>8.1f} {median(rates):>17,.0f}", flush=True)
         bars.check(f"targets.{name}.sampling_over_softmax", ratio, "<=2", ratio <= 2)
         bars.check(f"targets.{name}.decoded_tokens_per_second", median(rates), ">=1e5", median(rates) >= 1e5)
+    step_share(bars)
+
+
+def step_share(bars: Bars) -> None:
+    """Decoding beside the training step that uses it: 4,096 tokens of a student of 3 layers of stories260K."""
+    logits, gradient = real_case(0)
+    keep = Keep()
+    kept = draw(logits.clone(), DEFAULT, 1.0, uniforms(len(logits), 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "shard"
+        file.write_bytes(encode(kept.split([256] * 16), logits.shape[1], keep))
+        shard, times = Shard(file), []
+        for _ in range(8):
+            began = time.thread_time()
+            counts, ids, weights, entropy = restore(join([shard.read(i) for i in range(16)]), DEFAULT, keep.bits)
+            decoded = time.thread_time()
+            gradient(Sparse.of(counts, ids, weights, entropy))
+            times.append(((decoded - began), (time.thread_time() - decoded)))
+    share = median(d / (d + g) for d, g in times[1:])
+    decoding, rest = (1e3 * median(t[i] for t in times[1:]) for i in (0, 1))
+    print(f"decoding 4,096 tokens {decoding:.1f} ms, forward and backward pass on them {rest:.0f} ms")
+    bars.check("targets.decoding_share_of_a_step", share, "<0.05", share < 0.05)
 
 
 def ids(bars: Bars) -> None:
@@ -252,7 +292,13 @@ def ids(bars: Bars) -> None:
 
 
 def main(*parts: str) -> None:
-    known: dict[str, Callable[[Bars], None]] = {"unbiased": unbiased, "ids": ids, "cost": cost, "fidelity": fidelity}
+    known: dict[str, Callable[[Bars], None]] = {
+        "unbiased": unbiased,
+        "ids": ids,
+        "size": size,
+        "cost": cost,
+        "fidelity": fidelity,
+    }
     print(machine())
     bars = Bars()
     for part in parts or known:

@@ -39,7 +39,7 @@ from pennyweight.recipe import (
 from pennyweight.records import Encoded, Sample
 from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_threshold
 from pennyweight.teacher.local import LocalTeacher
-from pennyweight.teacher.targets import Keep, predicted_bytes
+from pennyweight.teacher.targets import Keep, threshold_within
 
 
 class Bench:
@@ -230,16 +230,11 @@ class Bench:
     def _threshold(self, t: SampledTargets, temperature: float, made_by: str) -> float:
         """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples."""
         some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
-        tried = [min(0.5, t.threshold * 2 ** (i / 4)) for i in range(33)]
         made_from = [made_by, t.precision, t.threshold, t.budget, temperature, [e.token_hash for e in some]]
 
         def find() -> float:
-            for wanted in (tried[:1], tried[1:]):
-                expected = self.labelling.expected(some, wanted, temperature)
-                for threshold, (heads, tails) in zip(wanted, expected, strict=True):
-                    if predicted_bytes(heads, tails, self.teacher.vocabulary, threshold) <= t.budget:
-                        return threshold
-            return tried[-1]
+            expected = lambda tried: self.labelling.expected(some, tried, temperature)  # noqa: E731
+            return threshold_within(t.budget, t.threshold, self.teacher.vocabulary, expected)
 
         return settled_threshold(self.folder / "targets", made_from, find)
 

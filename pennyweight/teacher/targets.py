@@ -14,6 +14,7 @@ has the mathematics, and what else was tried.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -192,6 +193,21 @@ def predicted_bytes(heads: float, tails: float, vocabulary: int, threshold: floa
     id_bits = (vocabulary - 1).bit_length()
     counts_and_entropy = 2.5
     return ((heads + tails) * id_bits + heads * bits_for(threshold)) / 8 + counts_and_entropy
+
+
+def threshold_within(
+    budget: float, threshold: float, vocabulary: int, expected: Callable[[list[float]], list[tuple[float, float]]]
+) -> float:
+    """``threshold``, or the least of 32 above it that takes at most ``budget`` bytes a position; the last if none does.
+
+    ``expected`` gives heads and tails a position for some thresholds, as ``expected_entries`` does.
+    """
+    tried = [min(0.5, threshold * 2 ** (i / 4)) for i in range(33)]
+    for some in (tried[:1], tried[1:]):  # the first mostly does, and each that is looked at costs a pass
+        for t, (heads, tails) in zip(some, expected(some), strict=True):
+            if predicted_bytes(heads, tails, vocabulary, t) <= budget:
+                return t
+    return tried[-1]
 
 
 def _exponentials(logits: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
