@@ -55,7 +55,7 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
     log_p = torch.log_softmax(logits, -1)
     entropy = float(-(log_p.exp() * log_p).nansum(-1).mean())
     found = {"tokens": len(logits), "vocabulary": logits.shape[1], "entropy": entropy, "students": rows}
-    found["said"] = _said(next(iter(rows.values())))
+    found["said"] = _said(*list(rows.items())[-1])
     write_json(root / "inspection.json", found)
     if (root / "summary.json").exists():
         draw(root)
@@ -112,7 +112,7 @@ def _students(bench: Bench, root: Path) -> dict[str, Path]:
 
 def _gradient(bench: Bench, path: Path, batch: Batch) -> Gradient:
     """The gradient of the mean forward KL over the batch with respect to every parameter of a student."""
-    model = bench.opened(path).model.train()
+    model = bench.opened(path).model.eval()  # no dropout, which would differ from one way to the next
     head = head_of(model)
 
     def gradient(target: Target) -> list[Tensor]:
@@ -134,13 +134,13 @@ def _ways(logits: Tensor, threshold: float) -> list[tuple[Stand, bool]]:
     return [(s, f == 1.0) for s, f in zip(ours, factors, strict=True)] + [(s, False) for s in others]
 
 
-def _said(rows: list[dict[str, Any]]) -> str:
+def _said(student: str, rows: list[dict[str, Any]]) -> str:
     """What the run keeps beside usual top-k of at least as many bytes, in a sentence."""
     mine = next(r for r in rows if r["chosen"])
     others = sorted((r for r in rows if r["way"] == "top-k, rescaled"), key=lambda r: r["bytes_per_token"])
     rival = next((r for r in others if r["bytes_per_token"] >= mine["bytes_per_token"]), others[-1])
     return (
         f"The sample at threshold {mine['setting']:.3g} takes {mine['bytes_per_token']:.1f} bytes a token and turns "
-        f"the gradient by {mine['gradient_angle']:.1f}°; top-{rival['setting']:.0f} rescaled takes "
+        f"the gradient of {student} by {mine['gradient_angle']:.1f}°; top-{rival['setting']:.0f} rescaled takes "
         f"{rival['bytes_per_token']:.1f} and turns it by {rival['gradient_angle']:.1f}°."
     )
