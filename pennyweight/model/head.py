@@ -119,7 +119,7 @@ class _WholeVectors(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not 8 <= args[0].shape[-1] < 16:
+        if func is not F.scaled_dot_product_attention or len(args) < 3 or not 8 <= args[0].shape[-1] < 16:
             return func(*args, **kwargs)
         query, key, value, *others = args
         width = query.shape[-1]
