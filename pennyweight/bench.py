@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
-from pennyweight.quant.scoring import for_scoring
+from pennyweight.quant.scoring import check_scoring, for_scoring
 from pennyweight.recipe import (
     DenseTargets,
     FolderTeacher,
+    HiddenTargets,
     Recipe,
     SampledTargets,
     Schedule,
@@ -36,10 +38,13 @@ from pennyweight.recipe import (
     TeacherSamples,
     TopKTargets,
 )
-from pennyweight.records import Encoded, Sample
-from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_threshold
+from pennyweight.records import Encoded, Sample, sha256_json
+from pennyweight.teacher.cache import CacheFacts, TargetCache, settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep, threshold_within
+
+LABELLED_AS = "labelling.json"
+"""File of a RUN folder: the threshold that was settled on, and what it was found from."""
 
 
 class Bench:
@@ -135,13 +140,21 @@ class Bench:
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
         student = self._first_student(seed)
-        # What cannot be done is refused now, not after hours of training.
+        # What cannot be done is refused now, not after hours of writing and training.
+        self._check_targets()
         if self.recipe.train.pack and not (keeps_samples_apart(student) and keeps_samples_apart(self.teacher.model)):
             raise RecipeError(
                 f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
                 "train.pack=false"
             )
         return student
+
+    def _check_targets(self) -> None:
+        t, precision = self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
+        if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
+            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
+        if precision != "auto":
+            check_scoring(self.teacher.model, precision)
 
     @property
     def student_dtype(self) -> torch.dtype:
@@ -186,16 +199,22 @@ class Bench:
         if self.recipe.method.kind == "sft" or kind == "dense":
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
+        budget = getattr(self.recipe.targets, "budget", math.inf)
+        if made.bytes_per_token > budget:
+            say(
+                f"targets take {made.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples "
+                "have few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
+            )
         facts: dict[str, Any] = {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token}
         facts["entries_per_token"] = made.entries / max(1, made.tokens) if kind != "hidden" else None
         if kind == "sampled":
             facts["threshold"] = self.cache.keep.threshold
         return {"kind": kind, "tokens": tokens, **facts}, made.damaged
 
-    def fill_cache(self) -> CacheFacts:
-        """Label what is not labelled yet."""
+    def fill_cache(self, own: bool = True) -> CacheFacts:
+        """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
         with counting("targets", len(self.encoded), "samples") as c:
-            made = self.cache.fill(self.encoded, c.advance)
+            made = self.cache.fill(self.encoded, c.advance, clean=own)
         self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
         return made
 
@@ -210,33 +229,41 @@ class Bench:
     @cached_property
     def cache(self) -> TargetCache:
         """The targets of the training samples, on disk."""
-        t, made_by = self.recipe.targets, f"{self.teacher.fingerprint} on {self.compute.name}"
+        t, temperature = self.recipe.targets, getattr(self.recipe.method, "temperature", 1.0)
         assert not isinstance(t, DenseTargets)
-        temperature = getattr(self.recipe.method, "temperature", 1.0)
+        self._check_targets()
         keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
-        if isinstance(t, SampledTargets):
-            keep = replace(keep, threshold=self._threshold(t, temperature, made_by))
-        if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
-            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
+        keep = replace(keep, threshold=self._threshold(t, keep))
         return TargetCache(
             self.folder / "targets",
-            made_by,
+            f"{self.teacher.fingerprint} on {self.compute.name}",
             keep,
             self.teacher.vocabulary,
             t.shard,
             lambda samples, keep: self.labelling.targets(samples, keep),
         )
 
-    def _threshold(self, t: SampledTargets, temperature: float, made_by: str) -> float:
-        """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples."""
+    def _threshold(self, t: SampledTargets | TopKTargets | HiddenTargets, keep: Keep) -> float:
+        """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples.
+
+        Other kinds have none, but tell in the same file how they are labelled.
+        """
         some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
-        made_from = [made_by, t.precision, t.threshold, t.budget, temperature, [e.token_hash for e in some]]
+        made_from = {
+            "teacher": self.teacher.fingerprint,
+            "compute": self.compute.name,
+            "keep": asdict(keep),
+            "asked": t.model_dump(mode="json"),
+            "from": sha256_json([e.token_hash for e in some]),
+        }
 
         def find() -> float:
-            expected = lambda tried: self.labelling.expected(some, tried, temperature)  # noqa: E731
+            if not isinstance(t, SampledTargets):
+                return 0.0
+            expected = lambda tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
             return threshold_within(t.budget, t.threshold, self.teacher.vocabulary, expected)
 
-        return settled_threshold(self.folder / "targets", made_from, find)
+        return settled(self.folder / LABELLED_AS, made_from, find)
 
     @cached_property
     def held_out(self) -> HeldOut:

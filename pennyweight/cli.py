@@ -251,7 +251,9 @@ def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 @targets_app.command("inspect")
 def targets_inspect(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
-    tokens: Annotated[int, typer.Option(min=64, help="Training tokens to measure on.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=64, help="Training tokens to measure on; fewer where logits take over 1 GiB.")
+    ] = 4096,
     as_json: Json = False,
 ) -> None:
     """Bytes a token, mass kept, gradient error and calibration of the run's targets, beside top-k at the same bytes.
@@ -271,7 +273,7 @@ def targets_inspect(
 def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
     """Help a run to label: take shards that nobody is at. As many processes as you like may do so at once.
 
-    Example, in a second terminal or on another machine that sees the folder:
+    Example, in a second terminal, or on another machine of the same kind that sees the folder:
 
         pennyweight targets label runs/quickstart
     """

@@ -20,7 +20,7 @@ from pennyweight.model.generate import stream
 from pennyweight.model.load import load, open_tokenizer, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import align_vocabulary
-from pennyweight.progress import counting
+from pennyweight.progress import counting, say
 from pennyweight.quant.export import export
 from pennyweight.quant.formats import BITS
 from pennyweight.recipe import FolderTeacher
@@ -92,7 +92,11 @@ def compare(
     first, compute = _open(a, device, threads, trust_remote_code)
     second, _ = _open(b, device, threads, trust_remote_code)
     same_tokenizer(first.tokenizer, second.tokenizer)
-    align_vocabulary(second.model, first.vocabulary)
+    common = min(first.vocabulary, second.vocabulary)  # rows of padding that only one has would be given mass
+    for path, side in ((a, first), (b, second)):
+        before = side.vocabulary
+        if align_vocabulary(side.model, common):
+            say(f"{path}: the last {before - common:,} of a vocabulary of {before:,} are padding, left out here")
     encoded = windows(text, first.tokenizer, min(WINDOW, first.context, second.context))
     spelt = learnt_bytes(encoded, first.tokenizer)
     sides = as_scorer(first, compute), as_scorer(second, compute)

@@ -183,7 +183,7 @@ class Verifier(Protocol):
 
 
 class Teacher(Protocol):
-    """A model that can be asked. ``gives`` names its signals: ``text``, ``dense``, ``hidden``, ``top_k``, ``sampled``.
+    """A model that can be asked.
 
     ``fingerprint`` is the SHA-256 of its weights; ``name`` is for people.
     """
@@ -193,9 +193,6 @@ class Teacher(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
-
-    @property
-    def gives(self) -> frozenset[str]: ...
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[str, bool]]:
         """Responses to prompts of token ids: (text, whether it ended by itself)."""

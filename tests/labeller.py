@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pennyweight.records import Encoded
-from pennyweight.teacher.cache import TargetCache, settled_threshold
+from pennyweight.teacher.cache import TargetCache, settled
 from pennyweight.teacher.targets import Keep, draw, top, uniforms
 
 V, D, SHARD = 97, 12, 3
@@ -112,7 +112,8 @@ def settle(folder: Path) -> list[float] | str:
     """A hundred thresholds, each found anew by whoever comes first; or what went wrong."""
     meet(folder, "settles")
     try:
-        return [settled_threshold(folder, [i // 2], lambda i=i: 0.1 + i // 2) for i in range(100)]
+        file = folder.parent / "labelling.json"
+        return [settled(file, {"from": i // 2}, lambda i=i: 0.1 + i // 2) for i in range(100)]
     except OSError as error:
         return repr(error)
 
@@ -121,8 +122,8 @@ def main(folder: Path, mode: str):
     torch.set_num_threads(1)
     data = samples(DATA_COUNT, DATA_SEED)
     if mode == "beside":
-        settled = settle(folder)
-        print(json.dumps([settled, asdict(cache(folder, together(folder)).fill(data))]))
+        thresholds = settle(folder)
+        print(json.dumps([thresholds, asdict(cache(folder, together(folder)).fill(data))]))
     else:
         for name in ("slow", "held"):
             cache(folder / name, when_released(folder / name)).fill(data)

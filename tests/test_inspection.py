@@ -36,7 +36,13 @@ def test_what_is_kept_is_measured_beside_the_other_ways(run, capsys):
     assert set(found["students"]) == {"the untouched student", "the trained student"} and found["tokens"] >= 256
     for rows in found["students"].values():
         ours = [r for r in rows if r["way"] == "sampled"]
-        assert {r["way"] for r in rows} == {"sampled", "top-k, rescaled", "top-k + tail", "i.i.d. draws"}
+        assert {r["way"] for r in rows} == {
+            "sampled",
+            "top-k, rescaled",
+            "top-k + tail",
+            "i.i.d. draws",
+            "hidden states",
+        }
         assert sum(r["chosen"] for r in rows) == 1
         assert [r["bytes_per_token"] for r in ours] == sorted(r["bytes_per_token"] for r in ours)
         assert ours[0]["gradient_error"] > ours[-1]["gradient_error"] > 0
@@ -47,6 +53,75 @@ def test_what_is_kept_is_measured_beside_the_other_ways(run, capsys):
     assert verify(str(run)).ok
     print_inspection(found)
     assert found["said"].split(";")[0] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "way", "said"),
+    [
+        (["method.temperature=3"], "sampled", "The sample at threshold 0.0"),
+        (["targets.kind=top_k", "targets.k=5", "method.temperature=2"], "top-k + tail", "Top-5 with the rest as one"),
+        (["targets.kind=hidden", "targets.precision=bfloat16"], "hidden states", "The last hidden states take"),
+    ],
+)
+def test_what_is_measured_is_what_the_run_keeps(tmp_path, monkeypatch, settings, way, said):
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
+    some = ["seeds=[0]", "quantize.formats=[]", "evaluate.samples=0", "evaluate.problems=2"]
+    summary = pennyweight.run(TINY, [*some, *settings], tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    found = inspect_targets(str(tmp_path / "run"))
+    assert found["tokens"] == summary["targets"]["tokens"] and found["said"].startswith(said)
+    for rows in found["students"].values():
+        mine = next(r for r in rows if r["chosen"])
+        assert mine["way"] == way
+        # The run's shards have a header each and an index; the measure has one of 256 positions a sample.
+        assert mine["bytes_per_token"] == pytest.approx(summary["targets"]["bytes_per_token"], rel=0.35)
+        if way == "sampled":
+            assert mine["ids_per_token"] == pytest.approx(summary["targets"]["entries_per_token"], rel=0.05)
+    changed = {p.name for p, content in before.items() if p.read_bytes() != content}
+    assert changed <= {"report.html"}, "looking has changed what the run wrote"
+    assert verify(str(tmp_path / "run")).ok
+
+
+def test_what_was_found_of_other_settings_is_not_drawn(run):
+    inspect_targets(str(run), 256)
+    assert "error of the batch gradient" in (run / "report.html").read_text()
+    pennyweight.run(TINY, ["seeds=[0]", "quantize.formats=[]", "targets.threshold=0.1"], run)
+    assert "error of the batch gradient" not in (run / "report.html").read_text()
+    inspect_targets(str(run), 256)
+    assert "error of the batch gradient" in (run / "report.html").read_text()
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient_to_measure(run):
+    for student in (run / "student", run / "arms" / "base-0"):
+        shutil.rmtree(student)
+    shutil.copytree(run / "teacher", run / "student")
+    try:
+        found = inspect_targets(str(run), 128)
+    except RunError as e:
+        assert "no gradient to measure" in str(e)
+    else:  # rounding leaves something of a gradient that is zero
+        assert list(found["students"]) == ["the trained student"]
+
+
+def test_help_from_another_kind_of_device_is_refused_and_from_old_settings_harms_nothing(run, monkeypatch):
+    file = run / "labelling.json"
+    known = json.loads(file.read_text())
+    shards = sorted((run / "targets").iterdir())
+    file.write_text(json.dumps({**known, "made_from": {**known["made_from"], "compute": "cuda:0 bfloat16"}}))
+    with pytest.raises(RunError, match="labelled on cuda:0 bfloat16 and this process would on cpu float32"):
+        help_to_label(str(run))
+    file.write_text(json.dumps(known))
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**recipe, "targets": {**recipe["targets"], "threshold": 0.2}}))
+    assert help_to_label(str(run))["made"] > 0
+    assert set(shards) < set((run / "targets").iterdir())
+
+    def gone(*_, **__):
+        raise FileNotFoundError(2, "No such file", "a.targets")
+
+    monkeypatch.setattr("pennyweight.bench.TargetCache.fill", gone)
+    with pytest.raises(RunError, match="a.targets was removed meanwhile"):
+        help_to_label(str(run))
 
 
 def test_helping_a_finished_run_makes_nothing_and_a_lost_shard_again(run):

@@ -169,6 +169,23 @@ def test_top_k_as_it_is_stored_is_near_what_it_was_made_from(kind, k):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [32, 1024])
+def test_a_student_that_is_its_sharp_teacher_is_told_so_by_stored_top_k(kind, k):
+    """Most of the k are stored as zero; what stands for them must not add up to anything."""
+    seed = fresh()
+    spec = a_spec(seed, kind, 1.0)
+    teacher = torch.randn(64, 65_536, generator=torch.Generator().manual_seed(seed))
+    teacher[:, 0] += 25
+    kept = top(teacher.clone(), k, 1.0, uniforms(64, seed), 16)
+    _, ids, probs, _ = restore(kept, 0.0, 16)
+    assert float((probs == 0).float().mean()) > 0.9
+    value, gradient = TopK(ids.view(64, k), probs.view(64, k)).loss(spec, teacher.clone())
+    # Of each position, less than a step of 1.5e-5 is rounded; how probable it was is not known better than that.
+    assert float(value.abs().mean()) < 2e-4, f"seed {seed}, {spec}"
+    assert float(gradient.abs().sum(-1).mean()) < (3e-4 if kind != "tvd" else 1e-3), f"seed {seed}, {spec}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_student_so_sharp_that_the_rest_of_it_underflows(kind):
     """A token 300 nats above all others, as dense targets take it."""
     seed = fresh()

@@ -30,7 +30,7 @@ from pennyweight.model.head import Head
 from pennyweight.model.load import load
 from pennyweight.recipe import HiddenTargets, SampledTargets, TopKTargets
 from pennyweight.recipe_file import load as read_recipe
-from pennyweight.teacher.cache import settled_threshold
+from pennyweight.teacher.cache import read_settled, settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.shards import Shard
 from pennyweight.teacher.targets import Keep, restore
@@ -162,11 +162,21 @@ def test_a_killed_pass_goes_on_where_it_stopped(tmp_path, after):
     assert len(files(tmp_path / "a")) == after and len(asked) == after
     lost = f".making-{'0' * 32}.left.targets"
     (tmp_path / "a" / lost).write_bytes(b"half a sh")
-    (tmp_path / "a" / f".claim-{'0' * 32}").touch()
     facts = cache(tmp_path / "a", counted(asked)).fill(data)
     assert facts.made == 5 - after and asked == [3, 3, 3, 3, 2] and facts.damaged == ()
     cache(tmp_path / "b").fill(data)
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_who_helps_removes_nothing_and_whose_folder_it_is_all_else(tmp_path):
+    of_others = cache(tmp_path / "a", keep=Keep(threshold=0.2))
+    of_others.fill(samples())
+    left = files(tmp_path / "a")
+    cache(tmp_path / "a").fill(samples(), clean=False)
+    both = files(tmp_path / "a")
+    assert left.items() < both.items() and len(both) == 2 * len(left)
+    cache(tmp_path / "a").fill(samples())
+    assert files(tmp_path / "a") == {n: both[n] for n in both if n not in left}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,10 +265,10 @@ def beside(tmp_path_factory):
     """A folder that two processes labelled at once, and what each of them settled and got."""
     folder = tmp_path_factory.mktemp("beside") / "targets"
     with spawned(folder, "beside") as other:
-        settled = labeller.settle(folder)
+        thresholds = labeller.settle(folder)
         mine = cache(folder, labeller.together(folder)).fill(DATA)
         theirs = json.loads(other.communicate(timeout=120)[0])
-    return folder, [settled, json.loads(json.dumps(asdict(mine)))], theirs
+    return folder, [thresholds, json.loads(json.dumps(asdict(mine)))], theirs
 
 
 def test_two_processes_share_the_shards_and_make_each_once(tmp_path, beside):
@@ -271,7 +281,6 @@ def test_two_processes_share_the_shards_and_make_each_once(tmp_path, beside):
     assert {**mine, "made": 0} == {**theirs, "made": 0}
     alone = cache(tmp_path / "alone").fill(DATA)
     assert {**mine, "made": SHARDS} == json.loads(json.dumps(asdict(alone)))
-    (folder / "threshold.json").unlink()
     assert files(folder) == files(tmp_path / "alone")
 
 
@@ -371,20 +380,22 @@ def test_one_that_is_interrupted_while_another_waits_leaves_the_shard_to_that_on
 
 
 def test_a_threshold_is_found_once_for_what_it_was_found_from(tmp_path):
-    folder, found = tmp_path / "targets", iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    file, found = tmp_path / "labelling.json", iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     find = lambda: next(found)  # noqa: E731
-    assert settled_threshold(folder, ["a", 1], find) == 0.1
-    assert settled_threshold(folder, ["a", 1], find) == 0.1
-    assert settled_threshold(folder, ["a", 2], find) == 0.2
-    assert settled_threshold(folder, ["a", 1], find) == 0.3  # one is kept, that of the last settings
-    file = folder / "threshold.json"
+    one, other = {"made": "from", "this": 1}, {"made": "from", "this": 2}
+    assert settled(file, one, find) == 0.1
+    assert settled(file, one, find) == 0.1
+    assert settled(file, other, find) == 0.2
+    assert settled(file, one, find) == 0.3  # one is kept, that of the last settings
+    assert read_settled(file) == {"settled": 0.3, "made_from": one}
     for harm in (b"", b"{", b"[]", b"3", b'{"made_from": 1}', b"\xff\xfe", file.read_bytes().replace(b"0.3", b"null")):
         file.write_bytes(harm)
+        assert read_settled(file) is None
         found = iter([0.7])
-        assert settled_threshold(folder, ["a", 1], lambda: next(found)) == 0.7, harm  # noqa: B023
+        assert settled(file, one, lambda: next(found)) == 0.7, harm  # noqa: B023
         found = iter([])
-        assert settled_threshold(folder, ["a", 1], lambda: next(found)) == 0.7, harm  # noqa: B023
-    assert [f.name for f in folder.iterdir()] == ["threshold.json"]
+        assert settled(file, one, lambda: next(found)) == 0.7, harm  # noqa: B023
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".claims", "labelling.json"]
 
 
 def a_bench(tmp_path, teacher, **targets) -> Bench:
@@ -408,9 +419,7 @@ def test_a_budget_raises_the_threshold_of_a_diffuse_teacher_and_no_others(tmp_pa
         facts, damaged = bench.label()
         spent[name] = facts
         assert damaged == () and facts["threshold"] >= 0.01
-        assert (
-            json.loads((tmp_path / name / "targets" / "threshold.json").read_text())["threshold"] == facts["threshold"]
-        )
+        assert json.loads((tmp_path / name / "labelling.json").read_text())["settled"] == facts["threshold"]
         again = a_bench(tmp_path / name, who, **asked)
         again.__dict__["answering"] = again.__dict__["labelling"] = None  # whatever labels is not asked again
         assert again.cache.keep.threshold == facts["threshold"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from truth import bound, fresh, surprise, with_gradient
 
+from pennyweight.errors import ModelError
 from pennyweight.loss.divergence import Divergence
 from pennyweight.loss.signals import Sparse
 from pennyweight.teacher import targets
@@ -26,6 +27,7 @@ from pennyweight.teacher.targets import (
     join,
     predicted_bytes,
     restore,
+    threshold_within,
     top,
     uniforms,
 )
@@ -333,3 +335,36 @@ def test_no_positions_are_no_entries():
     kept = drawn(torch.zeros(0, 50), 0.05)
     assert len(kept) == 0 and len(kept.ids) == 0
     assert len(top(torch.zeros(0, 50), 3, 1.0, uniforms(0, 0), 16)) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(bad):
+    logits = torch.randn(5, 300, generator=generator(0))
+    logits[3, 7] = bad
+    with pytest.raises(ModelError, match="no numbers .* try targets.precision=float32"):
+        drawn(logits, 0.025)
+    with pytest.raises(ModelError, match="at 1 of 5 positions"):
+        top(logits.clone(), 4, 1.0, uniforms(5, 0), 16)
+    with pytest.raises(ModelError, match="no numbers"):
+        expected_entries(logits.clone(), [0.1], 1.0)
+
+
+def test_a_logit_of_minus_infinity_is_a_token_that_never_comes():
+    seed = fresh()
+    logits = torch.randn(200, 300, generator=generator(seed))
+    never = torch.rand(200, 300, generator=generator(seed + 1)) < 0.5
+    without = logits.masked_fill(never, -math.inf)
+    kept = drawn(without, 0.025, seed=seed)
+    weights, _, entropy = expanded(kept, 0.025, 300)
+    assert not weights[never].any(), f"seed {seed}"
+    want = torch.distributions.Categorical(logits=logits.masked_fill(never, -1e9)).entropy()
+    assert float((entropy - want).abs().max()) <= ENTROPY_STEP, f"seed {seed}"
+
+
+@pytest.mark.parametrize(("asked", "budget", "settled"), [(0.9, 4.0, 0.9), (0.5, 4.0, 0.5), (0.01, 1e9, 0.01)])
+def test_a_threshold_never_falls_to_keep_to_a_budget(asked, budget, settled):
+    logits = torch.randn(20, 5000, generator=generator(0))
+    expected = lambda tried: expected_entries(logits.clone(), tried, 1.0)  # noqa: E731
+    assert threshold_within(budget, asked, 5000, expected) == settled
+    assert 0.01 < threshold_within(20.0, 0.01, 5000, expected) < 0.5
+    assert threshold_within(1.0, 0.01, 5000, expected) == 0.5

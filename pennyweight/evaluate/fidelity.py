@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.loss.signals import Dense, Sparse, Target, TopK
-from pennyweight.teacher.shards import encode
+from pennyweight.teacher.shards import as_stored, encode, encode_hidden
 from pennyweight.teacher.targets import Keep, Kept, draw, restore, top, uniforms
 
 Gradient = Callable[[Target], list[Tensor]]
@@ -67,6 +67,15 @@ def top_k(logits: Tensor, k: int, tail: bool) -> Stand:
     return Stand("top-k, rescaled", k, [target], size, per_token, float(mass.mean()), scaled[:, 0])
 
 
+def hidden_states(states: Tensor, logits_of: Callable[[Tensor, Tensor | None], Tensor]) -> Stand:
+    """Last hidden states (N, D) in the 16 bits of a shard, of which the head ``logits_of`` makes (N, V) logits."""
+    kept = as_stored(states)
+    logits = logits_of(kept, None)
+    size = len(encode_hidden([kept.cpu()])) / len(kept)
+    confidence = torch.softmax(logits, -1).amax(-1).cpu()
+    return Stand("hidden states", kept.shape[1], [Dense.live(kept, logits_of)], size, logits.shape[1], 1.0, confidence)
+
+
 def drawn(logits: Tensor, count: int, draws: int, seed: int = 0) -> Stand:
     """Independent draws with replacement, as Anshumann et al. (arXiv 2503.16870) keep them: distinct ids and counts.
 
@@ -89,24 +98,24 @@ def drawn(logits: Tensor, count: int, draws: int, seed: int = 0) -> Stand:
 
 
 def compare(stand: Stand, dense: list[Tensor], gradient: Gradient, confidence: Tensor) -> dict[str, Any]:
-    """Error and angle of a gradient against the dense one, its bias, and calibration: what is reported of a way.
+    """Error and angle of a gradient against the ``dense`` one, which is not zero, its bias, and calibration.
 
     ``gradient_error`` is relative, root mean square over draws; ``gradient_bias`` that of the mean over draws, from
     which the share that the draws' scatter leaves has been taken off; ``calibration_error`` compares the weight of the
     most probable token with its probability, in 15 bins of it (Guo et al., arXiv 1706.04599).
     """
-    norm = _norm(dense)
+    norm = norm_of(dense)
     errors, angles = [], []
     total = [torch.zeros_like(d) for d in dense]
     for target in stand.targets:
         g = gradient(target)
-        errors.append(_norm([a - b for a, b in zip(g, dense, strict=True)]) / norm)
+        errors.append(norm_of([a - b for a, b in zip(g, dense, strict=True)]) / norm)
         dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(g, dense, strict=True))
-        angles.append(math.degrees(math.acos(max(-1.0, min(1.0, dot / (norm * _norm(g)))))))
+        angles.append(math.degrees(math.acos(max(-1.0, min(1.0, dot / (norm * max(norm_of(g), 1e-30)))))))
         for t, a in zip(total, g, strict=True):
             t += a / len(stand.targets)
     mean_square = sum(e * e for e in errors) / len(errors)
-    of_mean = (_norm([a - b for a, b in zip(total, dense, strict=True)]) / norm) ** 2
+    of_mean = (norm_of([a - b for a, b in zip(total, dense, strict=True)]) / norm) ** 2
     n = len(errors)
     bias = max(0.0, (of_mean - mean_square / n) / (1 - 1 / n)) if n > 1 else of_mean
     return {
@@ -161,5 +170,6 @@ def _calibration(weights: Tensor, confidence: Tensor) -> float:
     return float(gap.abs().sum()) / len(weights)
 
 
-def _norm(parts: list[Tensor]) -> float:
+def norm_of(parts: list[Tensor]) -> float:
+    """Euclidean length of several tensors taken as one."""
     return math.sqrt(sum(float(p.double().square().sum()) for p in parts))

@@ -68,25 +68,23 @@ class TopK:
         if t != 1.0:
             student.div_(t)
         kept = student.gather(-1, self.ids)
+        # A probability that rounding has made zero is a zero to forward KL, which is linear in it; elsewhere, where a
+        # zero would cost infinitely much, its id is one of the rest.
+        rest = None if spec.kind == "forward_kl" else self.probs <= 0
+        taken = torch.full_like(kept, -torch.inf) if rest is None else torch.where(rest, kept, -torch.inf)
         least = torch.finfo(student.dtype).min  # of no token at all, where K is the whole vocabulary
-        top = student.scatter_(-1, self.ids, -torch.inf).amax(-1, keepdim=True).clamp_(min=least)
+        top = student.scatter_(-1, self.ids, taken).amax(-1, keepdim=True).clamp_(min=least)
         e = student.sub_(top).exp_()
         mass = e.sum(-1, keepdim=True)
+        if rest is not None:
+            kept = kept.masked_fill(rest, -torch.inf)
         coarse = torch.cat([kept, mass.log() + top], -1)
-        value, g = divergence(Divergence(spec.kind, spec.beta, 1.0, spec.alpha), self._log(coarse, mass), coarse)
-        e.mul_(g[:, -1:] / mass.clamp(min=torch.finfo(e.dtype).tiny)).scatter_(-1, self.ids, g[:, :-1])
+        left = (1.0 - self.probs.sum(-1, keepdim=True)).clamp(min=0.0 if rest is None else _HALF_STEP)
+        teacher = torch.cat([self.probs, torch.where(mass == 0, 0.0, left)], -1).to(coarse.dtype).log_()
+        value, g = divergence(Divergence(spec.kind, spec.beta, 1.0, spec.alpha), teacher, coarse)
+        e.mul_(g[:, -1:] / mass.clamp(min=torch.finfo(e.dtype).tiny))
+        e.scatter_(-1, self.ids, g[:, :-1] if rest is None else torch.where(rest, e.gather(-1, self.ids), g[:, :-1]))
         return (value, e) if t == 1.0 else (value.mul_(t * t), e.mul_(t))
-
-    def _log(self, coarse: Tensor, mass: Tensor) -> Tensor:
-        """Logarithms of the teacher's K + 1 probabilities; none is zero, unless nothing is beside the K.
-
-        A probability that rounding has made zero, alone or by the sum of the others, stands for half a step.
-        """
-        left = 1.0 - self.probs.sum(-1, keepdim=True)
-        probs = torch.cat([self.probs, left], -1).to(coarse.dtype)
-        probs = torch.where(probs > 0, probs, _HALF_STEP)
-        probs[:, -1:].masked_fill_(mass == 0, 0.0)
-        return probs.log_()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,25 @@ def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
         RecipeError: no such precision, or int8 where it would not be faster.
         ModelError: int8, and the model is a low-bit copy already or has no layer that could be coded.
     """
+    check_scoring(model, precision)
     if precision == "int8":
         return _int8(model)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision)
-    if dtype is None:
-        raise RecipeError(f"no precision named {precision!r} to score in; choose float32, bfloat16 or int8")
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
     # The head of the given model, not of the copy: a CPU has no bfloat16 product with float32 logits.
     return _copy(model, dtype, set()), head_of(model)
+
+
+def check_scoring(model: Any, precision: str) -> None:
+    """Raise RecipeError where ``for_scoring`` would, without making anything."""
+    if precision not in ("float32", "bfloat16", "int8"):
+        raise RecipeError(f"no precision named {precision!r} to score in; choose float32, bfloat16 or int8")
+    # Without VNNI the product alone is at most twice as fast as float32's; on a GPU none of this was measured.
+    on_cpu = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if precision == "int8" and not (on_cpu and torch.cpu._is_vnni_supported()):
+        raise RecipeError(
+            "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
+            f"not on this {model.device.type}; leave targets.precision at auto"
+        )
 
 
 class Int8Linear(nn.Module):
@@ -93,12 +105,6 @@ class _Seen:
 
 def _int8(model: Any) -> tuple[Any, Head]:
     refuse_low_bit(model)
-    # Without VNNI the product alone is at most twice as fast as float32's; on a GPU none of this was measured.
-    if not (model.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        raise RecipeError(
-            "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
-            f"not on this {model.device.type}; leave targets.precision at auto"
-        )
     head, output = head_of(model), model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output}
     if not linears:

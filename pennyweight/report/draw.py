@@ -16,7 +16,9 @@ def draw(root: Path) -> Path:
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     shown = json.loads((root / "evaluation" / "shown.json").read_text(encoding="utf-8"))
     if (root / "inspection.json").exists():
-        summary["inspection"] = json.loads((root / "inspection.json").read_text(encoding="utf-8"))
+        inspection = json.loads((root / "inspection.json").read_text(encoding="utf-8"))
+        if inspection.get("made_from") == [summary["recipe_hash"], summary["teacher"]["fingerprint"]]:
+            summary["inspection"] = inspection  # not what was found of another recipe or teacher
     lines = [json.loads(line) for line in metrics if line.strip()]
     of_this_run = [x for x in lines if x.get("arm") == "teacher" or _trained(summary, x)]
     page = render(summary, of_this_run, shown)

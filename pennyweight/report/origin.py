@@ -109,8 +109,10 @@ def _inspection(found: Mapping[str, Any]) -> Html | None:
     name, rows = list(found["students"].items())[-1]  # the nearer to its teacher, the more an error weighs
     ways: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
+        if r["way"] == "hidden states" and not r["chosen"]:
+            continue  # so large and so exact that the others would be drawn into a corner
         ways.setdefault(r["way"], []).append((r["bytes_per_token"], r["gradient_error"]))
-    roles = dict(zip(ways, ("student", "control", "base", "teacher"), strict=False))
+    roles = dict(zip(ways, ("student", "control", "base", "teacher", "int8"), strict=False))
     lines = [Line(roles[way], way, sorted(points)) for way, points in ways.items()]
     return figure(
         found["said"],

@@ -1,10 +1,11 @@
 """A teacher's targets, labelled once and kept in content-addressed shards.
 
 A shard holds the targets of up to ``shard`` samples, taken in the order of their token hashes, so it depends on the
-teacher's weights, the tokens and the settings, and on nothing else (not on seeds, batches, the order of the data or how
-many label). Its file name is ``KEY.SHA.targets``: KEY hashes what it was made from, SHA what is in it. So a killed
-pass goes on where it stopped, a damaged shard is found, named and made again, and several processes can label at once:
-each takes a shard that nobody holds, and a process that dies lets go of its own.
+teacher's weights, the tokens, the settings and the kind of processor, and not on seeds, batches, the order of the data
+or how many label. Its file name is ``KEY.SHA.targets``: KEY hashes what it was made from, SHA what is in it. So a
+killed pass goes on where it stopped, a damaged shard is found, named and made again, and several processes can label at
+once: each takes a shard that nobody holds, and a process that dies lets go of its own. What they hold lies outside the
+folder of the shards, which holds nothing else, so that its hash is that of the targets.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from pennyweight.model.head import Head
 from pennyweight.records import Encoded, sha256_json
 from pennyweight.teacher.shards import Shard, encode, encode_hidden
 from pennyweight.teacher.targets import Keep, Kept, join, restore
+
+_RULE = 1  # goes into every KEY: raise it when the same teacher, tokens and settings would give other targets
 
 Label = Callable[[Sequence[Encoded], Keep], list[Kept] | list[Tensor]]
 """(samples, what to keep) -> targets of each sample: ``Kept``, or (P, D) hidden states"""
@@ -53,7 +56,7 @@ class TargetCache:
     """Targets of samples from the teacher whose weights hash to ``fingerprint``.
 
     Args:
-        folder: where the shards lie; made if it is not there.
+        folder: where the shards lie, made if it is not there; claims to make one lie in ``.claims`` beside it.
         keep: what is kept of the teacher.
         vocabulary: entries of the teacher's head.
         shard: samples in one shard.
@@ -65,8 +68,14 @@ class TargetCache:
         self.vocabulary, self.shard, self.label = vocabulary, shard, label
         self._place: dict[str, tuple[Shard, int]] = {}
 
-    def fill(self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None) -> CacheFacts:
-        """Load or make every shard; afterwards ``signal`` answers for these samples, and no other shard is left."""
+    def fill(
+        self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None, clean: bool = True
+    ) -> CacheFacts:
+        """Load or make every shard; afterwards ``signal`` answers for these samples.
+
+        ``clean`` removes all else from the folder, such as shards of other settings: for the one process whose folder
+        it is, not for those that help it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         unique = {s.token_hash: s for s in samples}
         order = sorted(unique)
@@ -83,10 +92,9 @@ class TargetCache:
                 if path is not None:
                     found[key], made = path, made + new
                     progress(len(group))
-        used = {p.name for p in found.values()}
-        others = {p.name for p in self.folder.glob("*.targets")} - used
-        for of_other_settings in (*others, *(p.name for p in self.folder.glob(".claim-*"))):
-            (self.folder / of_other_settings).unlink(missing_ok=True)
+        if clean:
+            for other in set(self.folder.iterdir()) - set(found.values()):
+                other.unlink(missing_ok=True)
         shards = [Shard(found[self._key(group)]) for group in groups]
         for shard, group in zip(shards, groups, strict=True):
             self._place.update({s.token_hash: (shard, i) for i, s in enumerate(group)})
@@ -120,7 +128,7 @@ class TargetCache:
         return bool(self._place)
 
     def _key(self, group: list[Encoded]) -> str:
-        made_from = [self.fingerprint, asdict(self.keep), self.vocabulary, [s.token_hash for s in group]]
+        made_from = [_RULE, self.fingerprint, asdict(self.keep), self.vocabulary, [s.token_hash for s in group]]
         return sha256_json(made_from)[:32]
 
     def _shard(self, key: str, group: list[Encoded], damaged: list[str], waits: bool) -> tuple[Path | None, bool]:
@@ -129,7 +137,7 @@ class TargetCache:
         path = self._load(key, group)
         if path is not None:
             return path, False
-        with _claim(self.folder / f".claim-{key}", waits) as mine:
+        with _claim(self.folder.parent / ".claims" / key, waits) as mine:
             if not mine:
                 return None, False
             # Only who holds the claim may remove what is damaged: another may have repaired it since it was read.
@@ -165,27 +173,34 @@ class TargetCache:
         return path
 
 
-def settled_threshold(folder: Path, made_from: list[object], find: Callable[[], float]) -> float:
-    """A threshold that was found from the data, found once: read again where it was found from the same.
+def settled(file: Path, made_from: dict[str, object], find: Callable[[], float]) -> float:
+    """A number that was found from the data, found once: read again where it was found from the same.
 
     Args:
+        file: where it is kept, with what it was made from.
         made_from: whatever it depends on, as JSON.
     """
-    file, key = folder / "threshold.json", sha256_json(made_from)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _claim(folder / ".claim-threshold", waits=True):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(file.read_text())
-            if known["made_from"] == key:
-                return float(known["threshold"])
-        threshold = find()
-        write_whole(file, json.dumps({"made_from": key, "threshold": threshold}))
-    return threshold
+    with _claim(file.parent / ".claims" / file.name, waits=True):
+        known = read_settled(file)
+        if known and known["made_from"] == made_from:
+            return known["settled"]
+        found = find()
+        write_whole(file, json.dumps({"made_from": made_from, "settled": found}, indent=2))
+    return found
+
+
+def read_settled(file: Path) -> dict[str, Any] | None:
+    """What ``settled`` kept: ``settled``, a float, and ``made_from``; None where there is nothing, or it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(file.read_text())
+        return {"settled": float(known["settled"]), "made_from": dict(known["made_from"])}
+    return None
 
 
 @contextmanager
 def _claim(path: Path, waits: bool) -> Iterator[bool]:
     """Whether this process may make a shard. The lock goes with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(path, "w") as f:
             try:

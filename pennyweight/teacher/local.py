@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.data.pack import Batch, collate
+from pennyweight.errors import ModelError
 from pennyweight.loss.signals import Dense
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import generate
@@ -45,10 +46,6 @@ class LocalTeacher:
     @property
     def fingerprint(self) -> str:
         return self.loaded.fingerprint
-
-    @property
-    def gives(self) -> frozenset[str]:
-        return frozenset({"text", "dense", "hidden", "top_k", "sampled"})
 
     @property
     def head(self) -> Head:
@@ -99,6 +96,11 @@ class LocalTeacher:
             states = self.hidden(collate([[s] for s in group], self.loaded.pad_id))
             sizes = [len(s.loss_positions) for s in group]
             if keep.kind == "hidden":
+                if not states.isfinite().all():
+                    raise ModelError(
+                        "the teacher's hidden states are no numbers (NaN or infinity) somewhere; its precision may be "
+                        "too narrow for it: try targets.precision=float32 or compute.dtype=float32"
+                    )
                 parts: Sequence[Kept | Tensor] = states.cpu().split(sizes)
             else:
                 seeds = [int(s.token_hash[:15], 16) for s in group]
@@ -139,7 +141,8 @@ class LocalTeacher:
         self, samples: Sequence[Encoded], thresholds: list[float], temperature: float, positions: int = 1024
     ) -> list[tuple[float, float]]:
         """Heads and tails a position that each threshold would keep, on average over some positions of the samples."""
-        states = self.hidden(collate([[s] for s in samples], self.loaded.pad_id))
+        groups = self._groups(sorted(samples, key=lambda s: (len(s.ids), s.token_hash)))
+        states = torch.cat([self.hidden(collate([[s] for s in group], self.loaded.pad_id)) for group in groups])
         some = states[:: max(1, len(states) // positions)]
         tile = max(16, _TILE_ENTRIES // self.head.weight.shape[0])
         parts = [

@@ -109,15 +109,19 @@ def encode(kept: list[Kept], vocabulary: int, keep: Keep) -> bytes:
     return _assemble(layout, table, [len(k) for k in kept], [_stream(k, layout, rank) for k in kept])
 
 
+def as_stored(states: Tensor) -> Tensor:
+    """Hidden states in the 16 bits they are kept in: float16, or bfloat16 where one is beyond its range."""
+    return states.half() if bool((states.abs() <= 65504).all()) else states.bfloat16()
+
+
 def encode_hidden(states: list[Tensor]) -> bytes:
-    """A shard of (P, D) last hidden states of several samples: float16, or bfloat16 where that would overflow."""
-    narrow = all(bool((s.abs() <= 65504).all()) for s in states)
-    layout = Layout("hidden", samples=len(states), columns=states[0].shape[1], dtype=1 if narrow else 2)
-    if narrow:
-        raw = [s.half().numpy().tobytes() for s in states]
-    else:
-        raw = [s.bfloat16().view(torch.int16).numpy().tobytes() for s in states]
-    return _assemble(layout, np.zeros(0, np.int64), [len(s) for s in states], raw)
+    """A shard of (P, D) last hidden states of several samples, on the CPU."""
+    sizes = [len(s) for s in states]
+    whole = as_stored(torch.cat(states))
+    raw = [s.contiguous().view(torch.int16).numpy().tobytes() for s in whole.split(sizes)]
+    kind = 1 if whole.dtype == torch.float16 else 2
+    layout = Layout("hidden", samples=len(states), columns=whole.shape[1], dtype=kind)
+    return _assemble(layout, np.zeros(0, np.int64), sizes, raw)
 
 
 class Shard:

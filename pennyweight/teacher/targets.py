@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from pennyweight.errors import ModelError
+
 ENTROPY_STEP = 1 / 16
 """Nats of one step of the stored entropy (one byte, at most 15.94), rounded without bias."""
 
@@ -189,7 +191,7 @@ def expected_entries(logits_NV: Tensor, thresholds: list[float], temperature: fl
 
 
 def predicted_bytes(heads: float, tails: float, vocabulary: int, threshold: float) -> float:
-    """Bytes a position takes at most with so many heads and tails, ids not yet shortened by their frequency."""
+    """About the bytes of a position with so many heads and tails: ids at full width, without the sample's own 12."""
     id_bits = (vocabulary - 1).bit_length()
     counts_and_entropy = 2.5
     return ((heads + tails) * id_bits + heads * bits_for(threshold)) / 8 + counts_and_entropy
@@ -198,11 +200,12 @@ def predicted_bytes(heads: float, tails: float, vocabulary: int, threshold: floa
 def threshold_within(
     budget: float, threshold: float, vocabulary: int, expected: Callable[[list[float]], list[tuple[float, float]]]
 ) -> float:
-    """``threshold``, or the least of 32 above it that takes at most ``budget`` bytes a position; the last if none does.
+    """``threshold``, or the least of some above it, up to a half, that is expected to take ``budget`` bytes a position;
+    the last where none is.
 
     ``expected`` gives heads and tails a position for some thresholds, as ``expected_entries`` does.
     """
-    tried = [min(0.5, threshold * 2 ** (i / 4)) for i in range(33)]
+    tried = [threshold, *(t for i in range(1, 33) if threshold < (t := min(0.5, threshold * 2 ** (i / 4))))]
     for some in (tried[:1], tried[1:]):  # the first mostly does, and each that is looked at costs a pass
         for t, (heads, tails) in zip(some, expected(some), strict=True):
             if predicted_bytes(heads, tails, vocabulary, t) <= budget:
@@ -211,13 +214,25 @@ def threshold_within(
 
 
 def _exponentials(logits: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits / temperature - their maximum) in ``out``; its (n, 1) sum; (n,) entropy in nats. Uses up logits."""
+    """exp(logits / temperature - their maximum) in ``out``; its (n, 1) sum; (n,) entropy in nats. Uses up logits.
+
+    Raises:
+        ModelError: a logit is NaN or positive infinity. Minus infinity is a probability of zero.
+    """
     if temperature != 1.0:
         logits.div_(temperature)
     logits.sub_(logits.amax(-1, keepdim=True))
     torch.exp(logits, out=out)
     mass = out.sum(-1, keepdim=True)
-    return mass, (mass.log() - torch.linalg.vecdot(out, logits).unsqueeze(-1) / mass).squeeze(-1)
+    if not mass.isfinite().all():
+        raise ModelError(
+            f"the teacher's logits are no numbers (NaN or infinity) at {int((~mass.isfinite()).sum())} of {len(mass)} "
+            "positions; its precision may be too narrow for it: try targets.precision=float32 or compute.dtype=float32"
+        )
+    mean = torch.linalg.vecdot(out, logits)
+    if not mean.isfinite().all():
+        mean = torch.linalg.vecdot(out, logits.nan_to_num_(neginf=0.0))  # 0 log 0 is 0
+    return mass, mass.log().squeeze(-1) - mean / mass.squeeze(-1)
 
 
 def _systematic(blocks: Tensor, unit: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
