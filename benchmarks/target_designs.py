@@ -6,7 +6,8 @@ stories260K on 4,096 of its own tokens; students cut to 3 layers, untrained and 
 of 1/40 are exact in all; below it an id is kept with probability p / t and weighs t. What differs is which ids are
 kept together: by independent tosses; systematically within each position; along one line through all positions; or
 across positions, ordered by id, so that every id is kept about as often as it should be over the whole chunk. Relative
-error of the gradient: of all parameters, of the head alone, and of the mean of the logits' gradient; 8 draws.
+error of the gradient: of all parameters, of the head alone, and of the mean of the logits' gradient; 8 draws. The last
+row keeps ids in proportion to p times the length of their row of the head, which is what hidden states receive of them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.bars import machine
+from benchmarks.bars import machine, real
 from benchmarks.targets import real_case
 from pennyweight.loss.signals import Sparse
+from pennyweight.model.head import head_of
+from pennyweight.model.load import load
 
 T = 1 / 40
 DRAWS = 8
@@ -61,6 +64,7 @@ def across(size: int) -> Design:
     return draw
 
 
+BY_LENGTH = "within, by head's rows"
 DESIGNS: dict[str, Design] = {
     "independent tosses": tosses,
     "within each position": within,
@@ -68,6 +72,7 @@ DESIGNS: dict[str, Design] = {
     "one line, by position": one_line,
     "across 256, by id": across(256),
     "across 4,096, by id": across(4096),
+    BY_LENGTH: within,
 }
 
 
@@ -82,19 +87,30 @@ def relative(parts: list[Tensor], of: list[Tensor]) -> float:
     return error / sum(float(b.double().square().sum()) for b in of)
 
 
+def head_lengths() -> Tensor:
+    """(V,) lengths of the rows of the teacher's head."""
+    teacher = load(str(real("stories260K")), device=torch.device("cpu"), dtype=torch.float32)
+    return head_of(teacher.model).weight.detach().double().norm(dim=1)
+
+
 def main() -> None:
     print(machine())
+    lengths = head_lengths()
     for steps in (0, 60):
         logits, gradient = real_case(steps)
         p = torch.softmax(logits.double(), -1)
+        tail = torch.where(p < T, p, 0.0)
+        by_length = tail * lengths  # scaled to as many entries on average
+        by_length = (by_length * (tail.sum() / by_length.sum() / T)).clamp(max=1.0)
         dense = gradient(sparse(p))
         head = max(range(len(dense)), key=lambda i: len(dense[i]))
         print(f"\nstudent after {steps} steps\n{'design':<23} {'all':>8} {'head':>8} {'mean of logits':>15}")
         for name, design in DESIGNS.items():
             sums = [0.0, 0.0, 0.0]
             for seed in range(DRAWS):
-                kept = design(torch.where(p < T, p / T, 0.0), torch.Generator().manual_seed(seed))
-                weights = torch.where(p < T, kept * T, p)
+                pi = by_length if name == BY_LENGTH else tail / T
+                kept = design(pi, torch.Generator().manual_seed(seed))
+                weights = torch.where(p < T, kept * tail / pi.clamp(min=1e-30), p)
                 g = gradient(sparse(weights))
                 off = (weights - p).mean(0)
                 found = relative(g, dense), relative([g[head]], [dense[head]]), float(off.norm()) ** 2
