@@ -22,6 +22,7 @@ from truth import bound, fresh, off
 import pennyweight
 from pennyweight.bench import Bench
 from pennyweight.data.pack import collate, first_fit
+from pennyweight.errors import ModelError
 from pennyweight.loss.chunked import Terms, tiled_loss
 from pennyweight.loss.divergence import Divergence, divergence
 from pennyweight.loss.signals import Dense, Sparse, TopK
@@ -374,6 +375,20 @@ def test_one_that_is_interrupted_while_another_waits_leaves_the_shard_to_that_on
         thread.join(60)
     assert asked == ["first", "second"], "two had the same shard at once"
     assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_whose_numbers_are_none_is_refused_and_leaves_nothing(tmp_path, kind):
+    broken = load(str(save_with_tokenizer(make("llama", 3), tmp_path / "broken")))
+    with torch.no_grad():
+        broken.model.model.norm.weight[0] = torch.inf
+    who = LocalTeacher(broken, choose("cpu", "float32"))
+    with pytest.raises(ModelError, match="no numbers .*targets.precision=float32"):
+        cache(tmp_path / "a", who.targets, keep=KINDS[kind]).fill(samples(vocabulary=V))
+    assert not files(tmp_path / "a")
+    if kind == "sampled":
+        with pytest.raises(ModelError, match="no numbers"):
+            who.expected(samples(vocabulary=V), [0.1], 1.0)
 
 
 # Thresholds that keep to a budget

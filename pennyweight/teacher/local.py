@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,15 @@ from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join
 
 _TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}  # in one forward pass that labels
 _TILE_ENTRIES = 1 << 24  # logits labelled at once: 64 MiB of float32
+
+
+@contextmanager
+def _a_models_fault() -> Iterator[None]:
+    """Numbers that are none, found in here, are a ModelError."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise ModelError(str(e)) from None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class LocalTeacher:
         return Dense.live(self.hidden(batch), self.head.logits)
 
     @torch.no_grad()
+    @_a_models_fault()
     def targets(self, samples: Sequence[Encoded], keep: Keep) -> list[Kept] | list[Tensor]:
         """What ``keep`` says at each sample's loss positions: kept entries, or (P, D) hidden states on the CPU.
 
@@ -97,7 +108,7 @@ class LocalTeacher:
             sizes = [len(s.loss_positions) for s in group]
             if keep.kind == "hidden":
                 if not states.isfinite().all():
-                    raise ModelError(
+                    raise FloatingPointError(
                         "the teacher's hidden states are no numbers (NaN or infinity) somewhere; its precision may be "
                         "too narrow for it: try targets.precision=float32 or compute.dtype=float32"
                     )
@@ -137,6 +148,7 @@ class LocalTeacher:
         return join(parts)
 
     @torch.no_grad()
+    @_a_models_fault()
     def expected(
         self, samples: Sequence[Encoded], thresholds: list[float], temperature: float, positions: int = 1024
     ) -> list[tuple[float, float]]:

@@ -20,8 +20,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pennyweight.errors import ModelError
-
 ENTROPY_STEP = 1 / 16
 """Nats of one step of the stored entropy (one byte, at most 15.94), rounded without bias."""
 
@@ -217,7 +215,7 @@ def _exponentials(logits: Tensor, temperature: float, out: Tensor) -> tuple[Tens
     """exp(logits / temperature - their maximum) in ``out``; its (n, 1) sum; (n,) entropy in nats. Uses up logits.
 
     Raises:
-        ModelError: a logit is NaN or positive infinity. Minus infinity is a probability of zero.
+        FloatingPointError: a logit is NaN or positive infinity. Minus infinity is a probability of zero.
     """
     if temperature != 1.0:
         logits.div_(temperature)
@@ -225,7 +223,7 @@ def _exponentials(logits: Tensor, temperature: float, out: Tensor) -> tuple[Tens
     torch.exp(logits, out=out)
     mass = out.sum(-1, keepdim=True)
     if not mass.isfinite().all():
-        raise ModelError(
+        raise FloatingPointError(
             f"the teacher's logits are no numbers (NaN or infinity) at {int((~mass.isfinite()).sum())} of {len(mass)} "
             "positions; its precision may be too narrow for it: try targets.precision=float32 or compute.dtype=float32"
         )
