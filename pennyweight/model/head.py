@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 from pennyweight.errors import ModelError
 
 
+_ENTRIES = 8192  # of the head multiplied at once: a CPU's product of all is up to a tenth slower
+
+
 @dataclass(frozen=True)
 class Head:
     """``logits = softcap(scale * (hidden W^T + b))``; weight (V, D), bias (V) or None."""
@@ -35,8 +38,13 @@ class Head:
         if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
             weight = self.weight.to(hidden_ND.dtype)
             out = torch.mm(hidden_ND, weight.T, out_dtype=torch.float32, out=out)
+        elif out is None:
+            out = torch.matmul(hidden_ND.float(), self.weight.float().T)
         else:
-            out = torch.matmul(hidden_ND.float(), self.weight.float().T, out=out)
+            hidden, weight = hidden_ND.float(), self.weight.float()
+            for a in range(0, len(weight), _ENTRIES):
+                part = weight[a : a + _ENTRIES]
+                torch.mm(hidden, part.T, out=out[:, a : a + len(part)])
         if self.bias is not None:
             out.add_(self.bias)
         if self.scale != 1.0:
