@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from pennyweight.errors import ModelError
 
-
 _ENTRIES = 8192  # of the head multiplied at once: a CPU's product of all is up to a tenth slower
 
 
