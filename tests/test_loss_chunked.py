@@ -173,6 +173,27 @@ def test_a_vocabulary_wider_than_a_block():
     assert off(hidden.grad, h.grad) < 1e-5, f"seed {seed}"
 
 
+@pytest.mark.parametrize("vocabulary", [8192, 8193, 20_000, 32_768])
+def test_heads_multiplied_in_parts_and_rows_moved_apart_are_the_whole(vocabulary):
+    seed = fresh()
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(9, D, generator=g), torch.randn(vocabulary, D, generator=g)
+    other, bias = torch.randn(9, D, generator=g), torch.randn(vocabulary, generator=g)
+    head = Head(weight, bias, **CAPPED)
+    out = torch.empty(9, vocabulary)
+    assert head.logits(hidden, out) is out and torch.allclose(out, head.logits(hidden), atol=1e-5)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    logits = 0.5 * (leaves[0] @ leaves[1].T + bias.double())
+    q, p = (torch.log_softmax(6 * torch.tanh(x / 6), -1) for x in (logits, 0.5 * (other @ weight.T + bias).double()))
+    want = torch.autograd.grad((p.exp() * (p - q)).sum(), leaves)
+    leaf, moved = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    target = Dense.live(other, head.logits)
+    terms = Terms(torch.zeros(9, dtype=torch.long), torch.zeros(9), torch.ones(9), Divergence(), target)
+    tiled_loss(leaf, Head(moved, bias, **CAPPED), terms, tile=4).loss.backward()
+    for got, exact in zip((leaf.grad, moved.grad), want, strict=True):
+        assert off(got, exact) < 1e-5, f"seed {seed}"
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_bfloat16_hidden_states_and_head(kind):
     """Their gradients are the float64 ones of the same rounded numbers, rounded once more at the end."""
