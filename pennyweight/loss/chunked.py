@@ -19,7 +19,9 @@ from pennyweight.loss.signals import Dense, Sparse, Target, TopK, softmax_
 from pennyweight.model.head import Head
 
 _TILE_ENTRIES = {"cpu": 1 << 26, "cuda": 1 << 28}  # float32 logits of one side's tile: 256 MiB, 1 GiB
-_BLOCK_ENTRIES = {"cpu": 1 << 16}  # worked on at once within a tile, so that a CPU's cache holds them
+_TILE_ROWS = {"cpu": 1024, "cuda": 4096}  # at most
+_BLOCK_ENTRIES = {"cpu": 1 << 18}  # worked on at once within a tile, so that a CPU's cache holds them
+_DENSE_BLOCK_ENTRIES = 1 << 16  # where a teacher's logits and room for both sides lie beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
         head: the student's output head.
         terms: labels, weights and targets.
         measure: also sum the student's entropy and cross-entropy, for the log and the tripwires.
-        tile: positions per tile; default: as many as keep a tile's logits near 256 MiB on a CPU, 1 GiB on a GPU.
+        tile: positions per tile; default: as many as keep a tile's logits near 256 MiB on a CPU, 1 GiB on a GPU,
+            and at most 1,024 and 4,096.
     """
     count = len(terms.labels)
     weighed = (terms.ce_weight != 0) | (terms.kd_weight != 0)
@@ -77,7 +80,8 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
         index = weighed.nonzero().squeeze(-1)
         hidden_ND, terms = hidden_ND[index], terms.take(index)
     room = _TILE_ENTRIES.get(hidden_ND.device.type, _TILE_ENTRIES["cuda"])
-    size = tile or max(16, min(4096, room // head.weight.shape[0]))
+    rows = _TILE_ROWS.get(hidden_ND.device.type, _TILE_ROWS["cuda"])
+    size = tile or max(16, min(rows, room // head.weight.shape[0]))
     sums = torch.zeros(3, dtype=_wide(hidden_ND), device=hidden_ND.device)
     loss = _OnePass.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
     ce, kd, entropy = sums.tolist()
@@ -135,11 +139,13 @@ class _Desk:
         self.terms, self.head, self.measure, self.sums = terms, head, measure, sums
         self.has_ce = measure or bool(terms.ce_weight.any())
         vocabulary, device = len(head.weight), head.weight.device
+        self.dense = isinstance(terms.target, Dense)
         entries = _BLOCK_ENTRIES.get(device.type)
+        if entries and self.dense:
+            entries = min(entries, _DENSE_BLOCK_ENTRIES)
         self.step = rows if entries is None else min(rows, max(1, entries // vocabulary))
         self.logits = _rows_apart(rows, vocabulary, device)
         self.fused = fused.available(device) and not isinstance(terms.target, TopK)
-        self.dense = isinstance(terms.target, Dense)
         self.teacher = _rows_apart(rows, vocabulary, device) if self.dense else None
         self.room = self.logits.new_empty((4 if self.dense and not self.fused else 0, self.step, vocabulary))
 

@@ -137,9 +137,8 @@ class Sparse:
         total = torch.zeros(len(student), dtype=student.dtype, device=student.device).index_add_(0, self.row, w)
         place = self.row * student.shape[-1] + self.ids
         picked = student.view(-1)[place] / t
-        q, log_mass = softmax_(student, t)
+        gradient, log_mass = softmax_(student, t, total.unsqueeze(-1))
         value = (total * log_mass).index_add_(0, self.row, w * picked, alpha=-1.0) - self.entropy
-        gradient = q.mul_(total.unsqueeze(-1))
         gradient.view(-1).index_add_(0, place, w, alpha=-1.0)
         return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
 
@@ -147,10 +146,10 @@ class Sparse:
 Target = Dense | TopK | Sparse
 
 
-def softmax_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """softmax(logits / temperature) in their place, and (n,) log of its normaliser."""
+def softmax_(logits: Tensor, temperature: float = 1.0, times: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """softmax(logits / temperature) in their place, ``times`` (n, 1) numbers, and (n,) log of its normaliser."""
     if temperature != 1.0:
         logits.div_(temperature)
     top = logits.amax(-1, keepdim=True)
     mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return logits.div_(mass), (mass.log_() + top).squeeze(-1)
+    return logits.mul_(times / mass), (mass.log_() + top).squeeze(-1)

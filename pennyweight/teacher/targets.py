@@ -113,7 +113,8 @@ def draw(logits_NV: Tensor, threshold: float, temperature: float, uniform_N3: Te
     if not n:
         none = torch.zeros(0, dtype=torch.int32)
         return Kept(none, none, none, none, none.to(torch.uint8))
-    width = 64 if vocabulary <= 4096 else 256
+    # Blocks cost by their number, points by a block's width: the best is near the root of the vocabulary.
+    width = 1 << max(4, round(math.log2(math.sqrt(vocabulary) / 3)))
     rows = n if logits_NV.device.type != "cpu" else max(1, _BLOCK_ENTRIES // vocabulary)
     scratch = logits_NV.new_zeros((min(rows, n), vocabulary + -vocabulary % width))
     wide = torch.float32 if logits_NV.device.type == "mps" else torch.float64
