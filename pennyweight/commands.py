@@ -21,8 +21,7 @@ from pennyweight.model.load import load, open_tokenizer, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import export
-from pennyweight.quant.formats import BITS
+from pennyweight.quant.export import WRITTEN, export
 from pennyweight.recipe import FolderTeacher
 from pennyweight.recipe_file import parted
 from pennyweight.records import Message, Sample
@@ -126,8 +125,8 @@ def quantize(model: str, fmt: str, out: str, *, group: int = 32, trust_remote_co
         RunError: ``out`` is there already.
     """
     place = Path(out)
-    if fmt not in BITS:
-        raise RecipeError(f"no format is named {fmt!r}; use {' or '.join(BITS)}")
+    if fmt not in WRITTEN:
+        raise RecipeError(f"no format is named {fmt!r}; use {' or '.join(WRITTEN)}")
     if place.exists():
         raise RunError(f"{place} is there already; choose another --out, or remove it")
     if not Path(model).is_dir():

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pennyweight.errors import ModelError
 from pennyweight.model.load import load
 from pennyweight.model.student import cut
-from pennyweight.quant.export import export
-from pennyweight.quant.formats import BITS, decode, encode
+from pennyweight.quant.export import WRITTEN, export
+from pennyweight.quant.formats import FORMATS, decode, encode
 from pennyweight.recipe import CutStudent
 
 NAMES = ["llama", "llama-tied", "qwen3-head-norms", "gemma2-softcap-and-window"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("fmt", BITS)
+@pytest.mark.parametrize("fmt", WRITTEN)
 def test_opened_again_it_computes_with_the_decoded_weights(name, fmt, tmp_path):
     parent = save_with_tokenizer(make(name, 7), tmp_path / "parent")
     made = export(load(str(parent)).model, parent, tmp_path / "copy", fmt, 32)
@@ -33,7 +33,7 @@ def test_opened_again_it_computes_with_the_decoded_weights(name, fmt, tmp_path):
         for module in want.modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
                 group = 32 if module.in_features % 32 == 0 else None
-                module.weight.copy_(decode(encode(module.weight, BITS[fmt], group, torch.bfloat16)))
+                module.weight.copy_(decode(encode(module.weight, FORMATS[fmt].grouped(group), search=True)))
             else:
                 for p in module.parameters(recurse=False):
                     p.copy_(p.bfloat16().float())

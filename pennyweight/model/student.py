@@ -73,7 +73,7 @@ def cut(teacher: Any, settings: CutStudent) -> Any:
             understood.
     """
     refuse_low_bit(teacher)
-    prefix, blocks = _blocks(teacher)
+    prefix, blocks = blocks_of(teacher)
     layers = _layers(settings.layers, len(blocks))
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
@@ -92,7 +92,7 @@ def cut(teacher: Any, settings: CutStudent) -> Any:
     return student.to(next(teacher.parameters()).dtype).eval()
 
 
-def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
+def blocks_of(model: Any) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder's blocks: the longest ModuleList that is nobody's part."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from pennyweight.errors import ModelError
 from pennyweight.model.loaded import refuse_low_bit
-from pennyweight.quant.formats import BITS, encode
+from pennyweight.quant.formats import FORMATS, encode
+
+WRITTEN = ("int8", "int4")
+"""Formats that ``export`` writes."""
 
 _WEIGHTS = "model.safetensors"
 _CARRIED = {".json", ".jinja", ".model", ".txt", ".py", ".md"}  # tokenizer, template, settings; never other weights
@@ -47,11 +50,11 @@ def export(model: nn.Module, parent: Path, out: Path, fmt: str, group: int) -> E
     Raises:
         ModelError: the model holds no Linear that can be coded.
     """
-    bits = BITS[fmt]
+    bits = int(FORMATS[fmt].element_bits)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = codable(model, group)
     storage = _storage_dtype(model)
-    tensors, by_row = _tensors(model, linears, bits, group, storage)
+    tensors, by_row = _tensors(model, linears, fmt, group, storage)
     making = out.with_name(f".making-{out.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -99,18 +102,18 @@ def _storage_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _tensors(
-    model: nn.Module, linears: dict[str, nn.Linear], bits: int, group: int, storage: torch.dtype
+    model: nn.Module, linears: dict[str, nn.Linear], fmt: str, group: int, storage: torch.dtype
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of the file, and the names of the Linears that got one scale per row."""
     tensors: dict[str, Tensor] = {}
-    by_row = []
+    by_row, stored = [], replace(FORMATS[fmt], scale=str(storage).removeprefix("torch."))
     for name, linear in linears.items():
         own = group if linear.in_features % group == 0 else None
         if own is None:
             by_row.append(name)
-        coded = encode(linear.weight, bits, own, storage)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(coded.codes, bits).contiguous()
-        tensors[f"{name}.weight_scale"] = coded.scale.contiguous()
+        coded = encode(linear.weight, stored.grouped(own), search=True)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(coded.codes, int(stored.element_bits)).contiguous()
+        tensors[f"{name}.weight_scale"] = coded.scale.to(storage).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(linear.weight.shape)
     coded_names = {f"{name}.weight" for name in linears}
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()  # type: ignore[union-attr]

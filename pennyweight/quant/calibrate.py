@@ -1,0 +1,123 @@
+"""Weights rounded with an eye on what goes through them: GPTQ, block by block of a decoder.
+
+Shape letters: N rows (tokens), I input and O output features, G columns that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.quant.formats import Coded, Format, codes_of, decode, elements, encode
+
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it: keeps its inverse from blowing up
+_COLUMNS = 128  # worked on together; the rest of the weight is corrected once for all of them
+
+
+@torch.no_grad()
+def gptq(weight_OI: Tensor, hessian_II: Tensor, to: Format) -> Coded:
+    """Codes of a weight that lose little of its output, made column by column (Frantar et al., arXiv 2210.17323).
+
+    What rounding a column leaves out is made up for by those after it, as the inputs' second moments say. A scale is
+    chosen when the first of its columns comes up, for the weights as they have become by then.
+
+    Args:
+        hessian_II: the sum of x x^T over inputs x, float32 or float64; used up.
+        to: a format whose scales are one for each row and a run of columns.
+    """
+    assert to.tile[0] == 1, "scales of single rows only"
+    w, columns = weight_OI.detach().float().clone(), weight_OI.shape[1]
+    group = to.tile[1] or columns
+    dead = hessian_II.diagonal() == 0  # inputs that are always zero: any weight will do
+    hessian_II.diagonal()[dead] = 1.0
+    w[:, dead] = 0.0
+    hessian_II.diagonal().add_(_DAMPING * hessian_II.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II.double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    values, scales, whole = torch.empty_like(w), [], encode(w, to).whole
+    scale = torch.empty(0)
+    for a in range(0, columns, _COLUMNS):
+        b = min(a + _COLUMNS, columns)
+        errors = torch.empty_like(w[:, a:b])
+        for j in range(a, b):
+            if j % group == 0:
+                scale = encode(w[:, j : j + group], to, search=True, whole=whole).scale
+                scales.append(scale)
+            of_column = scale[:, 0] * whole
+            values[:, j] = elements(w[:, j] / of_column, to)
+            errors[:, j - a] = (w[:, j] - values[:, j] * of_column) / upper[j, j]
+            w[:, j:b] -= errors[:, j - a : j - a + 1] * upper[j, j:b]
+        w[:, b:] -= errors @ upper[a:b, b:]
+    return Coded(codes_of(values, to), torch.cat(scales, 1), to, whole)
+
+
+@torch.no_grad()
+def calibrated(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Iterable[dict[str, Any]],
+    formats: dict[str, Format],
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Coded]:
+    """GPTQ codes of the Linears named in ``formats``; the model's weights become what the codes stand for.
+
+    Each block sees what the blocks before it give once they are coded. Only one block's inputs are held, and the
+    model runs each block twice.
+
+    Args:
+        blocks: the decoder's.
+        batches: keyword arguments of the model's forward, few and without labels.
+    """
+    inputs, others = _inputs(model, blocks, batches)
+    names = {module: name for name, module in model.named_modules()}
+    coded: dict[str, Coded] = {}
+    for i, block in enumerate(blocks):
+        linears = {names[m]: m for m in block.modules() if names[m] in formats}
+        hessians = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}  # type: ignore[arg-type]
+        with ExitStack() as hooks:
+            for name, m in linears.items():
+                hooks.callback(m.register_forward_pre_hook(_adding_to(hessians[name])).remove)
+            for x, given in zip(inputs, others[i], strict=True):
+                _first(block(x, **given))
+        for name, m in linears.items():
+            coded[name] = gptq(m.weight, hessians[name], formats[name])  # type: ignore[arg-type]
+            m.weight.copy_(decode(coded[name]))  # type: ignore[operator]
+        inputs = [_first(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
+        progress(1)
+    return coded
+
+
+def _inputs(
+    model: nn.Module, blocks: nn.ModuleList, batches: Iterable[dict[str, Any]]
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """What comes into the first block for each batch, and, for each block, what else it is given."""
+    inputs: list[Tensor] = []
+    others: list[list[dict[str, Any]]] = [[] for _ in blocks]
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+
+            def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], i: int = i) -> None:
+                if i == 0:
+                    inputs.append(args[0] if args else kwargs["hidden_states"])
+                others[i].append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+            hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for batch in batches:
+            model(**batch, use_cache=False)
+    return inputs, others
+
+
+def _adding_to(hessian: Tensor) -> Callable[[nn.Module, tuple], None]:
+    def add(module: nn.Module, args: tuple) -> None:
+        x = args[0].flatten(0, -2).float()
+        hessian.addmm_(x.T, x)
+
+    return add
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,176 @@
+"""Linears that compute in few bits while they train: all three products in fp8, or a weight that learns to be rounded.
+
+Shape letters: N rows (tokens), I input and O output features. A recipe names the format of activations (tiles along I),
+weights and gradients (tiles along O); the weight gradient sums over N, so there both operands are tiled along N.
+
+The products are emulated: operands are rounded to their codes, and multiplied and summed in float32 (the device's own
+precision where autocast asks for less). So a laptop sees what the codes do to a training run. Accumulation is better
+than a tensor core's; DeepSeek-V3 promotes partial sums to float32 every 128 elements for that reason (arXiv
+2412.19437, section 3.3). ``@`` of two float8 tensors is never used: on a CPU torch sums it in float8 and gets nearly
+everything wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.quant.formats import FORMATS, Coded, Format, decode, encode
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a Linear computes in training.
+
+    ``cached``: the activation that the backward pass needs is kept as its forward codes, and tiled anew along N for the
+    weight gradient; otherwise it is kept as it came. ``noisy``: gradients are rounded stochastically.
+    """
+
+    name: str
+    activation: Format
+    weight: Format
+    gradient: Format
+    cached: bool = True
+    noisy: bool = False
+
+
+def _along_rows(f: Format) -> Format:
+    """The format for an operand whose rows are summed over: its tiles turned."""
+    return replace(f, tile=(f.tile[1], f.tile[0]))
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("fp8", FORMATS["fp8_act_pow2"], FORMATS["fp8_block_pow2"], FORMATS["fp8_act_pow2"]),
+        Scheme("fp8_v3", FORMATS["fp8_act"], FORMATS["fp8_block"], FORMATS["fp8_act"]),
+        Scheme("fp8_tensor", FORMATS["fp8_tensor"], FORMATS["fp8_tensor"], FORMATS["fp8_tensor_e5m2"]),
+        Scheme("mxfp8", FORMATS["mxfp8"], FORMATS["mxfp8"], FORMATS["mxfp8"], cached=False),
+        Scheme("nvfp4", FORMATS["nvfp4"], replace(FORMATS["nvfp4"], tile=(16, 16)), FORMATS["nvfp4"], False, True),
+    )
+}
+"""``fp8``: DeepSeek-V3's recipe with V3.1's power-of-two scales, the default; ``fp8_v3``: with float32 scales;
+``fp8_tensor``: one scale a tensor, gradients in E5M2; ``nvfp4``: 16 x 16 blocks of weights, gradients rounded
+stochastically, no Hadamard transform."""
+
+
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+
+
+class LowLinear(nn.Linear):
+    """An nn.Linear, of the same parameters, that computes by its ``scheme``."""
+
+    scheme: Scheme
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.flatten(0, -2)
+        return _Product.apply(rows, self.weight, self.bias, self.scheme).view(*input.shape[:-1], -1)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, all three products in the scheme's formats."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
+        x = encode(x_NI, scheme.activation)
+        out = _multiply(decode(x), decode(encode(weight_OI, scheme.weight)).T, x_NI.dtype)
+        ctx.scheme, ctx.dtype, ctx.whole = scheme, x_NI.dtype, x.whole
+        ctx.save_for_backward(*((x.codes, _small(x)) if scheme.cached else (x_NI,)), weight_OI)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        scheme, (g,) = ctx.scheme, grads
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            rounded = decode(encode(g, scheme.gradient, _noise(g, scheme)))
+            dx = _multiply(rounded, decode(encode(ctx.saved_tensors[-1], scheme.weight)), ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            rounded = decode(encode(g, _along_rows(scheme.gradient), _noise(g, scheme)))
+            x = decode(encode(_activation(ctx), _along_rows(scheme.activation)))
+            dw = _multiply(rounded.T, x, torch.float32)
+        return dx, dw, g.float().sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _small(x: Coded) -> Tensor:
+    """Scales in as few bytes as hold them: exponents where they are powers of two."""
+    return torch.frexp(x.scale).exponent.add(126).to(torch.uint8) if x.format.scale.startswith("pow2") else x.scale
+
+
+def _activation(ctx: Any) -> Tensor:
+    """What forward kept of the activation, (N, I)."""
+    if not ctx.scheme.cached:
+        return ctx.saved_tensors[0]
+    codes, scale, _ = ctx.saved_tensors
+    if scale.dtype == torch.uint8:
+        scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+    return decode(Coded(codes, scale, ctx.scheme.activation, ctx.whole))
+
+
+def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b summed in float32, whatever autocast says, in the dtype of the layer."""
+    with torch.autocast(a.device.type, enabled=False):
+        return (a @ b).to(dtype)
+
+
+def _noise(g: Tensor, scheme: Scheme) -> Tensor | None:
+    return torch.rand_like(g, dtype=torch.float32) if scheme.noisy else None
+
+
+def swap(model: nn.Module, scheme: Scheme) -> list[str]:
+    """Make every Linear of a Hugging Face causal LM compute by ``scheme``, in place; names of those that now do.
+
+    Parameters stay the same objects, so an optimizer, a checkpoint and a saved folder know nothing of it. The output
+    head and routers stay as they are; embeddings, norms and attention cores are no Linears.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    swapped = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head and not _ROUTER.search(name):
+            module.__class__ = LowLinear
+            module.scheme = scheme  # type: ignore[assignment]
+            swapped.append(name)
+    return swapped
+
+
+class RoundedLinear(nn.Linear):
+    """An nn.Linear, of the same parameters, whose weight is rounded to its codes wherever it is used.
+
+    The gradient goes straight through the rounding (Bengio et al., arXiv 1308.3432), so that training moves the weight
+    until its codes do well. Scales stay as they were chosen for the first weight.
+    """
+
+    start: Coded
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, _Straight.apply(self.weight, self.start), self.bias)
+
+    def coded(self) -> Coded:
+        """The weight as it would be written now."""
+        return encode(self.weight, self.start.format, scale=self.start.scale, whole=self.start.whole)
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, start: Coded) -> Tensor:
+        return decode(encode(weight, start.format, scale=start.scale, whole=start.whole)).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str, RoundedLinear]:
+    """Make the named Linears RoundedLinears, in place, with the scales of ``starts``; them by name."""
+    swapped = {}
+    for name, start in starts.items():
+        module = model.get_submodule(name)
+        assert type(module) is nn.Linear, f"{name} is no plain Linear"
+        module.__class__ = RoundedLinear
+        module.start = start  # type: ignore[assignment]
+        swapped[name] = module
+    return swapped
