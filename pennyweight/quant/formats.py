@@ -262,10 +262,15 @@ def size(rows: int, columns: int, of: Format) -> int:
     return math.ceil(rows * per_row) + tiles * of.scale_bytes + 4 * (of.scale == "e4m3")
 
 
+def _sides(tile: tuple[int, int], shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of a tile of a tensor of that shape."""
+    return tile[0] or max(1, shape[0]), tile[1] or max(1, shape[1])
+
+
 def _tiled(x: Tensor, tile: tuple[int, int]) -> Tensor:
     """(R, C) -> (tile rows, rows of a tile, tile columns, columns of a tile), filled up with zeros."""
     rows, columns = x.shape
-    high, wide = tile[0] or max(1, rows), tile[1] or max(1, columns)
+    high, wide = _sides(tile, x.shape)
     filled = torch.nn.functional.pad(x, (0, -columns % wide, 0, -rows % high))
     return filled.view(filled.shape[0] // high, high, filled.shape[1] // wide, wide)
 
@@ -278,7 +283,7 @@ def _over_tiles(x: Tensor, tile: tuple[int, int], how: str) -> Tensor:
 def _spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
     """A number of each tile -> (R, C), its own for every element; a view where it can be."""
     rows, columns = shape
-    high, wide = tile[0] or max(1, rows), tile[1] or max(1, columns)
+    high, wide = _sides(tile, shape)
     spread = of_tiles[:, None, :, None].expand(-1, high, -1, wide)
     return spread.reshape(of_tiles.shape[0] * high, of_tiles.shape[1] * wide)[:rows, :columns]
 
@@ -326,7 +331,7 @@ def codes_of(values: Tensor, to: Format) -> Tensor:
 def _ternary(x: Tensor, finite: Tensor, to: Format) -> Coded:
     """The codes and scale of least squared error: of each tile the k largest magnitudes, and their mean, for the k that
     maximises (their sum)^2 / k (Li and Liu, Ternary weight networks, arXiv 1605.04711, solved exactly)."""
-    if bool(x.isnan().any()):
+    if bool(x.isnan().any()):  # whose sign is 0, so that codes would not tell
         raise ValueError(f"{to.name} has no code for NaN")
     parts = _tiled(finite.abs(), to.tile).transpose(1, 2).flatten(2)
     ordered = parts.sort(-1, descending=True).values

@@ -151,13 +151,18 @@ class RoundedLinear(nn.Linear):
 
     def coded(self) -> Coded:
         """The weight as it would be written now."""
-        return encode(self.weight, self.start.format, scale=self.start.scale, whole=self.start.whole)
+        return _as_begun(self.weight, self.start)
+
+
+def _as_begun(weight: Tensor, start: Coded) -> Coded:
+    """A weight in the format and by the scales of ``start``."""
+    return encode(weight, start.format, scale=start.scale, whole=start.whole)
 
 
 class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, start: Coded) -> Tensor:
-        return decode(encode(weight, start.format, scale=start.scale, whole=start.whole)).to(weight.dtype)
+        return decode(_as_begun(weight, start)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
