@@ -37,11 +37,11 @@ def passes(scheme, x, w, g, bias=None):
     return out.detach(), x.grad, layer.weight.grad, None if bias is None else layer.bias.grad
 
 
-def a_case(seed, n=512, i=384, o=256, hard=True):
+def a_case(seed, n=2048, i=384, o=256, hard=True):
     g = torch.Generator().manual_seed(seed)
     x, w, grad = torch.randn(n, i, generator=g), torch.randn(o, i, generator=g) / i**0.5, torch.randn(n, o, generator=g)
     if hard:  # outlier channels, and tokens whose gradients differ by orders of magnitude
-        x[:, [3, 200, 301]] *= 100
+        x[:, ::8] *= 100  # as many as it takes for the error not to hang on where a few scales happen to lie
         grad *= torch.exp(torch.randn(n, 1, generator=g))
         grad[7] *= 1e-5
     return x, w, grad
