@@ -150,6 +150,8 @@ class Bench:
         return student
 
     def _check_targets(self) -> None:
+        if self.recipe.method.kind == "sft":
+            return  # which uses none
         t, precision = self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
         if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
             raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
