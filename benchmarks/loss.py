@@ -1,7 +1,7 @@
 """The tiled loss beside plain autograd, TRL 1.16's chunked divergence and Liger 0.8.5's chunked loss: forward and
 backward of a live-teacher divergence from hidden states and heads, on the same inputs.
 
-    python -m benchmarks.loss [speed|precision|memory|sampled ...] [VOCABULARY ...]
+    python -m benchmarks.loss [speed|precision|memory|sampled ...] [VOCABULARY ...] [DIVERGENCE ...]
 
 2,048 tokens, hidden 1,024 (student) and 2,048 (teacher), vocabularies of 65,536 and 151,936, float32. One thread,
 thread CPU time, sides interleaved, medians of three after a warm-up. Without arguments, all four parts (about an hour).
@@ -147,7 +147,7 @@ def product_rate(x: Inputs, device: str) -> float:
     return flop / median(timed(products, device) for _ in range(3))
 
 
-def speed(bars: Bars, vocabularies: list[int]) -> None:
+def speed(bars: Bars, vocabularies: list[int], kinds: tuple[str, ...] = KINDS) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
@@ -165,7 +165,7 @@ def speed(bars: Bars, vocabularies: list[int]) -> None:
             f"\n{n} tokens, V = {v}, hidden {ds} and {dt}; products alone {rate / 1e9:.0f} GFLOP/s, {flop / rate:.4g} s"
         )
         print(f"{'divergence':<12} {'side':<9} {'s':>8} {'GFLOP/s':>8} {'of products':>12} {'ours faster':>12}")
-        for kind in KINDS:
+        for kind in kinds:
             seconds: dict[str, list[float]] = {s: [] for s in rivals}
             for side in rivals:
                 backward(small, side, kind)
@@ -300,7 +300,9 @@ def main(*parts: str) -> None:
     bars = Bars()
     known = {"precision": precision, "sampled": sampled, "memory": memory, "speed": speed}
     sizes = [int(p) for p in parts if p.isdigit()] or [65_536, 151_936]
-    for part in [p for p in parts if not p.isdigit()] or known:
+    if kinds := tuple(p for p in parts if p in KINDS):
+        known["speed"] = partial(speed, kinds=kinds)
+    for part in [p for p in parts if not p.isdigit() and p not in KINDS] or known:
         known[part](bars, sizes)
     return bars.finish()
 

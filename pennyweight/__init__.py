@@ -17,8 +17,9 @@ from pennyweight.version import __version__
 
 if TYPE_CHECKING:
     from pennyweight.api import distill, run
-    from pennyweight.commands import Chat, compare, evaluate_model, quantize, show, verify
+    from pennyweight.commands import Chat, compare, evaluate_model, show, verify
     from pennyweight.errors import PennyweightError
+    from pennyweight.quantizing import quantize
 
 __all__ = [
     "Chat",
@@ -33,7 +34,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {"run": "api", "distill": "api", "PennyweightError": "errors"}
+_HOMES = {"run": "api", "distill": "api", "PennyweightError": "errors", "quantize": "quantizing"}
 
 
 def __getattr__(name: str) -> Any:

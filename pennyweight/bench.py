@@ -24,7 +24,9 @@ from pennyweight.model.loaded import Loaded, refuse_low_bit
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import export
+from pennyweight.quant.export import export, formats_of
+from pennyweight.quant.formats import FORMATS
+from pennyweight.quant.rounding import Recovery, rounded_to
 from pennyweight.quant.scoring import check_scoring, for_scoring
 from pennyweight.recipe import (
     DenseTargets,
@@ -164,12 +166,24 @@ class Bench:
         s = self.recipe.student
         return torch.float32 if s.kind == "shape" else stored_dtype(self.teacher_path if s.kind == "cut" else s.path)
 
+    def as_teacher(self, path: Path) -> LocalTeacher:
+        """A folder that this run saved, as the teacher of its own copies."""
+        return LocalTeacher(self.opened(path), self.compute)
+
+    def recovery(self, fmt: str) -> Recovery | None:
+        """How a copy in this format is taught; None where it is not: 8 bits lose next to nothing."""
+        s, q = self.recipe.train, self.recipe.quantize
+        steps = round(q.recover * s.steps) if FORMATS[fmt].element_bits < 8 else 0
+        return Recovery(steps, s.batch, s.micro_batch, q.lr, self.recipe.seeds[0]) if steps else None
+
     def check_copies(self, student: Path, work: Path) -> None:
         """Write a low-bit copy of the untouched student and open it, since not every architecture takes one."""
         q = self.recipe.quantize
         if not q.formats:
             return
-        export(self.opened(student).model, student, work / "copy", q.formats[0], q.group)
+        model = self.opened(student).model
+        codes, _ = rounded_to(model, formats_of(model, q.formats[0], q.group))
+        export(model, codes, student, work / "copy")
         try:
             self.opened(work / "copy")
         except ModelError as e:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import pennyweight.cli_options as opt
+from pennyweight.cli_output import fail, tell
 from pennyweight.errors import PennyweightError, RecipeError, in_one_sentence
-from pennyweight.records import json_safe
 from pennyweight.version import __version__
 
 app = typer.Typer(
@@ -29,11 +29,6 @@ app.add_typer(targets_app, name="targets")
 
 _STOPPED = "stopped; run and distill go on from here with the same command"
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]
-
 
 def _version(asked: bool) -> None:
     if asked:
@@ -43,9 +38,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
 ) -> None:
     pass
 
@@ -53,12 +46,11 @@ def _main(
 @app.command()
 def run(
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe and settings on top of it."),
+        list[str] | None, typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe, settings on top of it.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
-    log: Log = None,
-    as_json: Json = False,
+    log: opt.Log = None,
+    as_json: opt.Json = False,
 ) -> None:
     """The whole line: teacher, targets, students, low-bit copies, evaluation, ledger, report.
 
@@ -93,10 +85,10 @@ def distill(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Students per arm; 1 is cheapest, 3 give intervals.")] = 3,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe setting, a.b=c.")] = None,
-    trust_remote_code: Remote = False,
+    trust_remote_code: opt.Remote = False,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/distill-TEACHER.")] = None,
-    log: Log = None,
-    as_json: Json = False,
+    log: opt.Log = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Distil a teacher into a small student, with no recipe to write.
 
@@ -119,15 +111,15 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    tasks: Annotated[list[str] | None, typer.Option(help="reasoning-gym task, NAME or NAME:setting=value,...")] = None,
+    tasks: opt.Tasks = None,
     text: Annotated[str | None, typer.Option(help="Text file: bits per byte and calibration.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="Problems per task.")] = 200,
     samples: Annotated[int, typer.Option(min=0, help="Samples per problem for pass@k; 0 leaves it out.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the problems and the samples.")] = 1_000_003,
-    device: Device = "auto",
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Remote = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Accuracy with intervals on verifiable tasks, bits per byte on text.
 
@@ -141,7 +133,7 @@ def evaluate(
 
     asked: dict[str, Any] = {"problems_per_task": problems, "samples": samples, "max_tokens": max_tokens, "seed": seed}
     found = commands.evaluate_model(model, tasks, text, **asked, device=device, trust_remote_code=trust_remote_code)
-    _tell(found, as_json)
+    tell(found, as_json)
 
 
 @app.command()
@@ -149,9 +141,9 @@ def compare(
     a: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     b: Annotated[str, typer.Argument(help="Another, with the same tokenizer.")],
     text: Annotated[str, typer.Option(help="Text file.")],
-    device: Device = "auto",
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Remote = False,
+    as_json: opt.Json = False,
 ) -> None:
     """KL both ways, top-1 agreement, and bits per byte of both models.
 
@@ -161,27 +153,68 @@ def compare(
     """
     import pennyweight.commands as commands
 
-    _tell(commands.compare(a, b, text, device=device, trust_remote_code=trust_remote_code), as_json)
+    tell(commands.compare(a, b, text, device=device, trust_remote_code=trust_remote_code), as_json)
 
 
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder.")],
-    out: Annotated[str, typer.Option(help="Folder to write.")],
-    fmt: Annotated[str, typer.Option("--format", help="int8 or int4.")] = "int4",
-    group: Annotated[int, typer.Option(min=8, help="Weights that share a scale.")] = 32,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
+    out: Annotated[str | None, typer.Option(help="Folder to write.")] = None,
+    fmt: opt.Format = "int4",
+    layout: opt.Layout = "compressed-tensors",
+    group: opt.Group = 32,
+    method: opt.Rounding = "gptq",
+    budget: opt.Budget = None,
+    recover: opt.Recover = 0,
+    batch: opt.Batch = 16,
+    micro_batch: opt.MicroBatch = None,
+    min_agreement: opt.Least = None,
+    data: opt.Samples = None,
+    samples: opt.AtMost = None,
+    tasks: opt.Tasks = None,
+    plan: opt.Plan = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Remote = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Write a low-bit copy that transformers and vLLM open.
+    """Write a low-bit copy that transformers and vLLM open, and measure it beside its parent.
+
+    Without --data the model writes the samples itself. The same command again goes on where it stopped.
+
+    Examples:
+
+        pennyweight quantize runs/quickstart/student --recover 100 --out student-int4
+
+        pennyweight quantize ./llama --format mixed --budget 1.2GB --min-agreement 0.95 --out llama-small
+    """
+    from pennyweight.quantizing import quantize
+
+    asked: dict[str, Any] = {"group": group, "method": method, "budget": budget, "recover": recover}
+    asked |= {"batch": batch, "micro_batch": micro_batch, "min_agreement": min_agreement, "data": data, "plan": plan}
+    asked |= {"layout": layout, "samples": samples, "tasks": tasks, "seed": seed, "device": device}
+    tell(quantize(model, fmt, out, **asked, trust_remote_code=trust_remote_code), as_json, "print_quantized")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of safetensors shards.")],
+    to: Annotated[str, typer.Option(help="bf16, fp8 (float32 scales) or fp8_ue8m0 (power-of-two scales).")],
+    out: Annotated[str, typer.Option(help="Folder to write.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Released shards from one precision to another, without a GPU, in the memory of one tensor.
+
+    From DeepSeek's fp8 (and fp4 experts, which go to fp8 without loss), or from 16 and 32 bits.
 
     Example:
 
-        pennyweight quantize runs/quickstart/student --format int4 --out student-int4
+        pennyweight convert ./DeepSeek-V3 --to bf16 --out ./DeepSeek-V3-bf16
     """
-    import pennyweight.commands as commands
+    from pennyweight.progress import counting
+    from pennyweight.quant.convert import convert
 
-    _tell(commands.quantize(model, fmt, out, group=group, trust_remote_code=trust_remote_code), as_json)
+    tell(convert(model, to, out, counting), as_json)
 
 
 @app.command()
@@ -191,8 +224,8 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Device = "auto",
-    trust_remote_code: Remote = False,
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Remote = False,
 ) -> None:
     """Talk to a model in the terminal; an empty line or Ctrl-D leaves.
 
@@ -219,7 +252,7 @@ def report(folder: Annotated[str, typer.Argument(metavar="RUN")]) -> None:
 def show(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     sample: Annotated[int | None, typer.Option(min=0, help="Print one training sample's masked token stream.")] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """What a run found; or the exact tokens of one training sample, learnt ones marked."""
     import pennyweight.commands as commands
@@ -227,18 +260,18 @@ def show(
     if sample is not None:
         typer.echo(commands.show_sample(folder, sample, as_json))
         return
-    _tell(commands.show(folder), as_json, "print_summary")
+    tell(commands.show(folder), as_json, "print_summary")
 
 
 @ledger_app.command("verify")
-def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: opt.Json = False) -> None:
     """Re-derive every hash of the ledger and of what it names; exit 2 names the first row that was tampered with."""
-    import pennyweight.commands as commands
+    from pennyweight.commands import verify
     from pennyweight.errors import LedgerError
 
-    found = commands.verify(folder)
+    found = verify(folder)
     if as_json:
-        _tell({k: getattr(found, k) for k in found.__dataclass_fields__}, True)
+        tell({k: getattr(found, k) for k in found.__dataclass_fields__}, True)
     if not found.ok:
         raise LedgerError(f"the ledger of {folder} does not verify: {found.problem}")
     if not as_json:
@@ -251,10 +284,8 @@ def ledger_verify(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 @targets_app.command("inspect")
 def targets_inspect(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
-    tokens: Annotated[
-        int, typer.Option(min=64, help="Training tokens to measure on; fewer where logits take over 1 GiB.")
-    ] = 4096,
-    as_json: Json = False,
+    tokens: Annotated[int, typer.Option(min=64, help="Training tokens to measure on, at most.")] = 4096,
+    as_json: opt.Json = False,
 ) -> None:
     """Bytes a token, mass kept, gradient error and calibration of the run's targets, beside top-k at the same bytes.
 
@@ -266,20 +297,18 @@ def targets_inspect(
     """
     from pennyweight.inspection import inspect_targets
 
-    _tell(inspect_targets(folder, tokens), as_json, "print_inspection")
+    tell(inspect_targets(folder, tokens), as_json, "print_inspection")
 
 
 @targets_app.command("label")
-def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json: opt.Json = False) -> None:
     """Help a run to label: take shards that nobody is at. As many processes as you like may do so at once.
 
-    Example, in a second terminal, or on another machine of the same kind that sees the folder:
-
-        pennyweight targets label runs/quickstart
+    Example, in a second terminal, or on another such machine: pennyweight targets label runs/quickstart
     """
     from pennyweight.inspection import help_to_label
 
-    _tell(help_to_label(folder), as_json)
+    tell(help_to_label(folder), as_json)
 
 
 def _logged(log: list[str] | None) -> list[str]:
@@ -291,19 +320,9 @@ def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
     from pennyweight.stages import run_line
 
     folder = out or Path("runs") / recipe.name
-    _tell(run_line(recipe, folder), as_json, "print_summary")
+    tell(run_line(recipe, folder), as_json, "print_summary")
     if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
-
-
-def _tell(found: dict[str, Any], as_json: bool, shown_by: str = "print_values") -> None:
-    """JSON, or as a function of ``report.terminal`` shows it: one line per value, unless another is named."""
-    if as_json:
-        typer.echo(json.dumps(json_safe(found), indent=2, ensure_ascii=False, allow_nan=False))
-        return
-    import pennyweight.report.terminal as terminal
-
-    getattr(terminal, shown_by)(found)
 
 
 def main() -> None:
@@ -311,26 +330,20 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except PennyweightError as e:
-        _fail(str(e), e.exit_code)
+        fail(str(e), e.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail(_STOPPED, 130)
+        fail(_STOPPED, 130)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as e:
         said = in_one_sentence(e)
         if said is None:
             raise
-        _fail(said, 2)
+        fail(said, 2)
     else:
         if code == 130:  # typer's own answer to Ctrl-C
-            _fail(_STOPPED, 130)
+            fail(_STOPPED, 130)
         sys.exit(code or 0)
-
-
-def _fail(message: str, code: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only tear up what is being said
-    typer.echo(f"pennyweight: {message}", err=True)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be done with models outside a run: evaluate, compare, quantise, chat; and looking into a RUN folder."""
+"""What can be done with models outside a run: evaluate, compare, chat; and looking into a RUN folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown, windows
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
-from pennyweight.errors import DataError, RecipeError, RunError
+from pennyweight.errors import DataError, RunError
 from pennyweight.evaluate.agreement import score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.suite import Sampling, as_scorer, examine
@@ -21,9 +21,8 @@ from pennyweight.model.load import load, open_tokenizer, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting, say
-from pennyweight.quant.export import WRITTEN, export
 from pennyweight.recipe import FolderTeacher
-from pennyweight.recipe_file import parted
+from pennyweight.recipe_file import task_of
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, read_object, recipe_of
@@ -63,7 +62,7 @@ def evaluate_model(
     sampling = Sampling(max_tokens, samples, temperature, seed)
     out: dict[str, Any] = {"model": loaded.facts(), "tasks": {}}
     for task in tasks or []:
-        name, settings = _task(task)
+        name, settings = task_of(task)
         asked = problems(name, problems_per_task, seed, settings)
         held_out = HeldOut([], [], asked, [prompt_ids(s, loaded.tokenizer) for s in asked])
         with counting(name, held_out.passes(samples, 0), "answers") as c:
@@ -113,34 +112,6 @@ def compare(
         "bits_per_byte_b": of_b.bits_per_byte().to_json(),
         "ece_a": of_a.ece().to_json(),
         "ece_b": of_b.ece().to_json(),
-    }
-
-
-def quantize(model: str, fmt: str, out: str, *, group: int = 32, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Write a low-bit copy of a model folder to ``out``.
-
-    Raises:
-        RecipeError: there is no such format.
-        ModelError: the model cannot be used or holds nothing to quantise.
-        RunError: ``out`` is there already.
-    """
-    place = Path(out)
-    if fmt not in WRITTEN:
-        raise RecipeError(f"no format is named {fmt!r}; use {' or '.join(WRITTEN)}")
-    if place.exists():
-        raise RunError(f"{place} is there already; choose another --out, or remove it")
-    if not Path(model).is_dir():
-        raise DataError(f"{model} is not a folder; quantize reads a Hugging Face model folder")
-    loaded, _ = _open(model, "cpu", 0, trust_remote_code)
-    made = export(loaded.model, Path(model), place, fmt, group)
-    return {
-        "path": str(place),
-        "format": fmt,
-        "params": loaded.params,
-        "bytes": made.bytes,
-        "parent_bytes": loaded.bytes,
-        "linears_by_group": made.grouped,
-        "linears_by_row": made.per_row,
     }
 
 
@@ -258,18 +229,3 @@ def _open(model: str, device: str, threads: int, trust_remote_code: bool) -> tup
     set_threads(threads)
     compute = choose(device, "auto")
     return load(model, device=compute.device, trust_remote_code=trust_remote_code), compute
-
-
-def _task(text: str) -> tuple[str, dict[str, Any]]:
-    """``name:a=1,b=2`` -> name and settings."""
-    name, _, rest = text.partition(":")
-    settings: dict[str, Any] = {}
-    for pair in parted(rest):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise DataError(f"cannot read the task setting {pair!r} of {text!r}; write it as name:setting=value")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
-    return name, settings

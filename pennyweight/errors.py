@@ -5,6 +5,7 @@
     ├── DataError               rows, files or prompts that cannot be used
     ├── ModelError              a model folder or tokenizer that cannot be used
     ├── MethodError             a method asked of a teacher signal that cannot carry it
+    ├── QualityError            a low-bit copy that is worse than was asked for; nothing is left of it
     ├── RunError                a RUN folder that is taken, foreign, or cannot be written
     ├── LedgerError             a ledger that does not verify, or a record it does not know
     ├── MissingExtra            an optional dependency; the message holds the install line
@@ -39,6 +40,10 @@ class ModelError(PennyweightError):
 
 class MethodError(PennyweightError):
     """A method was asked of a teacher signal that cannot carry it."""
+
+
+class QualityError(PennyweightError):
+    """A low-bit copy came out worse than was asked for."""
 
 
 class RunError(PennyweightError):

@@ -100,9 +100,7 @@ class Responses(Settings):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=256, ge=1)
-    keep: Literal["all", "verified"] = Field(
-        default="all", description="verified: only responses that their verifier accepts"
-    )
+    keep: Literal["all", "verified"] = Field(default="all", description="verified: only what their verifier accepts")
 
 
 class Data(Settings):
@@ -112,9 +110,7 @@ class Data(Settings):
     responses: Responses = Field(default_factory=Responses)
     context: int = Field(default=512, ge=8, description="longest sample in tokens, prompt and response together")
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
-    eval_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="share of prompts held out, chosen by content hash"
-    )
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of prompts held out, by content hash")
     eval_limit: int = Field(default=500, ge=1, description="held-out samples used at most")
 
     @model_validator(mode="before")
@@ -158,6 +154,11 @@ class Schedule(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    precision: Literal["full", "fp8", "fp8_v3", "fp8_tensor", "mxfp8", "nvfp4"] = Field(
+        default="full", description="of Linears' products and kept inputs; full: compute.dtype"
+    )
+    moments: Literal["float32", "bfloat16", "fp8"] = Field(default="float32", description="the optimizer's, as stored")
+    weights: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: rounded stochastically")
     checkpoint_every: int = Field(default=100, ge=1, description="steps")
 
 
@@ -165,12 +166,8 @@ class Tripwires(Settings):
     """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
 
     loss_spike: float = Field(default=3.0, gt=1, description="loss above this many times its running mean")
-    entropy_low: float = Field(
-        default=0.02, ge=0, description="entropy below this share of the cross-entropy: collapse"
-    )
-    entropy_high: float = Field(
-        default=50.0, gt=1, description="entropy above this many times the cross-entropy: explosion"
-    )
+    entropy_low: float = Field(default=0.02, ge=0, description="entropy below this share of the cross-entropy")
+    entropy_high: float = Field(default=50.0, gt=1, description="entropy above this many times the cross-entropy")
     patience: int = Field(default=5, ge=1)
 
 
@@ -218,9 +215,7 @@ class CutStudent(Settings):
     """A student cut from the teacher: layers chosen, widths narrowed, everything else copied."""
 
     kind: Literal["cut"] = "cut"
-    layers: int | list[int] | None = Field(
-        default=None, description="how many (spread evenly), or which, counted from 0"
-    )
+    layers: int | list[int] | None = Field(default=None, description="how many (spread evenly), or which, from 0")
     hidden: int | None = Field(default=None, ge=8)
     intermediate: int | None = Field(default=None, ge=8)
 
@@ -265,9 +260,7 @@ class SampledTargets(Settings):
     """An unbiased sparse sample of the teacher's distribution, labelled once and kept on disk."""
 
     kind: Literal["sampled"] = "sampled"
-    threshold: float = Field(
-        default=0.025, gt=0, lt=1, description="probabilities from here up are kept; below, sampled to weigh this much"
-    )
+    threshold: float = Field(default=0.025, gt=0, lt=1, description="probabilities from here up kept, others sampled")
     budget: float = Field(
         default=48.0, ge=4, description="bytes a token, on average, at most: a diffuse teacher's threshold rises to it"
     )
@@ -296,11 +289,19 @@ _Targets = DenseTargets | SampledTargets | TopKTargets | HiddenTargets
 TargetChoice = Annotated[_Targets, Discriminator("kind")]
 
 
+LowBit = Literal["int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4"]
+
+
 class Quantize(Settings):
     """Low-bit copies of the student."""
 
-    formats: list[Literal["int8", "int4"]] = Field(default_factory=lambda: ["int8", "int4"])
-    group: int = Field(default=32, ge=8, description="weights that share a scale")
+    formats: list[LowBit] = Field(default_factory=lambda: ["int8", "int4"])
+    group: int = Field(default=32, ge=8, description="weights that share a scale, where a format leaves that open")
+    method: Literal["absmax", "nearest", "gptq"] = Field(
+        default="gptq", description="gptq makes up for each rounding by the next"
+    )
+    recover: float = Field(default=0.1, ge=0, le=1, description="share of train.steps that copies below 8 bits learn")
+    lr: float | None = Field(default=None, gt=0, description="of the recovery; default: by the step of the codes")
 
 
 class Evaluate(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pennyweight.errors import RecipeError
+from pennyweight.errors import DataError, RecipeError
 from pennyweight.recipe import DEFAULT_KINDS, Recipe
 
 
@@ -107,6 +108,25 @@ def distillation(
 def parted(text: str) -> list[str]:
     """``a=1,b=[2,3]`` at its commas, those inside brackets left alone."""
     return [p for p in re.split(r",(?![^\[]*\])", text) if p.strip()]
+
+
+def task_of(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:a=1,b=2`` -> name and settings of a reasoning-gym task.
+
+    Raises:
+        DataError: a setting cannot be read.
+    """
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    for pair in parted(rest):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise DataError(f"cannot read the task setting {pair!r} of {text!r}; write it as name:setting=value")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return name, settings
 
 
 def _override(table: dict[str, Any], item: str) -> None:

@@ -6,11 +6,9 @@ import fcntl
 import json
 import resource
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,28 +169,6 @@ class Run:
             return all(artifact(self.folder, a["path"]).sha256 == a["sha256"] for a in artifacts)
         except (OSError, RunError):
             return False
-
-    @contextmanager
-    def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function True; the second one interrupts."""
-        asked: list[int] = []
-
-        def ask(number: int, frame: object) -> None:
-            if asked:
-                raise KeyboardInterrupt
-            asked.append(number)
-            say("stopping after this step (Ctrl-C again to stop at once)")
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's
-            yield lambda: False
-            return
-        try:
-            yield lambda: bool(asked)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def write_json(path: Path, value: Any) -> None:

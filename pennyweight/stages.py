@@ -25,8 +25,10 @@ from pennyweight.methods import METHODS, check
 from pennyweight.model.load import fingerprint_of, identity_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
-from pennyweight.progress import counting, say
-from pennyweight.quant.export import export
+from pennyweight.progress import counting, say, stoppable
+from pennyweight.quant.export import export, formats_of
+from pennyweight.quant.linear import compute_in
+from pennyweight.quant.recovery import low_bit
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
@@ -56,7 +58,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
             for arm in dict.fromkeys(["sft", recipe.method.kind])
         }
         student = the_student(line, arms)
-        copies = {fmt: a_copy(line, fmt, student) for fmt in recipe.quantize.formats}
+        copies = {fmt: a_copy(line, fmt, student, data) for fmt in recipe.quantize.formats}
         made = Finished(teacher, data, starts, targets, arms, student, copies)
         return the_report(line, made, the_evaluations(line, made))
 
@@ -107,16 +109,15 @@ def the_teacher(line: Line) -> Done:
 
 
 def _trained_teacher(line: Line, key: str, work: Path) -> Made:
-    t, place = line.recipe.teacher, line.folder / "teacher"
+    t, place, held_out = line.recipe.teacher, line.folder / "teacher", line.recipe.data.eval_fraction
     assert isinstance(t, TrainedTeacher)
-    problems = read_tasks(TaskData(tasks=t.tasks, seed=t.seed))
-    problems = [s for s in problems if not is_held_out(s.prompt_hash, line.recipe.data.eval_fraction)]
+    drawn = read_tasks(TaskData(tasks=t.tasks, seed=t.seed))
+    problems = [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
     line.run.ledger.add_records(problems, "teacher-train", None)
     if store.adopt(store.place_of(key), place):
         say("teacher: trained by an earlier run, taken from the cache")
         return Made({**line.bench.teacher.facts(), "cached": True}, paths=["teacher"])
-    texts = [m.content for s in problems for m in s.messages]
-    tokenizer = train_tokenizer(texts, t.vocabulary, t.context)
+    tokenizer = train_tokenizer([m.content for s in problems for m in s.messages], t.vocabulary, t.context)
     model = from_shape(t.shape, tokenizer, t.context, t.seed)
     encoded = encode_all(problems, tokenizer, t.context, "refuse")
     batches = packer(encoded, t.schedule, t.seed, PAD_ID, t.context)
@@ -130,7 +131,8 @@ def _trained_teacher(line: Line, key: str, work: Path) -> Made:
 def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, next_batch: Any) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     labels = {"stage": "train", "arm": arm, "seed": seed}
-    with counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, line.run.stoppable() as should_stop:
+    compute_in(model, schedule.precision, schedule.weights)
+    with counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
         return train(
             model,
             next_batch,
@@ -227,14 +229,8 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     recipe, s = line.recipe, line.recipe.train
     method = SftMethod() if arm == "sft" else recipe.method
     uses_teacher = bool(METHODS[arm].signals(method))
-    depends: dict[str, Any] = {
-        "train": recipe.hash_of("train"),
-        "method": method.model_dump(mode="json"),
-        "compute": line.compute.name,
-        "start": start.outputs,
-        "data": data.facts["train_stream"],
-        "seed": seed,
-    }
+    depends: dict[str, Any] = {"train": recipe.hash_of("train"), "method": method.model_dump(mode="json"), "seed": seed}
+    depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
     if uses_teacher:
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
@@ -265,16 +261,23 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
     return line.run.stage("student", {"from": chosen.outputs}, make)
 
 
-def a_copy(line: Line, fmt: str, student: Done) -> Done:
-    """A low-bit copy of the student."""
+def a_copy(line: Line, fmt: str, student: Done, data: Done) -> Done:
+    """A low-bit copy of the student, taught by it."""
+    q, seed, recovery = line.recipe.quantize, line.recipe.seeds[0], line.bench.recovery(fmt)
+    depends = {"student": student.outputs, "quantize": q.model_dump(mode="json", exclude={"formats"})}
+    depends |= {"data": data.facts["train_stream"], "recovery": repr(recovery), "compute": line.compute.name}
 
     def make(work: Path) -> Made:
-        parent, out = line.folder / "student", line.folder / f"student-{fmt}"
-        made = export(line.bench.opened(parent).model, parent, out, fmt, line.recipe.quantize.group)
-        facts = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
-        return Made(facts, paths=[out.name])
+        parent, out, how = line.folder / "student", line.folder / f"student-{fmt}", []
+        teacher, samples = line.bench.as_teacher(parent), line.bench.encoded
+        fit = lambda model, schedule, batches: how.append(_fit(line, work, fmt, seed, model, schedule, batches))  # noqa: E731
+        formats = formats_of(teacher.loaded.model, fmt, q.group)
+        codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
+        made = export(teacher.loaded.model, codes, parent, out)
+        size = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
+        return Made({**size, "recovered": sum(o.steps for o in how)}, sum(o.tokens for o in how), [out.name])
 
-    return line.run.stage(fmt, {"student": student.outputs, "group": line.recipe.quantize.group}, make)
+    return line.run.stage(fmt, depends, make)
 
 
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
@@ -293,11 +296,9 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
         "teacher": teacher,
         "data": [made.data.outputs, made.data.facts["eval_stream"]],
     }
-
-    def depends(name: str, outputs: Any) -> dict[str, Any]:
-        return {**shared, "model": outputs, "parent": made.student.outputs if name in made.copies else None}
-
-    return {name: an_evaluation(line, name, path, depends(name, outputs)) for name, (path, outputs) in models.items()}
+    parents = dict.fromkeys(made.copies, made.student.outputs)
+    depends = {n: {**shared, "model": outputs, "parent": parents.get(n)} for n, (_, outputs) in models.items()}
+    return {name: an_evaluation(line, name, path, depends[name]) for name, (path, _) in models.items()}
 
 
 def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, Any]) -> dict[str, Any]:
@@ -335,13 +336,11 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
         },
         copies={fmt: {**d.facts, "evaluation": evaluations[fmt]} for fmt, d in made.copies.items()},
     )
+    summary |= {"version": __version__, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    summary |= {"stages": line.run.stages(), "environment": environment(line.compute.hardware, line.bench.threads)}
     summary |= {
-        "version": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": made.targets.facts,
         "data": {**made.data.facts, **line.bench.text_overlap()},
-        "stages": line.run.stages(),
-        "environment": environment(line.compute.hardware, line.bench.threads),
         "ledger": {**ledger.counts(), "seq": seq, "head": head},
     }
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))

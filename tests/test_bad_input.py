@@ -15,8 +15,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from pennyweight import cli
-from pennyweight.model.load import save
+from pennyweight.model.load import load, save
 from pennyweight.model.tokenizer import train_tokenizer
+from pennyweight.quant.export import export, formats_of
+from pennyweight.quant.rounding import rounded_to
 
 TEXTS = ["one two three four five six seven eight nine ten. " * 3, "what is 1 + 2?\n3", "나는 학생입니다"]
 
@@ -174,7 +176,12 @@ def test_a_prompt_longer_than_the_context(says, teacher, tmp_path):
         (("report", "nowhere"), "not a RUN folder"),
         (("ledger", "verify", "nowhere"), "not a RUN folder"),
         (("evaluate", "x"), "nothing to evaluate on"),
-        (("quantize", "x", "--out", "y", "--format", "int3"), "int3"),
+        (("quantize", "x", "--out", "y", "--format", "int5"), "int5"),
+        (("quantize", "x", "--out", "y"), "x is not a folder"),
+        (("quantize", "x"), "give --out FOLDER"),
+        (("quantize", "x", "--out", "y", "--method", "magic"), "magic"),
+        (("quantize", "x", "--out", "y", "--min-agreement", "99"), "no share of tokens"),
+        (("quantize", "x", "--out", "y", "--format", "mixed", "--budget", "lots"), "cannot read the budget"),
         (("fly",), "fly"),
         (("run", "--outt", "x"), "--out"),
     ],
@@ -290,10 +297,7 @@ def test_a_student_of_the_same_tokenizer_and_another_padding_is_aligned(teacher,
 
 
 def test_a_low_bit_folder_is_not_quantised_again(says, teacher, tmp_path):
-    from pennyweight.commands import quantize
-
-    quantize(str(teacher), "int4", str(tmp_path / "q"))
+    model = load(str(teacher)).model
+    export(model, rounded_to(model, formats_of(model, "int4", 32))[0], teacher, tmp_path / "q")
     assert "low-bit copy already" in says("quantize", tmp_path / "q", "--format", "int8", "--out", tmp_path / "again")
-    assert "groups of 7 divide none" in says("quantize", teacher, "--group", "9", "--out", tmp_path / "x").replace(
-        "9", "7"
-    )
+    assert "groups of 500 divide none" in says("quantize", teacher, "--group", "500", "--out", tmp_path / "x")

@@ -120,7 +120,7 @@ def test_metrics_lines_are_unique_and_in_order(done):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     keys = [(x["arm"], x["seed"], x["step"]) for x in lines]
     assert len(set(keys)) == len(keys)
-    assert {(a, s) for a, s, _ in keys} == {("teacher", 0), ("sft", 0), ("sft", 1), ("kd", 0), ("kd", 1)}
+    assert {(a, s) for a, s, _ in keys} == {("teacher", 0), ("sft", 0), ("sft", 1), ("kd", 0), ("kd", 1), ("int4", 0)}
     assert all(x["entropy"] > 0 and x["grad_norm"] > 0 for x in lines)
 
 

@@ -23,7 +23,11 @@ COMMANDS = {
         "model", "tasks", "text", "problems", "samples", "max_tokens", "seed", "device", "trust_remote_code", "as_json",
     },
     "compare": {"a", "b", "text", "device", "trust_remote_code", "as_json"},
-    "quantize": {"model", "out", "fmt", "group", "trust_remote_code", "as_json"},
+    "quantize": {
+        "model", "out", "fmt", "layout", "group", "method", "budget", "recover", "batch", "micro_batch",
+        "min_agreement", "data", "samples", "tasks", "plan", "seed", "device", "trust_remote_code", "as_json",
+    },
+    "convert": {"model", "to", "out", "as_json"},
     "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device", "trust_remote_code"},
     "report": {"folder"},
     "show": {"folder", "sample", "as_json"},
@@ -42,7 +46,7 @@ FIELDS = {
     "Data": "source responses context too_long eval_fraction eval_limit",
     "Shape": "hidden layers heads kv_heads intermediate tie_embeddings",
     "Schedule": "steps batch micro_batch pack lr shape warmup decay floor weight_decay beta1 beta2 clip "
-    "checkpoint_every",
+    "precision moments weights checkpoint_every",
     "Tripwires": "loss_spike entropy_low entropy_high patience",
     "FolderTeacher": "kind path trust_remote_code licence",
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
@@ -55,7 +59,7 @@ FIELDS = {
     "SampledTargets": "kind threshold budget shard precision",
     "TopKTargets": "kind k shard precision",
     "HiddenTargets": "kind shard precision",
-    "Quantize": "formats group",
+    "Quantize": "formats group method recover lr",
     "Evaluate": "problems samples temperature max_tokens text shown",
 }
 

@@ -18,7 +18,7 @@ from pennyweight.loss.divergence import Divergence, divergence
 from pennyweight.loss.signals import Dense, Sparse, Target, TopK, softmax_
 from pennyweight.model.head import Head
 
-_TILE_ENTRIES = {"cpu": 1 << 26, "cuda": 1 << 28}  # float32 logits of one side's tile: 256 MiB, 1 GiB
+_TILE_ENTRIES = {"cpu": 1 << 27, "cuda": 1 << 28}  # float32 logits of one side's tile: 512 MiB, 1 GiB
 _TILE_ROWS = {"cpu": 1024, "cuda": 4096}  # at most
 _BLOCK_ENTRIES = {"cpu": 1 << 18}  # worked on at once within a tile, so that a CPU's cache holds them
 _DENSE_BLOCK_ENTRIES = 1 << 16  # where a teacher's logits and room for both sides lie beside them
@@ -71,7 +71,7 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
         head: the student's output head.
         terms: labels, weights and targets.
         measure: also sum the student's entropy and cross-entropy, for the log and the tripwires.
-        tile: positions per tile; default: as many as keep a tile's logits near 256 MiB on a CPU, 1 GiB on a GPU,
+        tile: positions per tile; default: as many as keep a tile's logits near 512 MiB on a CPU, 1 GiB on a GPU,
             and at most 1,024 and 4,096.
     """
     count = len(terms.labels)

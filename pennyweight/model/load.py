@@ -26,7 +26,12 @@ from pennyweight.model.projection import detach
 from pennyweight.records import sha256_json
 
 _NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
-_OF_CODES = ("weight_scale", "weight_shape", "weight_zero_point")  # of low-bit layers: no parameters of the model
+_OF_CODES = (
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)  # of low-bit layers: no parameters of the model
 _TOKENIZER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 _TOKENIZER_FILES += ("generation_config.json",)  # says what ends a response
 _HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naïve café 🙂👩‍👩‍👧", "<|endoftext|></s>[INST]"]
@@ -270,6 +275,11 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
             f"{path} lacks weights or has them in another shape ({len(missing)}, the first: {missing[0]}); they would "
             "be random, so copy the model again or correct its config.json"
         )
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:  # at once, since it makes some weights bfloat16 whatever the model is
+        compressor.decompress_model(model)
+        for p in model.parameters():
+            p.data = p.data.to(dtype) if dtype and p.is_floating_point() else p.data
     return model
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pennyweight.errors import ModelError
+from torch import nn
+
+from pennyweight.errors import ModelError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,14 @@ def refuse_low_bit(model: Any) -> None:
             "this model is a low-bit copy already, which can be measured and talked to, but not cut, trained or "
             "quantised again; give the full-precision folder it was made from"
         )
+
+
+def blocks_of(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder's blocks: the longest ModuleList that is nobody's part."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise RecipeError(
+        f"the layers of a {type(model).__name__} could not be found; give a student folder instead of a cut"
+    )

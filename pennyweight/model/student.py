@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight.errors import RecipeError
-from pennyweight.model.loaded import refuse_low_bit
+from pennyweight.model.loaded import blocks_of, refuse_low_bit
 from pennyweight.recipe import CutStudent, Shape
 
 
@@ -90,17 +90,6 @@ def cut(teacher: Any, settings: CutStudent) -> Any:
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(next(teacher.parameters()).dtype).eval()
-
-
-def blocks_of(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's blocks: the longest ModuleList that is nobody's part."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise RecipeError(
-        f"the layers of a {type(model).__name__} could not be found; give a student folder instead of a cut"
-    )
 
 
 def _layers(asked: int | list[int] | None, depth: int) -> list[int]:

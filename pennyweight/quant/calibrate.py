@@ -12,47 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.quant.formats import Coded, Format, codes_of, decode, elements, encode
+from pennyweight.quant.formats import Coded, Format, codes_of, decode, elements, encode, spread
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it: keeps its inverse from blowing up
 _COLUMNS = 128  # worked on together; the rest of the weight is corrected once for all of them
 
 
 @torch.no_grad()
-def gptq(weight_OI: Tensor, hessian_II: Tensor, to: Format) -> Coded:
-    """Codes of a weight that lose little of its output, made column by column (Frantar et al., arXiv 2210.17323).
+def gptq(weight_OI: Tensor, hessian_II: Tensor, to: Format) -> tuple[Coded, Tensor]:
+    """Codes of a weight that lose little of its output, made column by column (Frantar et al., arXiv 2210.17323); and
+    (O, I) float32, what each of them was rounded from.
 
-    What rounding a column leaves out is made up for by those after it, as the inputs' second moments say. A scale is
-    chosen when the first of its columns comes up, for the weights as they have become by then.
+    What rounding a column leaves out is made up for by those after it, as the inputs' second moments say; the columns
+    that matter most come first. Scales are chosen before that, so as to lose little of what matters.
 
     Args:
         hessian_II: the sum of x x^T over inputs x, float32 or float64; used up.
         to: a format whose scales are one for each row and a run of columns.
     """
     assert to.tile[0] == 1, "scales of single rows only"
-    w, columns = weight_OI.detach().float().clone(), weight_OI.shape[1]
-    group = to.tile[1] or columns
-    dead = hessian_II.diagonal() == 0  # inputs that are always zero: any weight will do
+    matters = hessian_II.diagonal().clone()
+    dead = matters == 0  # inputs that are always zero: any weight will do
     hessian_II.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
     hessian_II.diagonal().add_(_DAMPING * hessian_II.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II.double()))
+    first = encode(weight_OI, to, search=matters.float().clamp(min=float(matters.mean()) * 1e-6 or 1.0))
+    order = matters.argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    values, scales, whole = torch.empty_like(w), [], encode(w, to).whole
-    scale = torch.empty(0)
+    w = weight_OI.detach().float().masked_fill(dead, 0.0)[:, order]
+    scale = spread(first.scale * first.whole, to.tile, weight_OI.shape)[:, order]
+    values, rounded_from, columns = torch.empty_like(w), torch.empty_like(w), w.shape[1]
     for a in range(0, columns, _COLUMNS):
         b = min(a + _COLUMNS, columns)
         errors = torch.empty_like(w[:, a:b])
         for j in range(a, b):
-            if j % group == 0:
-                scale = encode(w[:, j : j + group], to, search=True, whole=whole).scale
-                scales.append(scale)
-            of_column = scale[:, 0] * whole
-            values[:, j] = elements(w[:, j] / of_column, to)
-            errors[:, j - a] = (w[:, j] - values[:, j] * of_column) / upper[j, j]
+            rounded_from[:, j] = w[:, j]
+            values[:, j] = elements(w[:, j] / scale[:, j], to)
+            errors[:, j - a] = (w[:, j] - values[:, j] * scale[:, j]) / upper[j, j]
             w[:, j:b] -= errors[:, j - a : j - a + 1] * upper[j, j:b]
         w[:, b:] -= errors @ upper[a:b, b:]
-    return Coded(codes_of(values, to), torch.cat(scales, 1), to, whole)
+    back = order.argsort()
+    return Coded(codes_of(values[:, back], to), first.scale, to, first.whole), rounded_from[:, back]
 
 
 @torch.no_grad()
@@ -62,8 +62,9 @@ def calibrated(
     batches: Iterable[dict[str, Any]],
     formats: dict[str, Format],
     progress: Callable[[int], None] = lambda n: None,
-) -> dict[str, Coded]:
-    """GPTQ codes of the Linears named in ``formats``; the model's weights become what the codes stand for.
+) -> tuple[dict[str, Coded], dict[str, Tensor]]:
+    """GPTQ codes of the Linears named in ``formats``, and what they were rounded from; the model's weights become what
+    the codes stand for.
 
     Each block sees what the blocks before it give once they are coded. Only one block's inputs are held, and the
     model runs each block twice.
@@ -75,6 +76,7 @@ def calibrated(
     inputs, others = _inputs(model, blocks, batches)
     names = {module: name for name, module in model.named_modules()}
     coded: dict[str, Coded] = {}
+    rounded_from: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         linears = {names[m]: m for m in block.modules() if names[m] in formats}
         hessians = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}  # type: ignore[arg-type]
@@ -84,11 +86,11 @@ def calibrated(
             for x, given in zip(inputs, others[i], strict=True):
                 _first(block(x, **given))
         for name, m in linears.items():
-            coded[name] = gptq(m.weight, hessians[name], formats[name])  # type: ignore[arg-type]
+            coded[name], rounded_from[name] = gptq(m.weight, hessians[name], formats[name])  # type: ignore[arg-type]
             m.weight.copy_(decode(coded[name]))  # type: ignore[operator]
         inputs = [_first(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
         progress(1)
-    return coded
+    return coded, rounded_from
 
 
 def _inputs(

@@ -203,7 +203,7 @@ def encode(
     x: Tensor,
     to: Format,
     noise: Tensor | None = None,
-    search: bool = False,
+    search: bool | Tensor = False,
     whole: float | None = None,
     scale: Tensor | None = None,
 ) -> Coded:
@@ -213,7 +213,7 @@ def encode(
         noise: (R, C) uniform in [0, 1): rounds stochastically, so that the expectation of what is decoded is x, unless
             x saturates.
         search: scales are those of a small grid, from the largest magnitude down to 0.6 of it, that leave the least
-            squared error, where scales are not powers of two.
+            squared error, where scales are not powers of two; or (C,) weights of the columns in that error.
         whole, scale: the scale over all and those of the tiles, where they are settled already.
 
     Raises:
@@ -222,24 +222,25 @@ def encode(
     x = x.detach().float()
     if scale is not None:
         assert whole is not None, "scales are settled together"
-        return Coded(codes_of(elements(x / _spread(scale * whole, to.tile, x.shape), to, noise), to), scale, to, whole)
+        return Coded(codes_of(elements(x / spread(scale * whole, to.tile, x.shape), to, noise), to), scale, to, whole)
     finite = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if to.element == TERNARY:
         return _ternary(x, finite, to)
-    amax = _over_tiles(finite.abs(), to.tile, "amax")
+    amax = over_tiles(finite.abs(), to.tile, "amax")
     whole = _whole(amax, to) if whole is None else whole
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for clip in _CLIPS if search and not to.scale.startswith("pow2") else (1.0,):
+    for clip in (1.0,) if search is False or to.scale.startswith("pow2") else _CLIPS:
         scale = _scales(amax * clip, to, whole)
-        values = elements(x / _spread(scale * whole, to.tile, x.shape), to, noise)
-        if not search:
+        values = elements(x / spread(scale * whole, to.tile, x.shape), to, noise)
+        if search is False:
             return Coded(codes_of(values, to), scale, to, whole)
-        error = _over_tiles((values * _spread(scale * whole, to.tile, x.shape) - x).square(), to.tile, "sum")
+        error = (values * spread(scale * whole, to.tile, x.shape) - x).square() * search
+        error = over_tiles(error, to.tile, "sum")
         if best is None:
             best = error, scale, values
         else:
             better = error < best[0]
-            wide = _spread(better, to.tile, x.shape)
+            wide = spread(better, to.tile, x.shape)
             pairs = ((better, error, best[0]), (better, scale, best[1]), (wide, values, best[2]))
             best = tuple(torch.where(*p) for p in pairs)  # type: ignore[assignment]
     assert best is not None
@@ -250,7 +251,7 @@ def decode(coded: Coded) -> Tensor:
     """The (R, C) float32 tensor that ``coded`` stands for."""
     element = coded.format.element
     values = decode_float(coded.codes, element) if isinstance(element, Float) else coded.codes.float()
-    return values * _spread(coded.scale * coded.whole, coded.format.tile, coded.codes.shape)
+    return values * spread(coded.scale * coded.whole, coded.format.tile, coded.codes.shape)
 
 
 def size(rows: int, columns: int, of: Format) -> int:
@@ -275,12 +276,13 @@ def _tiled(x: Tensor, tile: tuple[int, int]) -> Tensor:
     return filled.view(filled.shape[0] // high, high, filled.shape[1] // wide, wide)
 
 
-def _over_tiles(x: Tensor, tile: tuple[int, int], how: str) -> Tensor:
+def over_tiles(x: Tensor, tile: tuple[int, int], how: str) -> Tensor:
+    """The largest (``amax``) or the ``sum`` of each tile of (R, C): one number a tile."""
     parts = _tiled(x, tile)
     return parts.amax((1, 3)) if how == "amax" else parts.sum((1, 3))
 
 
-def _spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
+def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
     """A number of each tile -> (R, C), its own for every element; a view where it can be."""
     rows, columns = shape
     high, wide = _sides(tile, shape)
@@ -299,9 +301,13 @@ def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
     if to.scale.startswith("pow2"):
         assert isinstance(to.element, Float)
         return torch.ldexp(torch.ones_like(amax), power_exponent(amax, to.element, up=to.scale == "pow2"))
-    scale = amax / to.largest
+    return stored_scale(amax / to.largest / whole, to)
+
+
+def stored_scale(scale: Tensor, to: Format) -> Tensor:
+    """Scales, float32, as near to ``scale`` as the format holds them where they are not powers of two; none is zero."""
     if to.scale == "e4m3":
-        return rounded(scale / whole, E4M3).clamp_(min=2.0**-9)
+        return rounded(scale, E4M3).clamp_(min=2.0**-9)
     dtype: torch.dtype = getattr(torch, to.scale)
     scale = scale.clamp_(max=torch.finfo(dtype).max).to(dtype).float()
     return torch.where(scale > 0, scale, 1.0)
@@ -311,7 +317,7 @@ def elements(x: Tensor, to: Format, noise: Tensor | None = None) -> Tensor:
     """Elements, float32, of x that has been divided by its scales."""
     if isinstance(to.element, Float):
         return rounded(x, to.element, noise)
-    low, high = -(1 << (to.element - 1)), (1 << (to.element - 1)) - 1
+    low, high = (-(1 << (to.element - 1)), (1 << (to.element - 1)) - 1) if to.element else (-1, 1)
     return (x.round() if noise is None else (x + noise).floor()).clamp_(low, high)
 
 
@@ -340,5 +346,5 @@ def _ternary(x: Tensor, finite: Tensor, to: Format) -> Coded:
     best = (sums.square() / count).argmax(-1, keepdim=True)
     scale = (sums.gather(-1, best) / (best + 1)).squeeze(-1).to(getattr(torch, to.scale)).float()
     least = ordered.gather(-1, best).squeeze(-1)
-    kept = (x.abs() >= _spread(least, to.tile, x.shape)) & (x != 0)
+    kept = (x.abs() >= spread(least, to.tile, x.shape)) & (x != 0)
     return Coded((x.sign() * kept).to(torch.int8), torch.where(scale > 0, scale, 1.0), to)

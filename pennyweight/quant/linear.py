@@ -13,13 +13,26 @@ everything wrong.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pennyweight.quant.formats import FORMATS, Coded, Format, decode, encode
+from pennyweight.quant.formats import (
+    E4M3,
+    FORMATS,
+    Coded,
+    Format,
+    decode,
+    elements,
+    encode,
+    over_tiles,
+    spread,
+    stored_scale,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,16 @@ def _noise(g: Tensor, scheme: Scheme) -> Tensor | None:
     return torch.rand_like(g, dtype=torch.float32) if scheme.noisy else None
 
 
+def compute_in(model: nn.Module, precision: str, weights: str) -> None:
+    """Make a causal LM train as a schedule says, in place: ``precision``, a row of ``SCHEMES`` or full, and dtype of
+    ``weights``."""
+    if weights == "bfloat16":
+        for p in model.parameters():  # not buffers, of which rotary frequencies need their bits
+            p.data = p.data.to(torch.bfloat16)
+    if precision != "full":
+        swap(model, SCHEMES[precision])
+
+
 def swap(model: nn.Module, scheme: Scheme) -> list[str]:
     """Make every Linear of a Hugging Face causal LM compute by ``scheme``, in place; names of those that now do.
 
@@ -141,32 +164,47 @@ class RoundedLinear(nn.Linear):
     """An nn.Linear, of the same parameters, whose weight is rounded to its codes wherever it is used.
 
     The gradient goes straight through the rounding (Bengio et al., arXiv 1308.3432), so that training moves the weight
-    until its codes do well. Scales stay as they were chosen for the first weight.
+    until its codes do well. Scales are trained, too, as in learned step size quantisation (Esser et al., arXiv
+    1902.08153), unless they are powers of two: ``stretch`` is the logarithm of what each has grown by.
     """
 
     start: Coded
+    stretch: nn.Parameter | None
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, _Straight.apply(self.weight, self.start), self.bias)
+        weight = _Straight.apply(self.weight, self.stretch, self.start)
+        return nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
+    @torch.no_grad()
     def coded(self) -> Coded:
         """The weight as it would be written now."""
-        return _as_begun(self.weight, self.start)
+        scale = _stretched(self.start, self.stretch)
+        return encode(self.weight, self.start.format, scale=scale, whole=self.start.whole)
 
 
-def _as_begun(weight: Tensor, start: Coded) -> Coded:
-    """A weight in the format and by the scales of ``start``."""
-    return encode(weight, start.format, scale=start.scale, whole=start.whole)
+def _stretched(start: Coded, stretch: Tensor | None) -> Tensor:
+    return start.scale if stretch is None else stored_scale(start.scale * stretch.float().exp(), start.format)
 
 
 class _Straight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, start: Coded) -> Tensor:
-        return decode(_as_begun(weight, start)).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, stretch: Tensor | None, start: Coded) -> Tensor:
+        f = start.format
+        scale = spread(_stretched(start, stretch) * start.whole, f.tile, weight.shape)
+        ratio = weight.float() / scale
+        values = elements(ratio, f)
+        rounded = values * scale
+        if stretch is not None:  # d rounded / d log scale: what was rounded away, or all of it where it saturates
+            inside = ratio.abs() <= f.largest * (1 + 2.0**-20)  # the largest of a tile is, whichever way it was divided
+            ctx.save_for_backward(torch.where(inside, values - ratio, values).mul_(scale))
+        ctx.tile = f.tile
+        return rounded
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (g,) = grads
+        of_scales = over_tiles(g * ctx.saved_tensors[0], ctx.tile, "sum") if ctx.needs_input_grad[1] else None
+        return g, of_scales, None
 
 
 def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str, RoundedLinear]:
@@ -177,5 +215,27 @@ def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str,
         assert type(module) is nn.Linear, f"{name} is no plain Linear"
         module.__class__ = RoundedLinear
         module.start = start  # type: ignore[assignment]
+        fixed = start.format.scale.startswith("pow2")
+        module.register_parameter("stretch", None if fixed else nn.Parameter(torch.zeros_like(start.scale)))
         swapped[name] = module
     return swapped
+
+
+@contextmanager
+def reading_in_codes(model: nn.Module, codes: dict[str, Coded]) -> Iterator[None]:
+    """Within it, Linears stored in fp8 round what they read as engines do: by token, or by its tiles of 128."""
+    with ExitStack() as hooks:
+        for name, coded in codes.items():
+            f = coded.format
+            if f.element is E4M3 and f.tile != (1, 32):
+                read = replace(f, tile=(1, f.tile[1]), scale="float32")
+                hooks.callback(model.get_submodule(name).register_forward_pre_hook(_rounding(read)).remove)
+        yield
+
+
+def _rounding(f: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        return decode(encode(x.flatten(0, -2), f)).view_as(x).to(x.dtype), *args[1:]
+
+    return rounded

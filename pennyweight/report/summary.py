@@ -155,7 +155,8 @@ def summarise(
 def _copy(fmt: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = facts["evaluation"]
     return {
-        "format": f"{fmt}, compressed-tensors pack-quantized",
+        "format": f"{fmt}, compressed-tensors",
+        "recovered": facts.get("recovered", 0),
         "path": f"student-{fmt}",
         "bytes": facts["bytes"],
         "params": facts["params"],

@@ -68,6 +68,40 @@ def print_inspection(found: dict[str, Any]) -> None:
     console.print(found["said"])
 
 
+def print_quantized(found: dict[str, Any]) -> None:
+    """What ``quantize`` made, or would make: bytes, then the copy beside its parent with their intervals."""
+    console = Console(width=None, soft_wrap=True, highlight=False)
+    predicted = found["predicted"]
+    if "copy" not in found:
+        console.print(f"{found['format']}: {size(predicted['bytes'])} of {size(found['parent_bytes'])}")
+        console.print(
+            f"lost when rounded to nearest: {_nats(predicted['kl'])}, {predicted['bits_per_byte']:.2g} bits a byte"
+        )
+        return
+    console.print(f"{found['path']}: {size(found['bytes'])} of {size(found['parent_bytes'])}, {found['format']}")
+    if found["recovered"]:
+        console.print(f"taught by its parent for {found['recovered']['steps']:,} steps")
+    if found["left_in_16_bits"]:
+        console.print(f"left in 16 bits: {', '.join(found['left_in_16_bits'])}")
+    console.print(
+        f"KL to the parent {_nats(found['kl'])}, of which rounding to nearest was to cost {_nats(predicted['kl'])}"
+    )
+    console.print(f"same most probable token: {interval('agreement', found['agreement'])}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ["", *(_HEADINGS.get(n) or n for n in found["copy"])]:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for side in ("parent", "copy"):
+        rows = [(METRICS[n].unit, found[side][n]) for n in found["copy"]]
+        table.add_row(side, *(measured(unit, row["mean"]) for unit, row in rows))
+        table.add_row("", *(span(unit, row) for unit, row in rows))
+    console.print(table)
+    console.print(f"measured on {found['tokens_measured']:,} tokens of: {found['samples']}")
+
+
+def _nats(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.2g} ({row['low']:.2g} to {row['high']:.2g}) nats a token"
+
+
 def _table(summary: dict[str, Any]) -> Table:
     """Every model in two lines: its values, and below them the intervals; fits 80 columns."""
     models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}

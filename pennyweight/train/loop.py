@@ -67,7 +67,7 @@ def train(
     """
     torch.manual_seed(seed)
     model.to(compute.device).train()
-    optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay)
+    optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay, schedule.moments)
     facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
     wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
     start, tokens = facts["step"], facts["tokens"]

@@ -1,21 +1,100 @@
-"""Parameter groups and the learning-rate schedule: plain arguments in, plain numbers out."""
+"""Parameter groups, AdamW that stores little, and the learning-rate schedule: plain arguments in, plain numbers out."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pennyweight.quant.formats import FORMATS, Coded, decode, encode
+
+_BLOCK = 128  # values that share a scale, in moments of 8 bits
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) that decays matrices and leaves norms and biases alone."""
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, moments: str = "float32"
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) that decays matrices and leaves norms and biases alone.
+
+    ``moments``: what they are stored in: float32, bfloat16 or fp8. Where those or the weights are not float32, it is
+    ``LowAdamW``.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
+    groups = [g for g in groups if g["params"]]
+    if moments == "float32" and all(p.dtype == torch.float32 for p in trained):
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return LowAdamW(groups, lr, betas, moments)
+
+
+class LowAdamW(torch.optim.Optimizer):
+    """AdamW that computes in float32, with weights and moments stored in fewer bits.
+
+    bfloat16 weights and moments are rounded stochastically, so that updates smaller than half a step are not lost
+    (Zamirai et al., arXiv 2010.06192). Moments in fp8 are E4M3 with a float32 scale for 128 values, the second one by
+    its root; a root is never less than the least number of its scale, since it divides.
+
+    Args:
+        groups: parameter groups, each with its ``weight_decay``; weights are float32 or bfloat16.
+        moments: float32, bfloat16 or fp8.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], moments: str):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        self.moments = moments
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), lr = self.state[p], group["betas"], group["lr"]
+        grad = p.grad.float()  # type: ignore[union-attr]
+        step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        mean = self._stored(state, "exp_avg", p).lerp_(grad, 1 - beta1)
+        square = self._stored(state, "exp_avg_sq", p).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2 ** float(step))).sqrt_().add_(group["eps"])
+        weight = p.float() * (1 - lr * group["weight_decay"])
+        weight.addcdiv_(mean, root, value=-lr / (1 - beta1 ** float(step)))
+        p.copy_(to_bfloat16(weight) if p.dtype == torch.bfloat16 else weight)
+        self._store(state, "exp_avg", mean)
+        self._store(state, "exp_avg_sq", square)
+
+    def _stored(self, state: dict[str, Any], name: str, p: Tensor) -> Tensor:
+        """A moment in float32, to be written to."""
+        if name not in state:
+            return torch.zeros_like(p, dtype=torch.float32)
+        if self.moments != "fp8":
+            return state[name].float()
+        value = decode(Coded(state[name], state[f"{name}_scale"], FORMATS["fp8_act"])).flatten()[: p.numel()]
+        return (value.square_() if name == "exp_avg_sq" else value).view_as(p)
+
+    def _store(self, state: dict[str, Any], name: str, value: Tensor) -> None:
+        if self.moments == "float32":
+            state[name] = value
+        elif self.moments == "bfloat16":
+            state[name] = to_bfloat16(value)
+        else:
+            flat = value.flatten().sqrt() if name == "exp_avg_sq" else value.flatten()
+            rows = nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+            coded = encode(rows, FORMATS["fp8_act"], torch.rand_like(rows))
+            state[name] = coded.codes.clamp(min=1) if name == "exp_avg_sq" else coded.codes
+            state[f"{name}_scale"] = coded.scale
+
+
+def to_bfloat16(x: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down with the probability that makes the expectation ``x``; from torch's own draws."""
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=x.device)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def lr_at(step: int, steps: int, lr: float, shape: str, warmup: float, decay: float, floor: float) -> float:

@@ -1,0 +1,28 @@
+"""Options of the command line that are long, or that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_FORMATS = "int8, int4, int3, ternary, fp8_block, fp8_row, mxfp8, mxfp4, nvfp4, mixed."
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]
+
+Format = Annotated[str, typer.Option("--format", help=_FORMATS)]
+Layout = Annotated[str, typer.Option(help="compressed-tensors, or deepseek (fp8_block, fp8_block_pow2).")]
+Group = Annotated[int, typer.Option(min=8, help="Weights that share a scale, in int and ternary.")]
+Rounding = Annotated[str, typer.Option(help="absmax, nearest, or gptq: later roundings make up for earlier ones.")]
+Budget = Annotated[str | None, typer.Option(help="Most bytes, for --format mixed: 1.2GB, 800MB.")]
+Recover = Annotated[int, typer.Option(min=0, help="Steps in which the model teaches its copy what it lost.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples per step.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples per forward pass. Default: all.")]
+Least = Annotated[float | None, typer.Option(help="Least share of tokens, 0 to 1, to agree on.")]
+Samples = Annotated[str | None, typer.Option(help="Samples to calibrate, recover and measure with.")]
+AtMost = Annotated[int | None, typer.Option(min=8, help="At most so many. Default: as many as help.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="reasoning-gym task, NAME or NAME:setting=value,...")]
+Plan = Annotated[bool, typer.Option("--plan", help="Only say what it will cost.")]

@@ -1,0 +1,88 @@
+"""Which Linear gets which format, within a budget of bytes if there is one; and what a copy will take."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import nn
+
+from pennyweight.errors import RecipeError
+from pennyweight.quant.export import formats_of, linears_of
+from pennyweight.quant.formats import Format
+from pennyweight.quant.sensitivity import Costs, cheapest
+
+MIXED = "mixed"
+"""The format that is chosen for each Linear, under a byte budget."""
+
+OF_A_MIXTURE = ("int8", "int4", "int3")
+
+
+def candidates(model: nn.Module, labels: tuple[str, ...], group: int, layout: str) -> dict[str, dict[str, Format]]:
+    """For each Linear the formats that it may get, by label.
+
+    Raises:
+        ModelError: a format fits none of them.
+    """
+    of = {label: formats_of(model, label, group, layout) for label in labels}
+    return {name: {label: of[label][name] for label in labels if name in of[label]} for name in linears_of(model)}
+
+
+def planned(
+    model: nn.Module, wanted: dict[str, dict[str, Format]], found: Costs, budget: int | None
+) -> tuple[dict[str, Format], dict[str, Any]]:
+    """The format of each Linear that is coded, and what the copy will be: ``bytes``, ``kl`` and number of ``linears``.
+
+    Args:
+        wanted: the formats that each Linear may get; the only one, where there is no ``budget``.
+        budget: bytes of the weight file, at most.
+
+    Raises:
+        RecipeError: nothing fits the budget, or all does.
+    """
+    linears = linears_of(model)
+    kept = {name: 2 * m.weight.numel() for name, m in linears.items()}
+    others = 2 * sum(p.numel() for p in model.parameters()) - sum(kept.values())
+    if budget is None:
+        labels = {name: next(iter(of), "") for name, of in wanted.items()}
+    else:
+        labels = _within(budget - others, others, kept, found)
+    chosen = {name: label for name, label in labels.items() if label}
+    total = others + sum(found.bytes[n, label] if label else kept[n] for n, label in labels.items())
+    counts = {label: list(chosen.values()).count(label) for label in sorted(set(chosen.values()))}
+    facts = {"bytes": total, "kl": found.of_all(chosen).to_json(), "linears": counts}
+    return {name: wanted[name][label] for name, label in chosen.items()}, facts
+
+
+def _within(left: int, others: int, kept: dict[str, int], found: Costs) -> dict[str, str]:
+    labels = cheapest(found, kept, left)
+    if labels is None:
+        least = others + sum(min(b for (n, _), b in found.bytes.items() if n == name) for name in kept)
+        raise RecipeError(
+            f"the smallest copy takes {least:,} bytes, more than the budget of {left + others:,}; {others:,} of them "
+            "are embeddings, output head and norms, which keep 16 bits; give a larger --budget"
+        )
+    if not any(labels.values()):
+        raise RecipeError(
+            f"in 16 bits this model takes {others + sum(kept.values()):,} bytes, within the budget of "
+            f"{left + others:,}: there is nothing to quantise; give a smaller --budget"
+        )
+    return labels
+
+
+def bytes_of(text: str | int) -> int:
+    """``1.2GB`` -> 1,200,000,000; kB, MB, GB and TB are powers of 1,000, KiB and so on of 1,024.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kKMGT])(i?)[bB]?|[bB])?\s*", str(text))
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if found is None or not number > 0:
+        raise RecipeError(f"cannot read the budget {text!r}; write it like 1.2GB, 800MB or 5000000")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(number * (1024 if found[3] else 1000) ** power)

@@ -1,0 +1,88 @@
+"""A low-bit copy, and its recovery by distillation: a model teaches its own copy what rounding took from it.
+
+Quantisation-aware distillation (QAD; NVIDIA, arXiv 2601.20088): forward KL to the full-precision parent at every token,
+with straight-through gradients, and no labels. The parent labels the samples once, before its weights are rounded, so
+that it need not be in memory beside its copy; loop, loss and kept targets are those of any distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from pennyweight.data.pack import Batch, Packer, collate
+from pennyweight.methods.kd import kd
+from pennyweight.model.loaded import blocks_of
+from pennyweight.quant.export import storage_dtype
+from pennyweight.quant.formats import Coded, Format
+from pennyweight.quant.rounding import Recovery, coded_for_storage
+from pennyweight.recipe import KdMethod, SampledTargets, Schedule
+from pennyweight.records import Encoded
+from pennyweight.teacher.cache import TargetCache
+from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.targets import Keep
+
+_STEP = 0.01  # of a scale: how far a weight may move in a step, so that none jumps over codes
+_CALIBRATED, _ROWS = 128, 16  # samples that GPTQ looks at, and how many at once
+
+Fit = Callable[[nn.Module, Schedule, Callable[[int], list[Batch]]], object]
+"""Trains a model in place: (model, schedule, batches by step)."""
+
+
+def low_bit(
+    parent: LocalTeacher,
+    formats: dict[str, Format],
+    method: str,
+    samples: list[Encoded],
+    recovery: Recovery | None,
+    folder: Path,
+    fit: Fit,
+    counting: Callable[[str, int, str], AbstractContextManager[Any]],
+) -> dict[str, Coded]:
+    """Codes of the Linears named in ``formats``; the parent's model becomes what will be read from the file.
+
+    Args:
+        method: ``absmax``, ``nearest`` or ``gptq``.
+        samples: to calibrate and to recover with; of as many as are needed, the first by their hashes.
+        folder: where the parent's targets are kept, so that an interrupted recovery goes on with them.
+        counting: (label, total, unit) -> a context that shows progress.
+    """
+    model = parent.loaded.model
+    ordered = sorted(samples, key=lambda s: s.token_hash)
+    teach: Callable[[dict[str, Coded]], object] | None = None
+    if recovery is not None:
+        chosen = ordered[: recovery.steps * recovery.batch]
+        with counting("targets", len(chosen), "samples") as c:
+            next_batch = _lessons(parent, chosen, folder, recovery, c.advance)
+        teach = lambda codes: fit(model, _schedule(codes, recovery), next_batch)  # noqa: E731
+    some = ordered[:_CALIBRATED]
+    ids = [collate([[s] for s in some[a : a + _ROWS]], parent.loaded.pad_id).ids for a in range(0, len(some), _ROWS)]
+    batches = [{"input_ids": x.to(parent.compute.device)} for x in ids]
+    with counting("calibrating", len(blocks_of(model)[1]), "blocks") as c:
+        return coded_for_storage(model, formats, storage_dtype(model), method, batches, teach, c.advance)
+
+
+def _schedule(codes: dict[str, Coded], r: Recovery) -> Schedule:
+    """No weight decay, since the weights are right already, and a rate in proportion to the codes' scales."""
+    rate = r.lr or _STEP * median(float((c.scale * c.whole).median()) for c in codes.values())
+    settings = {"lr": rate, "floor": 0.0, "weight_decay": 0.0, "warmup": 0.05, "micro_batch": r.micro_batch}
+    return Schedule(steps=r.steps, batch=r.batch, **settings)  # type: ignore[arg-type]
+
+
+def _lessons(
+    parent: LocalTeacher, samples: list[Encoded], folder: Path, r: Recovery, progress: Callable[[int], None]
+) -> Callable[[int], list[Batch]]:
+    """Batches by step that carry the parent's targets, which are labelled now: it is not needed afterwards."""
+    settings, device = SampledTargets(), parent.compute.device
+    keep = Keep("sampled", settings.threshold)
+    made_by = f"{parent.fingerprint} on {parent.compute.name}"
+    cache = TargetCache(folder, made_by, keep, parent.loaded.vocabulary, settings.shard, parent.targets)
+    cache.fill(samples, progress)
+    batches = Packer(samples, r.batch, r.micro_batch or r.batch, r.seed, parent.loaded.pad_id)
+    signal = lambda batch: cache.signal(batch, device, lambda: parent.head)  # noqa: E731
+    return lambda step: [kd(batch, KdMethod(), signal) for batch in batches(step)]
