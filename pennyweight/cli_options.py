@@ -14,7 +14,9 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that
 Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]
 
 Format = Annotated[str, typer.Option("--format", help=_FORMATS)]
-Layout = Annotated[str, typer.Option(help="compressed-tensors, or deepseek (fp8_block, fp8_block_pow2).")]
+Layout = Annotated[
+    str, typer.Option(help="compressed-tensors, deepseek (fp8_block, fp8_block_pow2) or gguf (int8, int4, bf16).")
+]
 Group = Annotated[int, typer.Option(min=8, help="Weights that share a scale, in int and ternary.")]
 Rounding = Annotated[str, typer.Option(help="absmax, nearest, or gptq: later roundings make up for earlier ones.")]
 Budget = Annotated[str | None, typer.Option(help="Most bytes, for --format mixed: 1.2GB, 800MB.")]

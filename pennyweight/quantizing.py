@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from pennyweight.data.prepare import Writer, gather, prepare
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
 from pennyweight.data.split import split
@@ -27,8 +29,10 @@ from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.load import load
 from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting, say, stoppable
-from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, export
+from pennyweight.quant import gguf_check
+from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, export, linears_of
 from pennyweight.quant.formats import Coded, Format
+from pennyweight.quant.gguf_file import IN_GGUF, code_embeddings
 from pennyweight.quant.linear import reading_in_codes
 from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
 from pennyweight.quant.planning import MIXED, OF_A_MIXTURE, bytes_of, candidates, planned
@@ -47,6 +51,7 @@ from pennyweight.version import __version__
 
 _CONTEXT, _WRITTEN = 512, 256  # tokens of a sample at most, and of what the model writes itself
 _LEARNT, _HELD_OUT, _LOOKED_AT = 128, 64, 64  # samples
+_ENGINE_KL = 0.005  # nats a token between what was meant and llama.cpp, which reads activations in 8 bits
 _SAME_KL = 1e-4  # nats a token between what was meant and what transformers computes; twice float32's own at most
 
 
@@ -56,7 +61,7 @@ class Asked:
 
     Attributes:
         fmt: a row of ``WRITTEN``, or ``mixed`` with a ``budget``: int8, int4, int3 or 16 bits, for each Linear.
-        layout: ``compressed-tensors``, or ``deepseek`` for fp8_block and fp8_block_pow2.
+        layout: ``compressed-tensors``; ``deepseek`` for fp8_block and fp8_block_pow2; ``gguf`` for int8, int4, bf16.
         group: weights that share a scale, in int and ternary.
         method: ``absmax``, ``nearest`` or ``gptq``.
         budget: most bytes of the weight file.
@@ -130,27 +135,27 @@ def quantize(
     opened = lambda path: load(str(path), device=compute.device, trust_remote_code=trust_remote_code)  # noqa: E731
     parent = opened(model)
     labels = OF_A_MIXTURE if fmt == MIXED else (fmt,)
-    wanted = candidates(
-        parent.model, labels, asked.group, asked.layout
-    )  # what cannot be coded is refused before anything is written
-    made_from = {**asdict(asked), "model": parent.identity, "compute": compute.name}
-    made_from["given"] = content_hash(asked.data) if asked.data else None
-    with _work(out, made_from) as work:
+    if asked.layout == "gguf":
+        gguf_check.check(parent)
+    wanted = {} if fmt == "bf16" else candidates(parent.model, labels, asked.group, asked.layout)
+    made_from = {"model": parent.identity, "compute": compute.name, "given": asked.data and content_hash(asked.data)}
+    with _work(out, {**asdict(asked), **made_from}) as work:
         texts = _texts(parent, compute, asked, work)
         formats, predicted = _planned(parent, wanted, texts, asked)
         if plan:
             return {"format": fmt, "params": parent.params, "parent_bytes": parent.bytes, "predicted": predicted}
         codes, recovered = _made(parent, compute, formats, texts, asked, work)
-        made = export(parent.model, codes, Path(model), work / "copy", asked.layout)
-        copy = opened(work / "copy")
-        with reading_in_codes(parent.model, codes):
-            _same(parent, copy, texts, compute)
+        made, copy, engine = _written(parent, codes, Path(model), work / "copy", texts, compute, asked, opened)
         parent = opened(model)  # as it was before
         proof = _proof(copy, parent, _held_out(parent, texts, tasks or [], asked), compute, asked)
         _gate(proof["agreement"]["mean"], min_agreement, fmt, work)
-        about = _about(made, parent, texts, asked) | {"predicted": predicted, "recovered": recovered} | proof
-        made_by = {"made_by": f"pennyweight {__version__}", "parent": parent.facts(), "asked": asdict(asked)}
-        write_json(work / "copy" / PROVENANCE, {**about, **made_by, "parent_found": about["parent"]})
+        about = (
+            _about(made, parent, texts, asked)
+            | {"engine": engine, "predicted": predicted, "recovered": recovered}
+            | proof
+        )
+        made_by = {"made_by": f"pennyweight {__version__}", "asked": asdict(asked), "parent_found": about["parent"]}
+        write_json(work / "copy" / PROVENANCE, {**about, **made_by, "parent": parent.facts()})
         os.replace(work / "copy", str(out))
         shutil.rmtree(work)
     return {"path": str(out), **about}
@@ -172,7 +177,7 @@ def _about(made: Exported, parent: Loaded, texts: Texts, asked: Asked) -> dict[s
 def _check(model: str, asked: Asked, out: str | None, least: float | None, plan: bool) -> None:
     if asked.layout not in LAYOUTS:
         raise RecipeError(f"no layout is named {asked.layout!r}; use {' or '.join(LAYOUTS)}")
-    known = (*WRITTEN, MIXED) if asked.layout == LAYOUTS[0] else IN_DEEPSEEKS
+    known = {"deepseek": IN_DEEPSEEKS, "gguf": IN_GGUF}.get(asked.layout, (*WRITTEN, MIXED))
     if asked.fmt not in known:
         raise RecipeError(f"no format in {asked.layout} is named {asked.fmt!r}; use {', '.join(known)}")
     if asked.method not in METHODS:
@@ -236,6 +241,9 @@ def _planned(
     parent: Loaded, wanted: dict[str, dict[str, Format]], texts: Texts, asked: Asked
 ) -> tuple[dict[str, Format], dict[str, Any]]:
     """The format of each Linear that is coded, and what the copy will be; said, too."""
+    if asked.fmt == "bf16":
+        nothing = Interval(0.0, 0.0, 0.0, "16 bits")
+        return {}, {"bytes": 2 * parent.params, "kl": nothing.to_json(), "linears": {}, "bits_per_byte": 0.0}
     some = texts.learnt[:_LOOKED_AT]
     with counting("predicting", len(some), "samples") as c:
         found = costs(parent.model, wanted, some, parent.pad_id, asked.seed, c.advance)
@@ -275,8 +283,37 @@ def _made(
 
     recovery = Recovery(asked.recover, asked.batch, asked.micro_batch, asked.lr, asked.seed) if asked.recover else None
     teacher = LocalTeacher(parent, compute)
-    codes = low_bit(teacher, formats, asked.method, texts.learnt, recovery, work / "targets", fit, counting)
+    vectors = torch.float32 if asked.layout == "gguf" else None
+    codes = low_bit(teacher, formats, asked.method, texts.learnt, recovery, work / "targets", fit, counting, vectors)
+    if asked.layout == "gguf" and codes:
+        codes |= code_embeddings(parent.model)
     return codes, how or None
+
+
+def _written(
+    meant: Loaded,
+    codes: dict[str, Coded],
+    parent: Path,
+    place: Path,
+    texts: Texts,
+    compute: Compute,
+    asked: Asked,
+    opened: Callable[[Path], Loaded],
+) -> tuple[Exported, Loaded, str | None]:
+    """The copy, as it was written, opened again and found to be what was meant; and what llama.cpp says of a GGUF."""
+    if asked.layout != "gguf":
+        made = export(meant.model, codes, parent, place, asked.layout)
+        copy = opened(place)
+        with reading_in_codes(meant.model, codes):
+            _same(meant, copy, texts, compute)
+        return made, copy, None
+    file, copy = gguf_check.written(meant, codes, place, asked.fmt)
+    _same(meant, copy, texts, compute)
+    ids = list(texts.held_out[0].ids)
+    logits = meant.model(torch.tensor([ids], device=compute.device), use_cache=False).logits[0].detach().cpu()
+    engine = gguf_check.check_by_llama_cpp(file, meant.tokenizer, ids, logits, _ENGINE_KL)
+    kept = tuple(name for name in linears_of(meant.model) if name not in codes)
+    return Exported(file.stat().st_size, len(codes), 0, kept), copy, engine
 
 
 def _same(meant: Loaded, opened: Loaded, texts: Texts, compute: Compute) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from architectures import make, save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight import cli, quantizing
-from pennyweight.errors import QualityError, RecipeError, RunError, Stopped
+from pennyweight.errors import ModelError, QualityError, RecipeError, RunError, Stopped
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.load import load, save
 from pennyweight.model.tokenizer import train_tokenizer
+from pennyweight.quant import gguf_file
 from pennyweight.quant.planning import bytes_of
 from pennyweight.quantizing import quantize
 
@@ -37,7 +41,8 @@ def parent(tmp_path_factory):
 @pytest.fixture
 def asked(parent, tmp_path):
     """Keyword arguments of a quick quantisation, with a place for the copy."""
-    return {"model": str(parent), "data": str(parent.parent / "texts.jsonl"), "out": str(tmp_path / "copy")}
+    data = str(parent.parent / "texts.jsonl")
+    return {"model": str(parent), "data": data, "out": str(tmp_path / "copy"), "threads": 1}
 
 
 def test_what_was_said_before_is_what_is_found_after(asked, parent, tmp_path):
@@ -120,7 +125,7 @@ def test_a_stopped_recovery_goes_on_to_the_same_copy(asked, tmp_path, monkeypatc
 
 
 def test_the_models_own_samples_do_where_there_are_no_data(parent, tmp_path):
-    found = quantize(str(parent), "int8", str(tmp_path / "copy"), samples=24)
+    found = quantize(str(parent), "int8", str(tmp_path / "copy"), samples=24, threads=1)
     assert found["samples"] == "samples of parent" and found["kl"]["mean"] < 0.01
 
 
@@ -136,3 +141,47 @@ def test_budgets_are_read(text, want):
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(RecipeError, match="cannot read the budget"):
         bytes_of(text)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "int4"])
+def test_a_gguf_is_opened_by_transformers_and_llama_cpp(stories, tmp_path, fmt):
+    pytest.importorskip("gguf", reason='needs gguf; pip install -e ".[gguf]"')
+    found = quantize(str(stories), fmt, str(tmp_path / "copy"), layout="gguf", samples=24, method="nearest", threads=1)
+    file = tmp_path / "copy" / f"stories260K-{fmt}.gguf"
+    assert found["bytes"] == file.stat().st_size and (tmp_path / "copy" / "pennyweight.json").exists()
+    if importlib.util.find_spec("llama_cpp"):
+        assert "gives the same ids on 12 hard texts" in found["engine"]
+    else:
+        assert "not asked of llama.cpp" in found["engine"]
+
+
+@pytest.mark.parametrize("broken", ["rotary order", "codes", "vocabulary"])
+def test_a_broken_gguf_is_not_kept(stories, tmp_path, monkeypatch, broken):
+    pytest.importorskip("gguf", reason='needs gguf; pip install -e ".[gguf]"')
+    if broken == "rotary order":
+        monkeypatch.setattr(gguf_file, "_turned", lambda x, heads: x)
+    elif broken == "codes":
+        whole = gguf_file.packed
+        monkeypatch.setattr(gguf_file, "packed", lambda codes, scale, fmt: whole(codes.flip(1), scale, fmt))
+    else:
+        if not importlib.util.find_spec("llama_cpp"):
+            pytest.skip('needs llama-cpp-python; pip install -e ".[llama]"')
+        right = gguf_file.vocabulary_of
+        other = lambda tokenizer, size: replace(right(tokenizer, size), scores=right(tokenizer, size).scores[::-1])  # noqa: E731
+        monkeypatch.setattr(gguf_file, "vocabulary_of", other)
+    with pytest.raises(ModelError, match="not kept"):
+        quantize(str(stories), "int8", str(tmp_path / "copy"), layout="gguf", samples=24, method="nearest", threads=1)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_what_has_no_gguf_is_refused_before_anything_is_written(tmp_path):
+    pytest.importorskip("gguf", reason='needs gguf; pip install -e ".[gguf]"')
+    parent = save_with_tokenizer(make("gemma2-softcap-and-window"), tmp_path / "parent")
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM is not written as GGUF"):
+        quantize(str(parent), "int4", str(tmp_path / "copy"), layout="gguf")
+    for layout, fmt in (("gguf", "nvfp4"), ("deepseek", "int4"), ("compressed-tensors", "bf16")):
+        with pytest.raises(RecipeError, match=f"no format in {layout} is named"):
+            quantize(str(parent), fmt, str(tmp_path / "copy"), layout=layout)
+    with pytest.raises(RecipeError, match="no layout is named"):
+        quantize(str(parent), "int4", str(tmp_path / "copy"), layout="onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["parent"]

@@ -55,7 +55,7 @@ def load(
     weights = _weight_files(folder, path)
     for file in weights:
         _check_readable(file)
-    with _quiet():
+    with quiet():
         model = _open_model(folder, path, dtype, trust_remote_code)
         tokenizer = _open_tokenizer(folder, path, trust_remote_code)
         model = model.to(device).eval()
@@ -146,7 +146,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = N
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     detach(model)
-    with _quiet():
+    with quiet():
         (model.to(dtype) if dtype else model).save_pretrained(making)
         tokenizer.save_pretrained(making)
     for file in making.iterdir():
@@ -163,7 +163,7 @@ def open_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: it cannot be opened.
     """
-    with _quiet():
+    with quiet():
         return _open_tokenizer(_folder_of(path, trust_remote_code), path, trust_remote_code)
 
 
@@ -180,7 +180,7 @@ def _folder_of(path: str, trust_remote_code: bool) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     try:
-        with _quiet():
+        with quiet():
             return Path(
                 snapshot_download(path, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
             )
@@ -206,7 +206,7 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
             "decoder-only model (…ForCausalLM)"
         )
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
         raise ModelError(
@@ -302,7 +302,7 @@ def _line(e: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its bars and notices, and compressed-tensors without its; as before afterwards."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

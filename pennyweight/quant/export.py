@@ -27,8 +27,8 @@ from pennyweight.quant.packing import scheme_of, storable, tensors_of
 PROVENANCE = "pennyweight.json"
 """File of a low-bit copy that says what it was made from, how, and what it was found to be worth."""
 
-LAYOUTS = ("compressed-tensors", "deepseek")
-"""File layouts: that of the library of this name, and DeepSeek's own for fp8."""
+LAYOUTS = ("compressed-tensors", "deepseek", "gguf")
+"""File layouts: that of the library of this name, DeepSeek's own for fp8, and llama.cpp's (``gguf_file``)."""
 
 _WEIGHTS = "model.safetensors"
 _CARRIED = {".json", ".jinja", ".model", ".txt", ".py", ".md"}  # tokenizer, template, settings; never other weights
@@ -73,8 +73,10 @@ def formats_of(model: nn.Module, fmt: str, group: int, layout: str = "compressed
     """
     linears = linears_of(model)
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
-    scale = torch.float32 if layout == "deepseek" else storage_dtype(model)
+    scale = {"deepseek": torch.float32, "gguf": torch.float16}.get(layout) or storage_dtype(model)
     found = {name: storable(fmt, shape, group, scale) for name, shape in shapes.items()}
+    if layout == "gguf":
+        found = {name: f if f is not None and f.tile == (1, 32) else None for name, f in found.items()}
     chosen = {name: f for name, f in found.items() if f is not None}
     by_row = [f for f in chosen.values() if isinstance(f.element, int) and not f.tile[1]]
     if not chosen or len(by_row) == len(linears):
@@ -101,7 +103,7 @@ def export(
     Args:
         model: a Hugging Face causal LM; everything but the coded weights is taken from it.
         parent: the folder that it came from.
-        layout: a row of ``LAYOUTS``.
+        layout: ``compressed-tensors`` or ``deepseek``.
     """
     storage, names = storage_dtype(model), _linears(model)
     making = out.with_name(f".making-{out.name}")

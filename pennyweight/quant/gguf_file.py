@@ -1,8 +1,9 @@
 """GGUF files, which llama.cpp and Ollama open: Q8_0, Q4_0 and bfloat16, written by the library of that format.
 
 Linears are Q4_0 or Q8_0: our int4 and int8 in groups of 32 with float16 scales, bit for bit. Embeddings and output head
-are Q8_0 beside either; norms and biases stay float32. llama.cpp pairs the halves of a rotary head otherwise than
-transformers where the architecture is Llama's, so rows of queries and keys change places there.
+are Q8_0 beside either; widths that 32 does not divide are bfloat16, norms and biases float32. llama.cpp pairs the
+halves of a rotary head otherwise than transformers where the architecture is Llama's, so rows of queries and keys
+change places there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import MissingExtra, ModelError
-from pennyweight.quant.formats import FORMATS, Coded, encode
+from pennyweight.quant.formats import FORMATS, Coded, decode, encode
 from pennyweight.quant.gguf_tokenizer import Vocabulary, vocabulary_of
 
 IN_GGUF = ("int8", "int4", "bf16")
@@ -66,13 +67,15 @@ def check_architecture(model: Any) -> str:
 def write_gguf(
     model: Any, tokenizer: Any, codes: dict[str, Coded], out: Path, fmt: str, name: str, about: dict[str, str]
 ) -> None:
-    """Write ``model`` to the file ``out``, its Linears as ``codes`` (none of them in bf16).
+    """Write ``model`` to the file ``out``, what ``codes`` names as that, other matrices in bfloat16.
 
     Args:
+        codes: int8 and int4 as ``gguf_format`` has them, by name of the module.
+        fmt: what most of it is, a row of ``IN_GGUF``.
         about: further metadata, by key.
 
     Raises:
-        ModelError: architecture or tokenizer have no GGUF, or a width is no multiple of 32.
+        ModelError: architecture or tokenizer have no GGUF.
         MissingExtra: the library is not installed.
     """
     gguf = library()
@@ -104,28 +107,22 @@ def write_gguf(
         if target is None:
             raise ModelError(f"{key} has no name in a GGUF; use --layout compressed-tensors")
         heads = _heads(key, config) if arch == "llama" else 0
-        _add_tensor(gguf, writer, target, value, codes.get(key.removesuffix(".weight")), fmt, heads)
+        _add_tensor(gguf, writer, target, value, codes.get(key.removesuffix(".weight")), heads)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _add_tensor(gguf: Any, writer: Any, name: str, value: Tensor, coded: Coded | None, fmt: str, heads: int) -> None:
+def _add_tensor(gguf: Any, writer: Any, name: str, value: Tensor, coded: Coded | None, heads: int) -> None:
     if value.ndim < 2:
         writer.add_tensor(name, _turned(value.float(), heads).numpy())
         return
-    if fmt == "bf16":
+    if coded is None:
         bits = _turned(value.bfloat16(), heads).contiguous().view(torch.uint8)
         writer.add_tensor(name, bits.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
         return
-    kind = fmt
-    if coded is None:
-        if value.shape[1] % _GROUP:
-            raise ModelError(
-                f"{name} is {value.shape[1]} wide, no multiple of {_GROUP}; use --layout compressed-tensors"
-            )
-        kind, coded = "int8", encode(value, gguf_format("int8"), search=True)
+    kind = coded.format.name
     data = packed(_turned(coded.codes, heads), _turned(coded.scale, heads), kind)
     writer.add_tensor(name, data.numpy(), raw_dtype=getattr(gguf.GGMLQuantizationType, _TYPES[kind]))
 
@@ -133,6 +130,19 @@ def _add_tensor(gguf: Any, writer: Any, name: str, value: Tensor, coded: Coded |
 def gguf_format(fmt: str) -> Any:
     """int8 or int4 as a GGUF has it: groups of 32, float16 scales."""
     return replace(FORMATS[fmt], tile=(1, _GROUP), scale="float16")
+
+
+@torch.no_grad()
+def code_embeddings(model: Any) -> dict[str, Coded]:
+    """Codes of embedding and output head, Q8_0, by name; the model's become what these stand for. There are none where
+    32 does not divide their width."""
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m.weight.shape[1] % _GROUP == 0]
+    coded: dict[str, Coded] = {}
+    for name, module in model.named_modules():
+        if any(module is m for m in ends) and not any(model.get_submodule(n).weight is module.weight for n in coded):
+            coded[name] = encode(module.weight, gguf_format("int8"), search=True)
+            module.weight.copy_(decode(coded[name]))
+    return coded
 
 
 def packed(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
 from pennyweight.data.pack import Batch, Packer, collate
@@ -43,6 +44,7 @@ def low_bit(
     folder: Path,
     fit: Fit,
     counting: Callable[[str, int, str], AbstractContextManager[Any]],
+    vectors: torch.dtype | None = None,
 ) -> dict[str, Coded]:
     """Codes of the Linears named in ``formats``; the parent's model becomes what will be read from the file.
 
@@ -50,6 +52,7 @@ def low_bit(
         method: ``absmax``, ``nearest`` or ``gptq``.
         samples: to calibrate and to recover with; of as many as are needed, the first by their hashes.
         folder: where the parent's targets are kept, so that an interrupted recovery goes on with them.
+        vectors: what norms and biases are stored in, where that is not what matrices are.
         counting: (label, total, unit) -> a context that shows progress.
     """
     model = parent.loaded.model
@@ -64,7 +67,7 @@ def low_bit(
     ids = [collate([[s] for s in some[a : a + _ROWS]], parent.loaded.pad_id).ids for a in range(0, len(some), _ROWS)]
     batches = [{"input_ids": x.to(parent.compute.device)} for x in ids]
     with counting("calibrating", len(blocks_of(model)[1]), "blocks") as c:
-        return coded_for_storage(model, formats, storage_dtype(model), method, batches, teach, c.advance)
+        return coded_for_storage(model, formats, storage_dtype(model), method, batches, teach, vectors, c.advance)
 
 
 def _schedule(codes: dict[str, Coded], r: Recovery) -> Schedule:

@@ -69,12 +69,13 @@ def coded_for_storage(
     method: str = "nearest",
     batches: Iterable[dict[str, Any]] = (),
     recover: Callable[[dict[str, Coded]], object] | None = None,
+    vectors: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Coded]:
     """As ``rounded_to``; afterwards the model, in its own dtype, is what will be read from the file.
 
     Args:
-        storage: dtype of everything that is not coded.
+        storage: dtype of what is not coded; ``vectors`` of what is no matrix, where that is another.
         recover: trains the model in place, given the codes that it begins with; its Linears then compute with rounded
             weights (``RoundedLinear``), which start from what was rounded.
     """
@@ -91,5 +92,6 @@ def coded_for_storage(
     with torch.no_grad():
         for name, p in model.named_parameters():
             linear = name.removesuffix(".weight")
-            p.copy_(decode(codes[linear]) if linear in codes and linear != name else p.to(storage))
+            dtype = storage if p.ndim >= 2 or vectors is None else vectors
+            p.copy_(decode(codes[linear]) if linear in codes and linear != name else p.to(dtype))
     return codes
