@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pennyweight.report.terminal import interval, print_summary, print_values
+from pennyweight.report.terminal import interval, print_quantized, print_summary, print_values
 
 
 def metrics(accuracy, kl=None):
@@ -75,3 +75,25 @@ def test_values_are_lines(capsys):
         "ece_a: 5.0 % (4.0–6.0)  [bootstrap]",
         "bits_per_byte_a: 0.500 (0.400–0.600)  [bootstrap]",
     ]
+
+
+def test_a_copy_is_shown_beside_its_parent_with_what_was_predicted(capsys):
+    def row(mean):
+        return {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean, "how": "bootstrap"}
+
+    predicted = {"bytes": 250_000, "kl": row(0.09), "bits_per_byte": 0.06, "linears": {"int4": 35}}
+    planned = {"format": "int4", "params": 260_000, "parent_bytes": 1_040_000, "predicted": predicted}
+    print_quantized(planned)
+    out = capsys.readouterr().out.replace("\u00a0", " ")
+    assert "int4: 250 kB of 1.04 MB" in out and "0.09 (0.081 to 0.099) nats a token, 0.06 bits a byte" in out
+    found = {
+        **planned, "path": "small", "bytes": 251_000, "recovered": {"steps": 1200}, "kl": row(0.03),
+        "agreement": row(0.9), "left_in_16_bits": ["a", "b", "c"], "samples": "texts.jsonl", "tokens_measured": 12_345,
+        "engine": "llama.cpp says so", "copy": {"bits_per_byte": row(1.2)}, "parent": {"bits_per_byte": row(1.1)},
+    }  # fmt: skip
+    print_quantized(found)
+    out = capsys.readouterr().out.replace("\u00a0", " ")
+    assert "small: 251 kB of 1.04 MB, int4" in out and "taught by its parent for 1,200 steps" in out
+    assert "Linears left in 16 bits: 3 (a, b, …)" in out and "KL to the parent: 0.03 (0.027 to 0.033)" in out
+    assert "12,345 tokens of: texts.jsonl" in out and "llama.cpp says so" in out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("parent", "copy"))] == ["parent", "copy"]

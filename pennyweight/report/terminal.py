@@ -81,11 +81,10 @@ def print_quantized(found: dict[str, Any]) -> None:
     console.print(f"{found['path']}: {size(found['bytes'])} of {size(found['parent_bytes'])}, {found['format']}")
     if found["recovered"]:
         console.print(f"taught by its parent for {found['recovered']['steps']:,} steps")
-    if found["left_in_16_bits"]:
-        console.print(f"left in 16 bits: {', '.join(found['left_in_16_bits'])}")
-    console.print(
-        f"KL to the parent {_nats(found['kl'])}, of which rounding to nearest was to cost {_nats(predicted['kl'])}"
-    )
+    if left := found["left_in_16_bits"]:
+        console.print(f"Linears left in 16 bits: {len(left)} ({', '.join([*left[:2], *['…'][: len(left) - 2]])})")
+    console.print(f"KL to the parent: {_nats(found['kl'])}")
+    console.print(f"predicted for rounding to nearest: {_nats(predicted['kl'])}")
     console.print(f"same most probable token: {interval('agreement', found['agreement'])}")
     table = Table(box=None, pad_edge=False)
     for heading in ["", *(_HEADINGS.get(n) or n for n in found["copy"])]:
@@ -96,6 +95,8 @@ def print_quantized(found: dict[str, Any]) -> None:
         table.add_row("", *(span(unit, row) for unit, row in rows))
     console.print(table)
     console.print(f"measured on {found['tokens_measured']:,} tokens of: {found['samples']}")
+    if found["engine"]:
+        console.print(found["engine"])
 
 
 def _nats(row: dict[str, Any]) -> str:
