@@ -39,10 +39,9 @@ def library() -> Any:
         MissingExtra: it is not installed.
     """
     try:
-        import accelerate  # noqa: F401 - transformers opens a GGUF with it
         import gguf
-    except ImportError as e:
-        raise MissingExtra(e.name or "gguf", "gguf", "writing a GGUF and opening it again") from None
+    except ImportError:
+        raise MissingExtra("gguf", "gguf", "writing a GGUF") from None
     return gguf
 
 
