@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,15 @@ class Bars:
 
     def finish(self) -> None:
         sys.exit(1 if self.short else 0)
+
+
+def run_parts(known: Mapping[str, Callable[[Bars], None]], parts: Sequence[str]) -> None:
+    """Say the machine, run the parts of a benchmark that are asked for (all of them, where none is), and finish."""
+    print(machine())
+    bars = Bars()
+    for part in parts or known:
+        known[part](bars)
+    bars.finish()
 
 
 def machine() -> str:

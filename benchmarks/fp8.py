@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import pennyweight
-from benchmarks.bars import Bars, machine, real
+from benchmarks.bars import Bars, real, run_parts
 from pennyweight.bench import Bench, packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
@@ -189,11 +189,7 @@ def training(bars: Bars) -> None:
 def main(*parts: str) -> None:
     known: dict[str, Callable[[Bars], None]] = {"products": products, "training": training}
     torch.set_num_threads(1)
-    print(machine())
-    bars = Bars()
-    for part in parts or known:
-        known[part](bars)
-    bars.finish()
+    run_parts(known, parts)
 
 
 if __name__ == "__main__":

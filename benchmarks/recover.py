@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import pennyweight
-from benchmarks.bars import Bars, machine, real
+from benchmarks.bars import Bars, real, run_parts
 from pennyweight.quantizing import quantize
 
 SEEDS, STEPS, SAMPLES = 3, 400, 4096
@@ -114,11 +114,7 @@ def of_mixtures(bars: Bars) -> None:
 def main(*parts: str) -> None:
     known: dict[str, Callable[[Bars], None]] = {"real": of_real, "mixed": of_mixtures, "quickstart": of_quickstart}
     torch.set_num_threads(1)
-    print(machine())
-    bars = Bars()
-    for part in parts or known:
-        known[part](bars)
-    bars.finish()
+    run_parts(known, parts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.bars import Bars, machine, real
+from benchmarks.bars import Bars, real, run_parts
 from pennyweight.data.pack import collate
 from pennyweight.evaluate.fidelity import Gradient, Stand, compare, dense_of, drawn, k_for, sampled, top_k
 from pennyweight.loss.chunked import Terms, tiled_loss
@@ -299,11 +299,7 @@ def main(*parts: str) -> None:
         "cost": cost,
         "fidelity": fidelity,
     }
-    print(machine())
-    bars = Bars()
-    for part in parts or known:
-        known[part](bars)
-    bars.finish()
+    run_parts(known, parts)
 
 
 if __name__ == "__main__":
