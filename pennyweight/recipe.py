@@ -157,7 +157,7 @@ class Schedule(Settings):
     precision: Literal["full", "fp8", "fp8_v3", "fp8_tensor", "mxfp8", "nvfp4"] = Field(
         default="full", description="of Linears' products and kept inputs; full: compute.dtype"
     )
-    moments: Literal["float32", "bfloat16"] = Field(default="float32", description="the optimizer's, as stored")
+    moments: Literal["float32", "bfloat16", "fp8"] = Field(default="float32", description="the optimizer's, as stored")
     weights: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: rounded stochastically")
     checkpoint_every: int = Field(default=100, ge=1, description="steps")
 

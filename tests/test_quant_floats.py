@@ -128,3 +128,11 @@ def test_exponents_of_scales_are_the_least_that_fit_or_the_floor():
         want = torch.floor(torch.log2(amax.double())) - int(np.floor(np.log2(f.largest)))
         assert torch.equal(floor.double(), want.clamp(-127, 127)), f"seed {seed}"
     assert power_exponent(torch.zeros(1), E4M3).tolist() == [-127]
+
+
+@pytest.mark.parametrize("f", FLOATS, ids=lambda f: f.name)
+def test_stochastic_rounding_leaves_what_is_a_number_of_the_format_where_it_is(f):
+    """Also where noise is the most there is: added to it, the largest would be rounded to the next integer, and NaN."""
+    x = numbers_of(f)[: 1 << (f.bits - 1)]
+    x = x[x.isfinite()]
+    assert torch.equal(rounded(x, f, torch.full_like(x, 1 - 2.0**-24)), x)

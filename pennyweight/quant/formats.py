@@ -66,8 +66,13 @@ def rounded(x: Tensor, to: Float, noise: Tensor | None = None) -> Tensor:
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=to.smallest_normal)
     step = power.mul_(2.0**-to.mantissa)
     steps = x / step  # exact, as is the way back: both are scalings by a power of two
-    steps = steps.round_() if noise is None else steps.add_(noise).floor_()
+    steps = steps.round_() if noise is None else _by_chance(steps, noise)
     return torch.copysign(steps.mul_(step), x)
+
+
+def _by_chance(x: Tensor, noise: Tensor) -> Tensor:
+    below = x.floor()
+    return below + (noise < x - below)  # noise + x may round up to an integer that is none of the two beside x
 
 
 def encode_float(values: Tensor, to: Float) -> Tensor:
@@ -84,8 +89,7 @@ def encode_float(values: Tensor, to: Float) -> Tensor:
     normal = magnitude >= to.smallest_normal
     biased = torch.where(normal, exponent.int() - 1 + to.bias, 0)
     unit = 2.0**to.mantissa
-    below = magnitude.nan_to_num(0.0) * (unit / to.smallest_normal)
-    digits = torch.where(normal, (2 * fraction - 1) * unit, below).int()
+    digits = torch.where(normal, 2 * fraction - 1, magnitude.nan_to_num(0.0) / to.smallest_normal).mul(unit).int()
     codes = (biased << to.mantissa) + digits
     if to.nan is not None:
         codes = torch.where(is_nan, to.nan, codes)
@@ -102,10 +106,9 @@ def numbers_of(of: Float) -> Tensor:
     """(2^bits,) float32: the number of every code. Infinities where the format has them (E5M2)."""
     codes = torch.arange(1 << of.bits)
     biased = (codes >> of.mantissa) & ((1 << of.exponent) - 1)
-    digits = (codes & ((1 << of.mantissa) - 1)).double()
-    unit = 2.0**of.mantissa
-    normal = (1 + digits / unit) * torch.exp2((biased - of.bias).double())
-    value = torch.where(biased > 0, normal, digits / unit * of.smallest_normal)
+    digits = (codes & ((1 << of.mantissa) - 1)).double() / 2.0**of.mantissa
+    normal = (1 + digits) * torch.exp2((biased - of.bias).double())
+    value = torch.where(biased > 0, normal, digits * of.smallest_normal)
     beyond = value > of.largest
     if of.nan is not None:
         value[beyond] = torch.nan
@@ -228,21 +231,19 @@ def encode(
         return _ternary(x, finite, to)
     amax = over_tiles(finite.abs(), to.tile, "amax")
     whole = _whole(amax, to) if whole is None else whole
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] | None = None
     for clip in (1.0,) if search is False or to.scale.startswith("pow2") else _CLIPS:
         scale = _scales(amax * clip, to, whole)
         values = elements(x / spread(scale * whole, to.tile, x.shape), to, noise)
         if search is False:
             return Coded(codes_of(values, to), scale, to, whole)
         error = (values * spread(scale * whole, to.tile, x.shape) - x).square() * search
-        error = over_tiles(error, to.tile, "sum")
-        if best is None:
-            best = error, scale, values
-        else:
-            better = error < best[0]
-            wide = spread(better, to.tile, x.shape)
-            pairs = ((better, error, best[0]), (better, scale, best[1]), (wide, values, best[2]))
-            best = tuple(torch.where(*p) for p in pairs)  # type: ignore[assignment]
+        found = over_tiles(error, to.tile, "sum"), scale, values
+        if best is not None:
+            better = found[0] < best[0]
+            where = better, better, spread(better, to.tile, x.shape)
+            found = tuple(torch.where(*three) for three in zip(where, found, best, strict=True))
+        best = found
     assert best is not None
     return Coded(codes_of(best[2], to), best[1], to, whole)
 
@@ -291,10 +292,9 @@ def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _whole(amax: Tensor, to: Format) -> float:
-    if to.scale != "e4m3":
+    if to.scale != "e4m3" or not amax.numel():
         return 1.0
-    whole = float(amax.max() / (to.largest * E4M3.largest)) if amax.numel() else 0.0
-    return whole or 1.0
+    return float(amax.max() / (to.largest * E4M3.largest)) or 1.0
 
 
 def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
@@ -318,7 +318,7 @@ def elements(x: Tensor, to: Format, noise: Tensor | None = None) -> Tensor:
     if isinstance(to.element, Float):
         return rounded(x, to.element, noise)
     low, high = (-(1 << (to.element - 1)), (1 << (to.element - 1)) - 1) if to.element else (-1, 1)
-    return (x.round() if noise is None else (x + noise).floor()).clamp_(low, high)
+    return (x.round() if noise is None else _by_chance(x, noise)).clamp_(low, high)
 
 
 def codes_of(values: Tensor, to: Format) -> Tensor:
