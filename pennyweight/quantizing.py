@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,10 +30,9 @@ from pennyweight.model.load import load
 from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant import gguf_check
-from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, export, linears_of
+from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, as_transformers_reads, export, linears_of
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.gguf_file import IN_GGUF, code_embeddings
-from pennyweight.quant.linear import reading_in_codes
 from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
 from pennyweight.quant.planning import MIXED, OF_A_MIXTURE, bytes_of, candidates, planned
 from pennyweight.quant.recovery import low_bit
@@ -304,7 +303,7 @@ def _written(
     if asked.layout != "gguf":
         made = export(meant.model, codes, parent, place, asked.layout)
         copy = opened(place)
-        with reading_in_codes(meant.model, codes):
+        with as_transformers_reads(meant.model, codes):
             _same(meant, copy, texts, compute)
         return made, copy, None
     file, copy = gguf_check.written(meant, codes, place, asked.fmt)
@@ -319,7 +318,8 @@ def _written(
 def _same(meant: Loaded, opened: Loaded, texts: Texts, compute: Compute) -> None:
     """Raise ModelError unless transformers computes from the copy what was meant to be written."""
     some, spelt = texts.held_out[:8], texts.bytes[:8]
-    sides = [as_scorer(side, compute) for side in (opened, meant)]
+    exact = replace(compute, autocast=None)
+    sides = [as_scorer(side, exact) for side in (opened, meant)]
     kl = score(some, spelt, sides[0], sides[1], meant.pad_id).per_token("kl_to").mean
     if not kl <= _SAME_KL:
         raise ModelError(

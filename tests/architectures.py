@@ -38,6 +38,26 @@ MAKERS: dict[str, Any] = {
     "cohere-scaled": lambda: tf.CohereForCausalLM(tf.CohereConfig(**_SIZES, logit_scale=0.25)),
     "phi-head-bias": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_SIZES)),
     "mixtral-experts": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_SIZES, num_local_experts=4)),
+    "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**_SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
+    "deepseek-v3": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **{**_SIZES, "num_key_value_heads": 4},
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            n_shared_experts=1,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+    ),
     "gpt2": lambda: tf.GPT2LMHeadModel(
         tf.GPT2Config(
             vocab_size=V,
@@ -68,9 +88,12 @@ def save_with_tokenizer(model: Any, folder: Any, chat: bool = True) -> Any:
     """A Hugging Face folder of the model with a byte-level tokenizer of its size; returns the folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: model.config.get_text_config().vocab_size - 4]
-    names = ["<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", *alphabet]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<|unk|>"))
+    merges = [("t", "h"), ("th", "e"), ("i", "n")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[
+        : model.config.get_text_config().vocab_size - 4 - len(merges)
+    ]
+    names = ["<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", *alphabet, *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, merges, unk_token="<|unk|>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}"  # noqa: E501
     tokenizer = tf.PreTrainedTokenizerFast(

@@ -99,6 +99,9 @@ def test_what_llama_cpp_has_no_name_for_is_refused():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ModelError, match="cuts text in a way that llama.cpp has no name for"):
         vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 3)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(ModelError, match="its tokenizer has no merges"):
+        vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 3)
     tokenizer = Tokenizer(models.WordLevel(vocab={"a": 0, "<u>": 1}, unk_token="<u>"))
     with pytest.raises(ModelError, match="its tokenizer is a WordLevel"):
         vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 2)

@@ -58,6 +58,7 @@ def load(
     with quiet():
         model = _open_model(folder, path, dtype, trust_remote_code)
         tokenizer = _open_tokenizer(folder, path, trust_remote_code)
+        model.low_bit = bool(getattr(config, "quantization_config", None))  # its own config may have lost it
         model = model.to(device).eval()
         check_head(model)
     text = config.get_text_config()
@@ -276,10 +277,10 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
             "be random, so copy the model again or correct its config.json"
         )
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:  # at once, since it makes some weights bfloat16 whatever the model is
+    if compressor is not None:  # at once, not in the first forward pass
         compressor.decompress_model(model)
-        for p in model.parameters():
-            p.data = p.data.to(dtype) if dtype and p.is_floating_point() else p.data
+    for p in model.parameters():  # some weights of low-bit copies come in bfloat16 whatever is asked for
+        p.data = p.data.to(dtype) if dtype and p.is_floating_point() else p.data
     return model
 
 

@@ -64,7 +64,7 @@ class Loaded:
 
 def refuse_low_bit(model: Any) -> None:
     """Raise ModelError for a model whose folder holds quantised weights: there is nothing exact in it to go on from."""
-    if getattr(model.config, "quantization_config", None):
+    if getattr(model, "low_bit", False) or getattr(model.config, "quantization_config", None):
         raise ModelError(
             "this model is a low-bit copy already, which can be measured and talked to, but not cut, trained or "
             "quantised again; give the full-precision folder it was made from"

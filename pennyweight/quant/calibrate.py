@@ -32,14 +32,13 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, to: Format) -> tuple[Coded, Tens
     """
     assert to.tile[0] == 1, "scales of single rows only"
     matters = hessian_II.diagonal().clone()
-    dead = matters == 0  # inputs that are always zero: any weight will do
-    hessian_II.diagonal()[dead] = 1.0
+    hessian_II.diagonal()[matters == 0] = 1.0  # inputs never seen, as of an expert not asked: rounded to the nearest
     hessian_II.diagonal().add_(_DAMPING * hessian_II.diagonal().mean())
     first = encode(weight_OI, to, search=matters.float().clamp(min=float(matters.mean()) * 1e-6 or 1.0))
     order = matters.argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w = weight_OI.detach().float().masked_fill(dead, 0.0)[:, order]
+    w = weight_OI.detach().float()[:, order]
     scale = spread(first.scale * first.whole, to.tile, weight_OI.shape)[:, order]
     values, rounded_from, columns = torch.empty_like(w), torch.empty_like(w), w.shape[1]
     for a in range(0, columns, _COLUMNS):

@@ -1,15 +1,17 @@
 """Low-bit copies in the files that transformers and vLLM open: compressed-tensors, and DeepSeek's fp8.
 
-Linears inside the decoder are coded; the embedding, the output head and the norms keep 16 bits. Config, tokenizer, chat
-template and generation settings are copied from the parent.
+Linears inside the decoder are coded, those of experts among them; embedding, output head, routers and norms keep 16
+bits. Config, tokenizer, chat template and generation settings are copied from the parent.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,16 @@ from torch import Tensor, nn
 from pennyweight.errors import ModelError
 from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.quant import deepseek
+from pennyweight.quant.experts import Experts, as_in_a_checkpoint, in_experts, take_apart
 from pennyweight.quant.formats import Coded, Format
-from pennyweight.quant.packing import scheme_of, storable, tensors_of
+from pennyweight.quant.linear import is_router, reading_in_codes
+from pennyweight.quant.packing import near_divisor, scheme_of, storable, tensors_of
 
 PROVENANCE = "pennyweight.json"
 """File of a low-bit copy that says what it was made from, how, and what it was found to be worth."""
+
+OF_EXPERTS = ("int8", "int4", "int3", "ternary", "fp8_row")
+"""Formats in compressed-tensors that transformers opens of a mixture of experts, all in one format."""
 
 LAYOUTS = ("compressed-tensors", "deepseek", "gguf")
 """File layouts: that of the library of this name, DeepSeek's own for fp8, and llama.cpp's (``gguf_file``)."""
@@ -45,12 +52,13 @@ class Exported:
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linears that a low-bit copy codes, by name.
+    """The Linears that a low-bit copy codes, by name; fused experts are taken apart into such, in place.
 
     Raises:
-        ModelError: there is none, or they are coded already.
+        ModelError: there is none, they are coded already, or experts are no Linears.
     """
     refuse_low_bit(model)
+    take_apart(model)
     linears = _linears(model)
     if not linears:
         raise ModelError(
@@ -62,7 +70,17 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {name: m for name, m in linears.items() if not is_router(name)}
+
+
+def _is_apart(model: nn.Module) -> bool:
+    return any(isinstance(m, Experts) for m in model.modules())
+
+
+def _keeps_16_bits(name: str, module: nn.Module) -> bool:
+    """Routers, which engines keep in a Linear though it may be none here."""
+    return is_router(name) and not list(module.children()) and hasattr(module, "weight")
 
 
 def formats_of(model: nn.Module, fmt: str, group: int, layout: str = "compressed-tensors") -> dict[str, Format]:
@@ -74,6 +92,14 @@ def formats_of(model: nn.Module, fmt: str, group: int, layout: str = "compressed
     linears = linears_of(model)
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     scale = {"deepseek": torch.float32, "gguf": torch.float16}.get(layout) or storage_dtype(model)
+    if _is_apart(model) and layout == LAYOUTS[0]:
+        if fmt not in OF_EXPERTS:
+            raise ModelError(
+                f"transformers opens no experts stored in {fmt}; use {', '.join(OF_EXPERTS)}, or --layout deepseek "
+                "with fp8_block"
+            )
+        # It knows one scheme for all Linears of such a model, so one group must divide every width.
+        group = near_divisor(math.gcd(*(columns for _, columns in shapes.values())), group) or group
     found = {name: storable(fmt, shape, group, scale) for name, shape in shapes.items()}
     if layout == "gguf":
         found = {name: f if f is not None and f.tile == (1, 32) else None for name, f in found.items()}
@@ -117,10 +143,12 @@ def export(
     (making / _WEIGHTS).chmod(0o644)
     head = model.get_output_embeddings()  # type: ignore[operator]
     kept = [name for name in names if name not in codes]
-    ignore = [*kept, *(name for name, m in model.named_modules() if m is head)]
+    ignore = [*kept, *(name for name, m in model.named_modules() if m is head or _keeps_16_bits(name, m))]
     config = json.loads((making / "config.json").read_text())
     pow2 = any(c.format.scale == "pow2" for c in codes.values())
     said = deepseek.config_of(ignore, pow2) if layout == "deepseek" else _config(codes, ignore)
+    if _is_apart(model) and layout != "deepseek":
+        said["dequantize"] = True  # transformers has its experts fused, which it can only read into 16 bits
     config |= {"dtype": str(storage).removeprefix("torch."), "quantization_config": said}
     (making / "config.json").write_text(json.dumps(config, indent=2))
     (making / PROVENANCE).unlink(missing_ok=True)  # the parent's own
@@ -130,17 +158,35 @@ def export(
     return Exported((out / _WEIGHTS).stat().st_size, len(codes), per_row, tuple(kept))
 
 
+@contextmanager
+def as_transformers_reads(model: nn.Module, codes: dict[str, Coded]) -> Iterator[None]:
+    """Within it, ``model`` computes what transformers does with the copy on a CPU.
+
+    Of a mixture of experts it multiplies scales out in 16 bits, but those of fp8 experts, and rounds no activations.
+    """
+    if not _is_apart(model):
+        with reading_in_codes(model, codes):
+            yield
+        return
+    with torch.no_grad():
+        for name, coded in codes.items():
+            if isinstance(coded.format.element, int) or not in_experts(name):
+                weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+                weight.copy_(weight.to(storage_dtype(model)))
+    yield
+
+
 def _tensors(
     model: nn.Module, codes: dict[str, Coded], storage: torch.dtype, of_linear: Callable[[Coded], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     tensors = {f"{name}.{part}": t for name, coded in codes.items() for part, t in of_linear(coded).items()}
-    replaced = {f"{name}.{part}" for name in codes for part in ("weight", "stretch")}
+    replaced = {f"{name}.weight" for name in codes}
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()  # type: ignore[union-attr]
     for name, value in model.state_dict().items():
         if name not in replaced and name not in tied:
             kept = value.to(storage) if value.is_floating_point() else value
             tensors[name] = kept.contiguous().clone()
-    return tensors
+    return as_in_a_checkpoint(model, tensors)
 
 
 def _config(codes: dict[str, Coded], ignore: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pennyweight.errors import ModelError
 from pennyweight.model.load import quiet
@@ -61,7 +61,12 @@ def opened(file: Path, parent: Loaded, device: torch.device) -> Loaded:
     """
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            if hasattr(config, "head_dim"):  # which transformers does not read from the file of a Qwen3
+                config.head_dim = parent.model.config.head_dim
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+            )
     except Exception as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ModelError(f"transformers does not open {file}: {said}; it was not kept") from None
@@ -83,7 +88,12 @@ def check_by_llama_cpp(file: Path, tokenizer: Any, ids: list[int], logits: Tenso
         import llama_cpp  # type: ignore
     except ImportError:
         return "not asked of llama.cpp: pip install 'pennyweight[llama]' has it checked, too"
-    engine = llama_cpp.Llama(str(file), n_ctx=len(ids) + 8, logits_all=True, verbose=False)
+    try:
+        engine = llama_cpp.Llama(str(file), n_ctx=len(ids) + 8, logits_all=True, verbose=False)
+    except ValueError as e:
+        raise ModelError(
+            f"llama.cpp does not open the GGUF ({e}); it was not kept; use --layout compressed-tensors"
+        ) from None
     for text in HARD:
         want = tokenizer(text, add_special_tokens=False)["input_ids"]
         got = engine.tokenize(text.encode(), add_bos=False, special=False)

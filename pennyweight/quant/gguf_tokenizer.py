@@ -53,12 +53,15 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     names = [(f"[PAD{i}]" if t is None else t).encode() for i, t in enumerate(tokens)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    pre = "default" if by_pieces else _pre(told)
+    if not merges:
+        raise _refused("its tokenizer has no merges")
     if not by_pieces:
-        return Vocabulary("gpt2", _pre(told), names, types, [0.0] * len(names), merges, adds_bos)
+        return Vocabulary("gpt2", pre, names, types, [0.0] * len(names), merges, adds_bos)
     rank = {m.replace(" ", ""): i for i, m in reversed(list(enumerate(merges)))}
     scores = [-float(rank[t]) if t in rank else 0.0 if t is None or len(t) == 1 else -1e6 for t in tokens]
     prepends = "Prepend" in json.dumps(told.get("normalizer")) or "always" in json.dumps(told.get("pre_tokenizer"))
-    return Vocabulary("llama", "default", names, types, scores, [], adds_bos, prepends)
+    return Vocabulary("llama", pre, names, types, scores, [], adds_bos, prepends)
 
 
 def _type(i: int, token: str | None, added: dict[int, Any], model: dict[str, Any], by_pieces: bool) -> int:

@@ -74,6 +74,11 @@ stochastically, no Hadamard transform."""
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
+def is_router(name: str) -> bool:
+    """Whether a module of that name chooses among experts, or weighs them."""
+    return _ROUTER.search(name) is not None
+
+
 class LowLinear(nn.Linear):
     """An nn.Linear, of the same parameters, that computes by its ``scheme``."""
 
@@ -153,7 +158,7 @@ def swap(model: nn.Module, scheme: Scheme) -> list[str]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     swapped = []
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head and not _ROUTER.search(name):
+        if type(module) is nn.Linear and module is not head and not is_router(name):
             module.__class__ = LowLinear
             module.scheme = scheme  # type: ignore[assignment]
             swapped.append(name)
@@ -219,6 +224,15 @@ def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str,
         module.register_parameter("stretch", None if fixed else nn.Parameter(torch.zeros_like(start.scale)))
         swapped[name] = module
     return swapped
+
+
+def settled(layers: dict[str, RoundedLinear]) -> dict[str, Coded]:
+    """Codes of what has learnt to be rounded; the layers become plain Linears again, of the weights as they are."""
+    codes = {name: layer.coded() for name, layer in layers.items()}
+    for layer in layers.values():
+        del layer.start, layer.stretch
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+    return codes
 
 
 @contextmanager

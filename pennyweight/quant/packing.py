@@ -32,11 +32,12 @@ def storable(fmt: str, shape: tuple[int, int], group: int, scale: torch.dtype) -
     if f.scale in ("bfloat16", "float32"):
         f = replace(f, scale=str(scale).removeprefix("torch."))
     if isinstance(f.element, int):
-        return f.grouped(_divisor(shape[1], group))
+        return f.grouped(near_divisor(shape[1], group))
     return None if any(part and whole % part for whole, part in zip(shape, f.tile, strict=True)) else f
 
 
-def _divisor(columns: int, group: int) -> int | None:
+def near_divisor(columns: int, group: int) -> int | None:
+    """The divisor of ``columns`` that is nearest to ``group``, from half to twice as many; None where there is none."""
     if columns % group == 0:
         return group
     near = [d for d in range(-(-group // 2), min(columns, 2 * group) + 1) if columns % d == 0]

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from pennyweight.errors import RecipeError
+from pennyweight.errors import ModelError, RecipeError
+from pennyweight.quant.experts import take_apart
 from pennyweight.quant.export import formats_of, linears_of
 from pennyweight.quant.formats import Format
 from pennyweight.quant.sensitivity import Costs, cheapest
@@ -23,8 +24,13 @@ def candidates(model: nn.Module, labels: tuple[str, ...], group: int, layout: st
     """For each Linear the formats that it may get, by label.
 
     Raises:
-        ModelError: a format fits none of them.
+        ModelError: a format fits none of them, or several are asked for of a mixture of experts.
     """
+    if len(labels) > 1 and take_apart(model):
+        raise ModelError(
+            f"a {type(model).__name__} is a mixture of experts, of which transformers opens copies in one format only; "
+            "give a --format other than mixed"
+        )
     of = {label: formats_of(model, label, group, layout) for label in labels}
     return {name: {label: of[label][name] for label in labels if name in of[label]} for name in linears_of(model)}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.calibrate import calibrated
 from pennyweight.quant.formats import Coded, Format, decode, encode
-from pennyweight.quant.linear import learn_to_be_rounded
+from pennyweight.quant.linear import learn_to_be_rounded, settled
 
 METHODS = ("absmax", "nearest", "gptq")
 
@@ -87,7 +87,7 @@ def coded_for_storage(
         rounded_from.clear()
         layers = learn_to_be_rounded(model, codes)
         recover(codes)
-        codes = {name: layer.coded() for name, layer in layers.items()}
+        codes = settled(layers)
         model.eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -109,7 +109,8 @@ def _grads(model: Any, batch: Batch, weights: list[Tensor], drawn: torch.Generat
         labels = torch.multinomial(p, 1, generator=drawn)
         slope = p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=p.dtype)) * head.slope(logits)
         slopes.append(slope @ head.weight.detach().to(slope.dtype))
-    return torch.autograd.grad(rows, weights, torch.cat(slopes).to(rows.dtype))
+    # Experts that no token went to have no gradient.
+    return torch.autograd.grad(rows, weights, torch.cat(slopes).to(rows.dtype), materialize_grads=True)
 
 
 def cheapest(found: Costs, kept: dict[str, int], budget: int) -> dict[str, str] | None:
