@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +20,9 @@ from pennyweight.data.prepare import Writer, gather, prepare
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
 from pennyweight.data.split import split
 from pennyweight.data.tasks import problems
-from pennyweight.errors import DataError, ModelError, QualityError, RecipeError, RunError
-from pennyweight.evaluate.agreement import score
+from pennyweight.errors import DataError, QualityError, RecipeError, RunError
 from pennyweight.evaluate.held_out import HeldOut
-from pennyweight.evaluate.suite import Sampling, as_scorer, examine
+from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.load import load
@@ -34,6 +33,7 @@ from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, as_transform
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.gguf_file import IN_GGUF, code_embeddings
 from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
+from pennyweight.quant.parity import check_same
 from pennyweight.quant.planning import MIXED, OF_A_MIXTURE, bytes_of, candidates, planned
 from pennyweight.quant.recovery import low_bit
 from pennyweight.quant.rounding import METHODS, Recovery
@@ -51,7 +51,6 @@ from pennyweight.version import __version__
 _CONTEXT, _WRITTEN = 512, 256  # tokens of a sample at most, and of what the model writes itself
 _LEARNT, _HELD_OUT, _LOOKED_AT = 128, 64, 64  # samples
 _ENGINE_KL = 0.005  # nats a token between what was meant and llama.cpp, which reads activations in 8 bits
-_SAME_KL = 1e-4  # nats a token between what was meant and what transformers computes; twice float32's own at most
 
 
 @dataclass(frozen=True)
@@ -300,32 +299,20 @@ def _written(
     opened: Callable[[Path], Loaded],
 ) -> tuple[Exported, Loaded, str | None]:
     """The copy, as it was written, opened again and found to be what was meant; and what llama.cpp says of a GGUF."""
+    some = [s.ids for s in texts.held_out[:8]]
     if asked.layout != "gguf":
         made = export(meant.model, codes, parent, place, asked.layout)
         copy = opened(place)
         with as_transformers_reads(meant.model, codes):
-            _same(meant, copy, texts, compute)
+            check_same(meant, copy, some)
         return made, copy, None
     file, copy = gguf_check.written(meant, codes, place, asked.fmt)
-    _same(meant, copy, texts, compute)
+    check_same(meant, copy, some)
     ids = list(texts.held_out[0].ids)
     logits = meant.model(torch.tensor([ids], device=compute.device), use_cache=False).logits[0].detach().cpu()
     engine = gguf_check.check_by_llama_cpp(file, meant.tokenizer, ids, logits, _ENGINE_KL)
     kept = tuple(name for name in linears_of(meant.model) if name not in codes)
     return Exported(file.stat().st_size, len(codes), 0, kept), copy, engine
-
-
-def _same(meant: Loaded, opened: Loaded, texts: Texts, compute: Compute) -> None:
-    """Raise ModelError unless transformers computes from the copy what was meant to be written."""
-    some, spelt = texts.held_out[:8], texts.bytes[:8]
-    exact = replace(compute, autocast=None)
-    sides = [as_scorer(side, exact) for side in (opened, meant)]
-    kl = score(some, spelt, sides[0], sides[1], meant.pad_id).per_token("kl_to").mean
-    if not kl <= _SAME_KL:
-        raise ModelError(
-            f"transformers opens the copy and computes something else than was meant ({kl:.2g} nats a token); it was "
-            "not kept; please report this with the model's architecture"
-        )
 
 
 def _held_out(parent: Loaded, texts: Texts, tasks: list[str], asked: Asked) -> HeldOut:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import make, save_with_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight import cli, quantizing
@@ -18,7 +20,7 @@ from pennyweight.errors import ModelError, QualityError, RecipeError, RunError, 
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.load import load, save
 from pennyweight.model.tokenizer import train_tokenizer
-from pennyweight.quant import gguf_file
+from pennyweight.quant import gguf_check, gguf_file
 from pennyweight.quant.planning import bytes_of
 from pennyweight.quantizing import quantize
 
@@ -172,6 +174,90 @@ def test_a_broken_gguf_is_not_kept(stories, tmp_path, monkeypatch, broken):
     said = "would cut" if broken == "vocabulary" else "computes something else than was meant"
     with pytest.raises(ModelError, match=said):
         quantize(str(stories), "int8", str(tmp_path / "copy"), layout="gguf", samples=24, method="nearest", threads=1)
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("broken", ["cut short", "no chat template"])
+def test_a_gguf_that_is_not_whole_is_not_kept(tmp_path, monkeypatch, broken):
+    gguf = pytest.importorskip("gguf", reason='needs gguf; pip install -e ".[gguf]"')
+    parent = save_with_tokenizer(make("qwen2-biases"), tmp_path / "parent")
+    if broken == "cut short":
+        whole, said = gguf_check.write_gguf, "transformers does not open"
+
+        def cut(model, tokenizer, codes, out, *more):
+            whole(model, tokenizer, codes, out, *more)
+            out.write_bytes(out.read_bytes()[:-5000])
+
+        monkeypatch.setattr(gguf_check, "write_gguf", cut)
+    else:
+        said = "has another tokenizer.chat_template than its parent"
+        monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda self, text: None)
+    with pytest.raises(ModelError, match=said):
+        quantize(str(parent), "int8", str(tmp_path / "copy"), layout="gguf", samples=24, method="nearest", threads=1)
+    assert not (tmp_path / "copy").exists()
+
+
+def of_heads(swap, order):
+    """A change of a stored Linear of queries: its rows, packed ones and scales, in another order."""
+
+    def change(tensors):
+        for name in tensors:
+            if "q_proj.weight_" in name and "shape" not in name:
+                heads = tensors[name].view(4, -1, tensors[name].shape[1])
+                tensors[name] = (heads[[1, 0, 2, 3]] if swap else heads[:, order]).reshape(tensors[name].shape)
+
+    return change
+
+
+def turned_scales(tensors):
+    for name in tensors:
+        if name.endswith("o_proj.weight_scale"):  # 64 x 2
+            tensors[name] = tensors[name].T.contiguous()
+
+
+def scales_of_others(tensors):
+    for name in tensors:
+        if name.endswith("o_proj.weight_scale"):
+            tensors[name] = tensors[name].T.reshape(tensors[name].shape).contiguous()
+
+
+BROKEN = {
+    "heads swapped": (of_heads(True, None), "computes something else than was meant"),
+    "rotary layout": (of_heads(False, [i // 2 + i % 2 * 8 for i in range(16)]), "something else than was meant"),
+    "scales transposed": (turned_scales, "lacks weights or has them in another shape"),
+    "scales in another order": (scales_of_others, "computes something else than was meant"),
+    "file cut short": ("cut", "is not a whole safetensors file"),
+    "no chat template": ("chat_template.jinja", "has another chat template than its parent"),
+    "no end of response": ("generation_config.json", "has another list of tokens that end a response"),
+    "other special tokens": ("tokenizer_config.json", "than its parent"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_export_is_not_kept(asked, parent, tmp_path, monkeypatch, what):
+    """The chat template and end tokens are the parent's, which here speaks by one and ends with two."""
+    change, said = BROKEN[what]
+    speaking = tmp_path / "speaking"
+    shutil.copytree(parent, speaking)
+    (speaking / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (speaking / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    whole = quantizing.export
+
+    def breaking(model, codes, parent, place, layout):
+        made, weights = whole(model, codes, parent, place, layout), place / "model.safetensors"
+        if change == "cut":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        elif isinstance(change, str):
+            (place / change).unlink()
+        else:
+            tensors = load_file(weights)
+            change(tensors)
+            save_file(tensors, weights, metadata={"format": "pt"})
+        return made
+
+    monkeypatch.setattr(quantizing, "export", breaking)
+    with pytest.raises(ModelError, match=said):
+        quantize(**{**asked, "model": str(speaking)}, fmt="int4", method="nearest")
     assert not (tmp_path / "copy").exists()
 
 

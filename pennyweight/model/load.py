@@ -264,6 +264,7 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except Exception as e:
         raise ModelError(

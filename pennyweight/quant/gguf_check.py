@@ -50,7 +50,19 @@ def written(meant: Loaded, codes: dict[str, Coded], place: Path, fmt: str) -> tu
     file = place / f"{meant.name}-{fmt}.gguf"
     about = {"pennyweight.parent": meant.fingerprint}
     write_gguf(meant.model, meant.tokenizer, codes, file, fmt, meant.name, about)
-    return file, opened(file, meant, meant.model.device)
+    copy = opened(file, meant, meant.model.device)
+    _check_speech(file, meant.tokenizer)
+    return file, copy
+
+
+def _check_speech(file: Path, tokenizer: Any) -> None:
+    """Raise ModelError unless the file holds the tokenizer's chat template and special tokens."""
+    reader = library().GGUFReader(file)
+    wanted = {f"tokenizer.ggml.{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos")}
+    for key, want in {"tokenizer.chat_template": tokenizer.chat_template, **wanted}.items():
+        field = reader.get_field(key)
+        if (None if field is None else field.contents()) != want:
+            raise ModelError(f"{file} has another {key} than its parent; it was not kept")
 
 
 def opened(file: Path, parent: Loaded, device: torch.device) -> Loaded:
