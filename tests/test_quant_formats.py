@@ -1,16 +1,17 @@
-"""Formats against a plain reference, tile by tile in float64; sizes; what is defined at the edges."""
+"""Formats against their plain definitions in float64, bit for bit; sizes; what is defined at the edges."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_quant_floats import nearest
-from truth import fresh
+from plain_formats import ROWS, SMALL, encoded, midpoints, numbers
+from truth import bound, fresh, surprise
 
-from pennyweight.quant.formats import E4M3, FORMATS, TERNARY, Float, decode, encode, numbers_of, size
+from pennyweight.quant.formats import FORMATS, TERNARY, Coded, Float, decode, encode, size, spread
 
 SHAPES = [(1, 1), (3, 40), (130, 260), (256, 128)]
 
@@ -26,62 +27,120 @@ def a_tensor(rows, columns, seed, spread=3.0):
     return x
 
 
-def tiles(x: np.ndarray, tile):
-    high, wide = tile[0] or x.shape[0], tile[1] or x.shape[1]
-    for i in range(0, x.shape[0], high):
-        for j in range(0, x.shape[1], wide):
-            yield i // high, j // wide, np.s_[i : i + high, j : j + wide]
+def hold_to_the_definition(x: torch.Tensor, name: str, what: str) -> None:
+    """Codes and scales bit for bit; a code of NaN with either sign."""
+    got = encode(x, FORMATS[name])
+    codes, scale, whole = encoded(x.numpy(), name)
+    assert got.scale.dtype == torch.float32 and got.whole == whole, f"{what}: scale over all"
+    off = np.argwhere(got.scale.numpy() != scale)
+    assert not len(off), f"{what}: scales of tiles {off[:3].tolist()}"
+    mine = got.codes.numpy().astype(np.int64)
+    off = np.argwhere(np.where(x.isnan(), mine & 0x7F != 0x7F, mine != codes))
+    assert not len(off), f"{what}: codes at {off[:3].tolist()} of {x[*off[0]]}, {mine[*off[0]]} not {codes[*off[0]]}"
 
 
-def element_codes(quotient: np.ndarray, element) -> np.ndarray:
-    if isinstance(element, Float):
-        return nearest(quotient, element)
-    return np.clip(np.rint(quotient), -(2 ** (element - 1)), 2 ** (element - 1) - 1)
+def keeps_nan(name: str) -> bool:
+    return isinstance(ROWS[name][0], str) and SMALL[ROWS[name][0]].nan is not None
 
 
-def to_dtype(x: float, name: str) -> np.float32:
-    return torch.tensor(np.float32(x)).to(getattr(torch, name)).float().numpy()
-
-
-def reference(x: torch.Tensor, f):
-    """Codes and scales, from the written rules. Quotients are float32 numbers, as every implementation has them."""
-    values = x.numpy()
-    finite = np.where(np.isfinite(values), values, 0.0).astype(np.float64)
-    found, codes, whole = {}, np.zeros(values.shape, np.int64), np.float32(1.0)
-    if f.scale == "e4m3":
-        whole = np.float32(np.float32(np.abs(finite).max()) / np.float32(f.largest * 448)) or np.float32(1.0)
-    for i, j, place in tiles(values, f.tile):
-        amax = np.abs(finite[place]).max()
-        if f.scale.startswith("pow2"):
-            if f.scale == "pow2":  # the least power of two that holds it
-                k = next(k for k in range(-127, 128) if amax <= f.largest * 2.0**k or k == 127)
-            else:
-                k = -127 if amax == 0 else math.floor(math.log2(amax)) - math.floor(math.log2(f.largest))
-            scale = np.float32(2.0 ** max(-127, min(127, k)))
-        elif f.scale == "e4m3":
-            quotient = np.float32(np.float32(amax) / np.float32(f.largest)) / whole
-            scale = max(np.float32(numbers_of(E4M3)[int(nearest(np.array([quotient]), E4M3)[0])]), np.float32(2.0**-9))
-        else:
-            scale = to_dtype(np.float32(amax) / np.float32(f.largest), f.scale)
-            scale = scale if scale > 0 else np.float32(1.0)
-        found[i, j] = scale
-        with np.errstate(over="ignore"):
-            codes[place] = element_codes(values[place] / np.float32(scale * whole), f.element)
-    return codes, found, whole
+def test_every_format_has_a_plain_definition():
+    assert set(ROWS) == set(FORMATS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.element != TERNARY])
+@pytest.mark.parametrize("name", FORMATS)
 def test_codes_and_scales_are_those_of_the_written_rules(name, shape):
-    seed, f = fresh(), FORMATS[name]
-    x = a_tensor(*shape, seed)
-    got = encode(x, f)
-    codes, scales, whole = reference(x, f)
-    assert got.scale.dtype == torch.float32 and got.whole == whole
-    for (i, j), scale in scales.items():
-        assert float(got.scale[i, j]) == scale, f"seed {seed}: scale of tile {i}, {j}"
-    mine = got.codes.numpy().astype(np.int64)
-    assert np.array_equal(mine, codes), f"seed {seed}: {np.argwhere(mine != codes)[:3]}"
+    seed = fresh()
+    hold_to_the_definition(a_tensor(*shape, seed), name, f"seed {seed}")
+
+
+SIZES = {"2^-140": 2.0**-140, "2^-126": 2.0**-126, "1e-20": 1e-20, "1e-3": 1e-3, "1": 1.0, "1e4": 1e4, "1e20": 1e20}
+REGIMES = [*SIZES, "1e37", "outliers", "any bits"]
+
+
+@pytest.fixture(scope="module", params=REGIMES)
+def a_million(request):
+    """(seed, 2^20 finite numbers of a size; of sizes far apart, with outliers; or of any bits)."""
+    seed = fresh()
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(1024, 1024, generator=g)
+    if request.param == "outliers":
+        x = x * torch.exp(3 * torch.randn(1024, 1, generator=g) + 2 * torch.randn(1024, 1024, generator=g))
+        x[torch.rand(1024, 1024, generator=g) < 0.003] *= 1e4
+    elif request.param == "any bits":  # also those of infinities and NaN, which are elsewhere: halved, they are numbers
+        bits = torch.randint(-(2**31), 2**31, (1024, 1024), generator=g).int()
+        x = torch.where(bits.view(torch.float32).isfinite(), bits, bits & ~0x40000000).view(torch.float32)
+    else:
+        x = x * SIZES.get(request.param, 1e37)
+    assert bool(x.isfinite().all())
+    return seed, x
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_million_numbers_of_any_size_get_the_codes_and_scales_of_the_definition(name, a_million):
+    seed, x = a_million
+    hold_to_the_definition(x, name, f"seed {seed}")
+
+
+def points_and_midpoints(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elements of a format, and the midpoints of neighbours."""
+    element = ROWS[name][0]
+    if isinstance(element, str):
+        points, middle = torch.tensor(numbers(element)), torch.tensor(midpoints(element))
+        return torch.cat([points, -points]), torch.cat([middle, -middle])
+    points = torch.arange(-element[1], element[1] + 1).double()
+    return points, points[1:] - 0.5
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-7, 1.0, 2.0**90, 0.003, 1.7e20])
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.element != TERNARY])
+def test_every_element_and_midpoint_and_what_lies_beside_it_gets_its_code(name, scale):
+    """Each row begins with the largest element, so that its tile has the scale that is wanted."""
+    points, middle = points_and_midpoints(name)
+    middle, inf = (middle * scale).float(), torch.tensor(torch.inf)
+    x = torch.cat([middle, torch.nextafter(middle, inf), torch.nextafter(middle, -inf), (points * scale).float()])
+    wide = FORMATS[name].tile[1] or 128
+    rows = torch.nn.functional.pad(x, (0, -len(x) % (wide - 1))).view(-1, wide - 1)
+    x = torch.cat([torch.full((len(rows), 1), points.max().item() * scale), rows], 1)
+    hold_to_the_definition(x, name, f"scale {scale}")
+    if math.frexp(scale)[0] == 0.5 and FORMATS[name].scale != "e4m3":  # whose scale over all takes a share of it
+        exact = torch.isin(x, (points * scale).float())
+        assert torch.equal(decode(encode(x, FORMATS[name]))[exact], x[exact]) and int(exact.sum()) >= len(points)
+
+
+def test_ties_of_how_many_ternary_codes_to_keep_go_to_the_fewest():
+    seed = fresh()
+    x = torch.randint(-3, 4, (4000, 32), generator=torch.Generator().manual_seed(seed)).float()
+    hold_to_the_definition(x, "ternary", f"seed {seed}")
+    x = torch.tensor([[3.0, -1.0, 1.0, 1.0] + [0.0] * 28])  # 3^2 / 1 = 6^2 / 4
+    assert encode(x, FORMATS["ternary"]).codes[0].tolist() == [1] + [0] * 31
+
+
+def test_ternary_scales_of_16_bits_neither_vanish_nor_overflow():
+    """A scale that is stored as 0 stands for a tile of zeros; its codes would be read as -1 and 1 otherwise."""
+    half = replace(FORMATS["ternary"], scale="float16")
+    for f, tiny, huge, largest in ((half, 1e-9, 1e6, 65504.0), (FORMATS["ternary"], 1e-41, 3.4e38, 255 * 2.0**120)):
+        assert not decode(encode(torch.tensor([[tiny, -tiny] * 16]), f)).any()
+        assert decode(encode(torch.tensor([[huge, -huge] * 16]), f))[0, :2].tolist() == [largest, -largest]
+
+
+ODD = [0.0, 1e-45, 6e-41, 1.1754942e-38, 1.1754944e-38, 5e-36, 1e-20, 1.0, 448.0, 1e20, 3.4028235e38, torch.inf]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_subnormals_the_largest_and_infinities_in_any_company(name):
+    """Tiles, some beside others, that draw from very few odd numbers each."""
+    seed, (high, wide) = fresh(), (part or 24 for part in FORMATS[name].tile)
+    g = torch.Generator().manual_seed(seed)
+    odd = torch.tensor(ODD + ([torch.nan] if keeps_nan(name) else []))
+    for few in [1, 1, 2, 2, 3] * (1 if high > 100 else 8):
+        chosen = odd[torch.randint(len(odd), (3, 3, few), generator=g)]
+        which = torch.randint(few, (3, high, 3, wide), generator=g)
+        at = torch.arange(3)
+        x = chosen[at[:, None, None, None], at[:, None], which].reshape(3 * high, 3 * wide)
+        x = x * (1 - 2 * torch.randint(2, x.shape, generator=g))
+        hold_to_the_definition(x, name, f"seed {seed}")
+        hold_to_the_definition(x[:high, :wide].contiguous(), name, f"seed {seed}, one tile")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -112,23 +171,23 @@ def test_zeros_nan_and_infinity_are_as_defined(name):
 
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.element != TERNARY])
 def test_stochastic_rounding_is_unbiased(name):
+    """Up as often as the place between two neighbours says, and never to any other; what is too large saturates."""
     seed, f, draws = fresh(), FORMATS[name], 2000
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 64, generator=g)
-    if f.scale in ("pow2_floor", "e4m3", "bfloat16"):  # whose largest may saturate
-        x[:, ::16] *= 1.3
-    total, square = torch.zeros(4, 64, dtype=torch.float64), torch.zeros(4, 64, dtype=torch.float64)
-    for _ in range(draws):
-        y = decode(encode(x, f, torch.rand(4, 64, generator=g))).double()
-        total += y
-        square += y * y
-    mean = total / draws
-    spread = (square / draws - mean**2).clamp(min=0).sqrt()
-    inside = spread > 0
-    z = ((mean - x).abs() / (spread / draws**0.5))[inside]
-    # Elements that saturate have no spread, or are off by a share of a step: they are the few largest.
-    assert float((z < 6).double().mean()) > 0.97, f"seed {seed}"
-    assert float(z.median()) < 1.2, f"seed {seed}"
+    x = torch.randn(4, 64, generator=g).repeat(draws, 1)  # all of them in tiles of the same scales
+    coded = encode(x, f, torch.rand(x.shape, generator=g))
+    grid = points_and_midpoints(name)[0].unique()
+    grid = grid if isinstance(f.element, Float) else torch.cat([grid[:1] - 1, grid])  # -128 may be reached
+    ratio = (x / spread(coded.scale * coded.whole, f.tile, x.shape)).double().clamp(grid[0], grid[-1])
+    at = (torch.searchsorted(grid, ratio, right=True) - 1).clamp(max=len(grid) - 2)
+    low, high = grid[at], grid[at + 1]
+    values = decode(Coded(coded.codes, torch.ones_like(coded.scale), f))
+    up = values == high
+    assert bool((up | (values == low)).all()), f"seed {seed}"
+    share = ((ratio - low) / (high - low)).view(draws, 4, 64)
+    assert bool((share == share[0]).all())
+    off = surprise(up.view(draws, 4, 64).sum(0), draws, share[0], slack=2.0**-24)  # the step of torch.rand
+    assert float(off.max()) < bound(off.numel()), f"seed {seed}: {off.max():.1f} nats"
 
 
 def test_ternary_is_the_best_there_is():

@@ -292,9 +292,8 @@ def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _whole(amax: Tensor, to: Format) -> float:
-    if to.scale != "e4m3" or not amax.numel():
-        return 1.0
-    return float(amax.max() / (to.largest * E4M3.largest)) or 1.0
+    whole = float(amax.max() / (to.largest * E4M3.largest)) if to.scale == "e4m3" and amax.numel() else 0.0
+    return max(whole, 2.0**-127) if whole else 1.0  # so that times the least scale it is not 0, and 1 / whole is finite
 
 
 def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
@@ -309,7 +308,7 @@ def stored_scale(scale: Tensor, to: Format) -> Tensor:
     if to.scale == "e4m3":
         return rounded(scale, E4M3).clamp_(min=2.0**-9)
     dtype: torch.dtype = getattr(torch, to.scale)
-    scale = scale.clamp_(max=torch.finfo(dtype).max).to(dtype).float()
+    scale = scale.clamp(max=torch.finfo(dtype).max).to(dtype).float()
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -341,10 +340,11 @@ def _ternary(x: Tensor, finite: Tensor, to: Format) -> Coded:
         raise ValueError(f"{to.name} has no code for NaN")
     parts = _tiled(finite.abs(), to.tile).transpose(1, 2).flatten(2)
     ordered = parts.sort(-1, descending=True).values
-    sums = ordered.cumsum(-1)
-    count = torch.arange(1, parts.shape[-1] + 1, device=x.device)
-    best = (sums.square() / count).argmax(-1, keepdim=True)
-    scale = (sums.gather(-1, best) / (best + 1)).squeeze(-1).to(getattr(torch, to.scale)).float()
-    least = ordered.gather(-1, best).squeeze(-1)
-    kept = (x.abs() >= spread(least, to.tile, x.shape)) & (x != 0)
-    return Coded((x.sign() * kept).to(torch.int8), torch.where(scale > 0, scale, 1.0), to)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # holds every square
+    sums = ordered.cumsum(-1, dtype=wide)
+    best = (sums.square() / torch.arange(1, parts.shape[-1] + 1, device=x.device)).argmax(-1, keepdim=True)
+    mean = (sums.gather(-1, best) / (best + 1)).squeeze(-1).float()
+    scale = stored_scale(mean, to)  # 1 where the mean is 0, or so small that it would be stored as 0
+    least = ordered.gather(-1, best).squeeze(-1).where(scale < 2 * mean, torch.inf)
+    kept = x.abs() >= spread(least, to.tile, x.shape)
+    return Coded((x.sign() * kept).to(torch.int8), scale, to)
