@@ -19,9 +19,11 @@ from pennyweight.model.load import load
 from pennyweight.quant import convert as converting
 from pennyweight.quant.convert import convert
 from pennyweight.quant.deepseek import fp4_to_fp8, from_fp8, to_fp8
+from pennyweight.quant.deepseek import tensors_of as deepseek_tensors
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.formats import FORMATS, decode, encode
 from pennyweight.quant.linear import reading_in_codes
+from pennyweight.quant.packing import tensors_of as compressed_tensors
 from pennyweight.quant.rounding import coded_for_storage
 
 
@@ -71,6 +73,30 @@ def test_ragged_edges_go_there_and_back(pow2):
     assert torch.equal(back, decode(encode(w, FORMATS["fp8_block_pow2" if pow2 else "fp8_block"]))), f"seed {seed}"
     with pytest.raises(ValueError, match=r"scales of shape \(3, 2\), not \(2, 3\)"):
         from_fp8(codes, scale.T)
+
+
+@pytest.mark.parametrize("of", ["compressed-tensors", "deepseek"])
+def test_bytes_of_scales_are_e8m0_with_a_bias_of_127(of):
+    """OCP MX 1.0, section 5.4.1, and torch's own dtype: every power of two that a float32 tile can have."""
+    k = torch.arange(-127, 120)  # 448 * 2^120 is no float32 number
+    powers = torch.tensor([2.0**i for i in k.tolist()])
+    if of == "deepseek":
+        coded = encode((448 * powers).repeat_interleave(128)[:, None], FORMATS["fp8_block_pow2"])
+        stored = deepseek_tensors(coded)["weight_scale_inv"].view(torch.uint8)
+    else:
+        coded = encode(448 * powers[:, None], FORMATS["mxfp8"])
+        stored = compressed_tensors(coded)["weight_scale"]
+    assert torch.equal(coded.scale[:, 0], powers) and bool((coded.codes == 0x7E).all())
+    assert torch.equal(stored[:, 0].int(), (k + 127).int())
+    assert torch.equal(stored.view(torch.float8_e8m0fnu).float(), coded.scale)
+
+
+def test_every_byte_of_a_scale_is_read_as_the_power_it_is_and_255_as_nan():
+    every = torch.arange(256, dtype=torch.uint8)
+    ones = torch.full((256 * 128, 1), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for scale in (every, every.view(torch.float8_e8m0fnu)):
+        read = from_fp8(ones, scale[:, None])[::128, 0]
+        assert read[:255].tolist() == [2.0**k for k in range(-127, 128)] and bool(read[255].isnan())
 
 
 def packed(values):

@@ -76,5 +76,5 @@ def fp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def _numbers(scale: Tensor) -> Tensor:
     """float32 scales of stored ones."""
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return torch.ldexp(torch.ones(scale.shape, device=scale.device), scale.view(torch.uint8).int() - 127)
+        return scale.view(torch.float8_e8m0fnu).float()  # 255 is NaN
     return scale.float()
