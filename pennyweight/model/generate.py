@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pennyweight.errors import DataError
+from pennyweight.model.cache import NewCache, cache_argument, whole_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ def generate(
     top_p: float = 1.0,
     batch: int = 64,
     context: int | None = None,
+    new_cache: NewCache = whole_cache,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Generated]:
     """Write on from each prompt; results come in the order of the prompts.
@@ -48,6 +49,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: smallest set of tokens with at least this mass (Holtzman et al., arXiv 1904.09751).
         context: prompt and response together never grow longer.
+        new_cache: makes a batch's key-value cache.
 
     Raises:
         DataError: a prompt is empty or leaves no room in the context.
@@ -66,7 +68,7 @@ def generate(
         random = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 62))
         rows = [list(prompts[i]) for i in chosen]
         rooms = [max_tokens if context is None else min(max_tokens, context - len(r)) for r in rows]
-        written = _batch(model, rows, rooms, temperature, top_p, eos_ids, pad_id, random)
+        written = _batch(model, rows, rooms, temperature, top_p, eos_ids, pad_id, random, new_cache(model.config))
         for i, made in zip(chosen, written, strict=True):
             out[i] = made
         progress(len(chosen))
@@ -82,6 +84,7 @@ def _batch(
     eos_ids: set[int],
     pad_id: int,
     random: torch.Generator,
+    cache: DynamicCache,
 ) -> list[Generated]:
     """One batch, left-padded; row i gets at most ``rooms[i]`` tokens. Rows that have ended leave once they are half."""
     device = next(model.parameters()).device
@@ -94,7 +97,6 @@ def _batch(
     logprobs = torch.zeros((len(rows), room), device=device)
     live = torch.arange(len(rows), device=device)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    cache = DynamicCache(config=model.config)
     step_ids, positions = ids, (mask.cumsum(-1) - 1).clamp(min=0)
     for step in range(room):
         logits = _next_logits(model, step_ids, mask, positions, cache)
@@ -118,9 +120,7 @@ def _batch(
 
 
 def _next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    # transformers 5.23 calls it cache; before, and in models that bring their own code, it is past_key_values.
-    called = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, called: cache}
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(model): cache}
     return model(**given, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
 
@@ -164,6 +164,7 @@ def stream(
     seed: int,
     top_p: float = 1.0,
     context: int | None = None,
+    new_cache: NewCache = whole_cache,
 ) -> Iterator[int]:
     """The tokens of one response, each as soon as it is chosen; the end token is not given."""
     if context and len(prompt) >= context:
@@ -172,7 +173,7 @@ def stream(
         )
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model.config)
     ids = torch.tensor([list(prompt)], device=device)
     seen = 0
     for _ in range(min(max_tokens, context - len(prompt)) if context else max_tokens):

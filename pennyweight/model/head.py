@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pennyweight.errors import ModelError
+from pennyweight.model.cache import cache_argument
 
 _ENTRIES = 8192  # of the head multiplied at once: a CPU's product of all is up to a tenth slower
 
@@ -74,14 +75,18 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, float(cap) if cap else None)
 
 
-def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, cache: Any = None) -> Tensor:
     """(B, T, D) last hidden states, after the final norm.
+
+    ``cache``: an empty key-value cache to attend through, as in generation; rows then hold one sample each.
 
     No attention mask is given: rows are padded on the right, where causal attention never looks, and transformers
     reads from positions that restart where one packed sample ends, and keeps samples blind to each other.
     """
     trunk = _trunk(model)
-    given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
+    given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": cache is not None}
+    if cache is not None:
+        given[cache_argument(trunk)] = cache
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT
     with _attention_for(ids_BT):
