@@ -38,9 +38,8 @@ from torch import Tensor
 
 from benchmarks.bars import Bars, machine, real
 from pennyweight.bench import Bench
-from pennyweight.evaluate.agreement import score
+from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.intervals import over_seeds, ratio
-from pennyweight.evaluate.suite import as_scorer
 from pennyweight.recipe import Recipe
 from pennyweight.recipe_file import distillation
 from pennyweight.records import Encoded, Interval

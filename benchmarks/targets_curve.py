@@ -25,9 +25,8 @@ import pennyweight
 from benchmarks.bars import Bars, machine, real
 from pennyweight.bench import Bench
 from pennyweight.data.pack import Batch, collate
-from pennyweight.evaluate.agreement import score
+from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.fidelity import Stand, drawn, sampled, top_k
-from pennyweight.evaluate.suite import as_scorer
 from pennyweight.loss.signals import Sparse, TopK
 from pennyweight.methods import METHODS
 from pennyweight.recipe import KdMethod, Recipe, SftMethod

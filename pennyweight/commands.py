@@ -11,9 +11,9 @@ from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown,
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError, RunError
-from pennyweight.evaluate.agreement import score
+from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
-from pennyweight.evaluate.suite import Sampling, as_scorer, examine
+from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.store import Ledger, Verification
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream

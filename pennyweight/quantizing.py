@@ -22,6 +22,7 @@ from pennyweight.data.split import split
 from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError, QualityError, RecipeError, RunError
 from pennyweight.evaluate.held_out import HeldOut
+from pennyweight.evaluate.remembering import remembering
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.model.device import Compute, choose, set_threads
@@ -32,6 +33,7 @@ from pennyweight.quant import gguf_check
 from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, as_transformers_reads, export, linears_of
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.gguf_file import IN_GGUF, code_embeddings
+from pennyweight.quant.kv_cache import low_cache
 from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
 from pennyweight.quant.parity import check_same
 from pennyweight.quant.planning import MIXED, OF_A_MIXTURE, bytes_of, candidates, planned
@@ -66,6 +68,7 @@ class Asked:
         recover: steps in which the model teaches its copy.
         lr: learning rate of these; None: in proportion to the step of the codes.
         batch, micro_batch: samples a step, and in one forward pass (None: all).
+        kv_cache: ``int8`` or ``fp8``: also measured with its keys and values kept in that; None: as they are.
         data: a file of samples to calibrate, recover and measure with; None: the model writes its own.
         samples: how many of them, at most; None: as many as are of use.
         problems, max_tokens: problems of each task, and tokens of an answer.
@@ -80,6 +83,7 @@ class Asked:
     lr: float | None = None
     batch: int = 16
     micro_batch: int | None = None
+    kv_cache: str | None = None
     data: str | None = None
     samples: int | None = None
     problems: int = 200
@@ -132,9 +136,8 @@ def quantize(
     compute = choose(device, "auto")
     opened = lambda path: load(str(path), device=compute.device, trust_remote_code=trust_remote_code)  # noqa: E731
     parent = opened(model)
+    _check_parent(parent, asked)
     labels = OF_A_MIXTURE if fmt == MIXED else (fmt,)
-    if asked.layout == "gguf":
-        gguf_check.check(parent)
     wanted = {} if fmt == "bf16" else candidates(parent.model, labels, asked.group, asked.layout)
     made_from = {"model": parent.identity, "compute": compute.name, "given": asked.data and content_hash(asked.data)}
     with _work(out, {**asdict(asked), **made_from}) as work:
@@ -190,6 +193,14 @@ def _check(model: str, asked: Asked, out: str | None, least: float | None, plan:
         raise DataError(f"{model} is not a folder; quantize reads a Hugging Face model folder")
     if out is not None and Path(out).exists() and not plan:
         raise RunError(f"{out} is there already; choose another --out, or remove it")
+
+
+def _check_parent(parent: Loaded, asked: Asked) -> None:
+    """Raise what is wrong with the model for what is asked, before anything is written."""
+    if asked.kv_cache is not None:
+        low_cache(parent.model.config, asked.kv_cache)
+    if asked.layout == "gguf":
+        gguf_check.check(parent)
 
 
 @contextmanager
@@ -330,4 +341,7 @@ def _proof(copy: Loaded, parent: Loaded, held_out: HeldOut, compute: Compute, as
     told: dict[str, Interval] = {"kl": of_copy.pop("kl_parent"), "agreement": of_copy.pop("agreement_parent")}
     sides = {"copy": of_copy, "parent": of_parent}
     beside = {side: {k: v.to_json() for k, v in metrics.items()} for side, metrics in sides.items()}
-    return {**{k: v.to_json() for k, v in told.items()}, **beside}
+    proof: dict[str, Any] = {**{k: v.to_json() for k, v in told.items()}, **beside}
+    if asked.kv_cache:
+        proof["kv_cache"] = remembering(copy, parent, held_out.encoded, held_out.bytes, compute, asked.kv_cache)
+    return proof

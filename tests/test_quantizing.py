@@ -272,3 +272,12 @@ def test_what_has_no_gguf_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(RecipeError, match="no layout is named"):
         quantize(str(parent), "int4", str(tmp_path / "copy"), layout="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["parent"]
+
+
+def test_a_kv_cache_in_8_bits_is_measured_too(asked, parent, tmp_path):
+    found = quantize(**asked, fmt="int8", method="nearest", kv_cache="int8")
+    cache = found["kv_cache"]
+    assert cache["bytes"] == 3 * 2 * 4 * (16 + 2) and cache["bytes_in_16_bits"] == 3 * 2 * 4 * 16 * 2
+    assert found["kl"]["mean"] < cache["kl"]["mean"] < 0.05
+    with pytest.raises(RecipeError, match="no format of a KV cache is named 'int4'; use int8 or fp8"):
+        quantize(str(parent), out=str(tmp_path / "other"), data=asked["data"], kv_cache="int4")

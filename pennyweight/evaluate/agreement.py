@@ -16,6 +16,10 @@ from torch import Tensor
 from pennyweight.data.pack import Batch, collate
 from pennyweight.evaluate.intervals import calibration_error, ratio
 from pennyweight.loss.divergence import cross_entropy, kl
+from pennyweight.model.cache import NewCache
+from pennyweight.model.device import Compute
+from pennyweight.model.head import forward_hidden, head_of
+from pennyweight.model.loaded import Loaded
 from pennyweight.records import Encoded, Interval
 
 _BINS = 15
@@ -25,6 +29,19 @@ Hidden = Callable[[Batch], Tensor]
 """batch -> (N, D) last hidden states at its loss positions"""
 Logits = Callable[[Tensor], Tensor]
 """(n, D) -> (n, V) float32 logits"""
+
+
+def as_scorer(loaded: Loaded, compute: Compute, new_cache: NewCache | None = None) -> tuple[Hidden, Logits]:
+    """Hidden states and float32 logits of a model, for ``agreement.score``; read through a cache where one is given."""
+    head = head_of(loaded.model)
+    device = compute.device
+
+    def hidden(batch: Batch) -> Tensor:
+        cache = new_cache(loaded.model.config) if new_cache else None
+        states = forward_hidden(loaded.model, batch.ids.to(device), batch.positions.to(device), cache)
+        return states.flatten(0, 1)[batch.selected.to(device)]
+
+    return hidden, head.logits
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
-from pennyweight.data.pack import Batch
-from pennyweight.evaluate.agreement import Hidden, Logits, Scored, score
+from pennyweight.evaluate.agreement import Scored, as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import wilson
-from pennyweight.model.cache import NewCache
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
-from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.loaded import Loaded
 from pennyweight.records import Interval, Task, Verdict
 
@@ -49,19 +44,6 @@ class Sampling:
     samples: int
     temperature: float
     seed: int
-
-
-def as_scorer(loaded: Loaded, compute: Compute, new_cache: NewCache | None = None) -> tuple[Hidden, Logits]:
-    """Hidden states and float32 logits of a model, for ``agreement.score``; read through a cache where one is given."""
-    head = head_of(loaded.model)
-    device = compute.device
-
-    def hidden(batch: Batch) -> Tensor:
-        cache = new_cache(loaded.model.config) if new_cache else None
-        states = forward_hidden(loaded.model, batch.ids.to(device), batch.positions.to(device), cache)
-        return states.flatten(0, 1)[batch.selected.to(device)]
-
-    return hidden, head.logits
 
 
 def examine(

@@ -79,7 +79,7 @@ def _kept_low(layer: Any, config: Any, fmt: str) -> Any:
             f"a {config.model_type} remembers more than keys and values ({type(layer).__name__}), which are not kept "
             "in 8 bits; leave --kv-cache out"
         )
-    low = kind.__new__(kind)
+    low: Any = object.__new__(kind)
     low.__dict__.update(layer.__dict__, format=KV_FORMATS[fmt])
     return low
 

@@ -86,6 +86,9 @@ def print_quantized(found: dict[str, Any]) -> None:
     console.print(f"KL to the parent: {_nats(found['kl'])}")
     console.print(f"predicted for rounding to nearest: {_nats(predicted['kl'])}")
     console.print(f"same most probable token: {interval('agreement', found['agreement'])}")
+    if cache := found.get("kv_cache"):
+        taken = f"{cache['bytes']:,} of {cache['bytes_in_16_bits']:,} bytes a token"
+        console.print(f"with its KV cache in {cache['format']}, {taken}: {_nats(cache['kl'])}")
     table = Table(box=None, pad_edge=False)
     for heading in ["", *(_HEADINGS.get(n) or n for n in found["copy"])]:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
