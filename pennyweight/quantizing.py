@@ -20,7 +20,7 @@ from pennyweight.data.prepare import Writer, gather, prepare
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
 from pennyweight.data.split import split
 from pennyweight.data.tasks import problems
-from pennyweight.errors import DataError, QualityError, RecipeError, RunError
+from pennyweight.errors import QualityError
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.remembering import remembering
 from pennyweight.evaluate.suite import Sampling, examine
@@ -30,15 +30,14 @@ from pennyweight.model.load import load
 from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant import gguf_check
-from pennyweight.quant.export import LAYOUTS, PROVENANCE, Exported, as_transformers_reads, export, linears_of
+from pennyweight.quant.asked import MIXED, Asked
+from pennyweight.quant.export import PROVENANCE, Exported, as_transformers_reads, export, linears_of
 from pennyweight.quant.formats import Coded, Format
-from pennyweight.quant.gguf_file import IN_GGUF, code_embeddings
+from pennyweight.quant.gguf_file import code_embeddings
 from pennyweight.quant.kv_cache import low_cache
-from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
 from pennyweight.quant.parity import check_same
-from pennyweight.quant.planning import MIXED, OF_A_MIXTURE, bytes_of, candidates, planned
+from pennyweight.quant.planning import OF_A_MIXTURE, bytes_of, candidates, planned
 from pennyweight.quant.recovery import low_bit
-from pennyweight.quant.rounding import METHODS, Recovery
 from pennyweight.quant.sensitivity import costs
 from pennyweight.recipe import FileData, Responses, Schedule, TeacherSamples, Tripwires
 from pennyweight.recipe_file import task_of
@@ -53,42 +52,6 @@ from pennyweight.version import __version__
 _CONTEXT, _WRITTEN = 512, 256  # tokens of a sample at most, and of what the model writes itself
 _LEARNT, _HELD_OUT, _LOOKED_AT = 128, 64, 64  # samples
 _ENGINE_KL = 0.005  # nats a token between what was meant and llama.cpp, which reads activations in 8 bits
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How a copy is made, in full: one in progress is gone on with only for the same.
-
-    Attributes:
-        fmt: a row of ``WRITTEN``, or ``mixed`` with a ``budget``: int8, int4, int3 or 16 bits, for each Linear.
-        layout: ``compressed-tensors``; ``deepseek`` for fp8_block and fp8_block_pow2; ``gguf`` for int8, int4, bf16.
-        group: weights that share a scale, in int and ternary.
-        method: ``absmax``, ``nearest`` or ``gptq``.
-        budget: most bytes of the weight file.
-        recover: steps in which the model teaches its copy.
-        lr: learning rate of these; None: in proportion to the step of the codes.
-        batch, micro_batch: samples a step, and in one forward pass (None: all).
-        kv_cache: ``int8`` or ``fp8``: also measured with its keys and values kept in that; None: as they are.
-        data: a file of samples to calibrate, recover and measure with; None: the model writes its own.
-        samples: how many of them, at most; None: as many as are of use.
-        problems, max_tokens: problems of each task, and tokens of an answer.
-    """
-
-    fmt: str = "int4"
-    layout: str = LAYOUTS[0]
-    group: int = 32
-    method: str = "gptq"
-    budget: int | None = None
-    recover: int = 0
-    lr: float | None = None
-    batch: int = 16
-    micro_batch: int | None = None
-    kv_cache: str | None = None
-    data: str | None = None
-    samples: int | None = None
-    problems: int = 200
-    max_tokens: int = 256
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +94,7 @@ def quantize(
         RunError: ``out`` is there already.
     """
     asked = Asked(fmt=fmt, budget=bytes_of(budget) if budget is not None else None, **settings)
-    _check(model, asked, out, min_agreement, plan)
+    asked.check(model, out, min_agreement, plan)
     set_threads(threads)
     compute = choose(device, "auto")
     opened = lambda path: load(str(path), device=compute.device, trust_remote_code=trust_remote_code)  # noqa: E731
@@ -173,26 +136,6 @@ def _about(made: Exported, parent: Loaded, texts: Texts, asked: Asked) -> dict[s
         "samples": texts.source,
         "tokens_measured": sum(len(s.loss_positions) for s in texts.held_out),
     }
-
-
-def _check(model: str, asked: Asked, out: str | None, least: float | None, plan: bool) -> None:
-    if asked.layout not in LAYOUTS:
-        raise RecipeError(f"no layout is named {asked.layout!r}; use {' or '.join(LAYOUTS)}")
-    known = {"deepseek": IN_DEEPSEEKS, "gguf": IN_GGUF}.get(asked.layout, (*WRITTEN, MIXED))
-    if asked.fmt not in known:
-        raise RecipeError(f"no format in {asked.layout} is named {asked.fmt!r}; use {', '.join(known)}")
-    if asked.method not in METHODS:
-        raise RecipeError(f"no method is named {asked.method!r}; use {' or '.join(METHODS)}")
-    if (asked.fmt == MIXED) != (asked.budget is not None):
-        raise RecipeError("a mixture of formats is chosen under a budget: give both --format mixed and --budget 1.2GB")
-    if least is not None and not 0 <= least <= 1:
-        raise RecipeError(f"--min-agreement={least:g} is no share of tokens; give a number from 0 to 1")
-    if out is None and not plan:
-        raise RecipeError("it is not said where to; give --out FOLDER, or --plan to be told only what it will cost")
-    if not Path(model).is_dir():
-        raise DataError(f"{model} is not a folder; quantize reads a Hugging Face model folder")
-    if out is not None and Path(out).exists() and not plan:
-        raise RunError(f"{out} is there already; choose another --out, or remove it")
 
 
 def _check_parent(parent: Loaded, asked: Asked) -> None:
@@ -290,10 +233,9 @@ def _made(
             )
         how.update(asdict(outcome), lr=schedule.lr)
 
-    recovery = Recovery(asked.recover, asked.batch, asked.micro_batch, asked.lr, asked.seed) if asked.recover else None
-    teacher = LocalTeacher(parent, compute)
+    teacher, some = LocalTeacher(parent, compute), texts.learnt
     vectors = torch.float32 if asked.layout == "gguf" else None
-    codes = low_bit(teacher, formats, asked.method, texts.learnt, recovery, work / "targets", fit, counting, vectors)
+    codes = low_bit(teacher, formats, asked.method, some, asked.recovery, work / "targets", fit, counting, vectors)
     if asked.layout == "gguf" and codes:
         codes |= code_embeddings(parent.model)
     return codes, how or None

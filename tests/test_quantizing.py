@@ -108,8 +108,18 @@ def test_a_plan_writes_nothing(asked, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stopped_recovery_goes_on_to_the_same_copy(asked, tmp_path, monkeypatch):
-    how = {"recover": 12, "samples": 60}
+@pytest.mark.parametrize("on_policy", [0.0, 0.5])
+def test_a_live_parent_teaches_too_and_the_copy_may_write_the_texts(asked, tmp_path, on_policy):
+    kl = quantize(**{**asked, "out": str(tmp_path / "rounded")}, fmt="int3")["kl"]["mean"]
+    found = quantize(**asked, fmt="int3", recover=60, targets="live", on_policy=on_policy)
+    assert found["recovered"]["steps"] == 60 and found["kl"]["mean"] < 0.9 * kl
+    with pytest.raises(RecipeError, match="--on-policy=2 is no share; give a number from 0 to 1"):
+        quantize(**{**asked, "out": str(tmp_path / "other")}, recover=2, on_policy=2)
+
+
+@pytest.mark.parametrize("how", [{}, {"targets": "live", "on_policy": 0.4}], ids=["kept", "on-policy"])
+def test_a_stopped_recovery_goes_on_to_the_same_copy(asked, tmp_path, monkeypatch, how):
+    how = {"recover": 12, "samples": 60, **how}
     quantize(**{**asked, "out": str(tmp_path / "whole")}, **how)
 
     @contextmanager

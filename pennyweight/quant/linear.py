@@ -175,9 +175,12 @@ class RoundedLinear(nn.Linear):
 
     start: Coded
     stretch: nn.Parameter | None
+    rounded: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = _Straight.apply(self.weight, self.stretch, self.start)
+        weight = self.rounded
+        if weight is None:
+            weight = _Straight.apply(self.weight, self.stretch, self.start)
         return nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
     @torch.no_grad()
@@ -224,6 +227,19 @@ def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str,
         module.register_parameter("stretch", None if fixed else nn.Parameter(torch.zeros_like(start.scale)))
         swapped[name] = module
     return swapped
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Within it, weights that learn to be rounded are what they are rounded to now, and learn nothing."""
+    layers = [m for m in model.modules() if isinstance(m, RoundedLinear)]
+    for m in layers:
+        m.rounded = decode(m.coded())
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.rounded = None
 
 
 def settled(layers: dict[str, RoundedLinear]) -> dict[str, Coded]:

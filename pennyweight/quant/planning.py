@@ -14,9 +14,6 @@ from pennyweight.quant.export import formats_of, linears_of
 from pennyweight.quant.formats import Format
 from pennyweight.quant.sensitivity import Costs, cheapest
 
-MIXED = "mixed"
-"""The format that is chosen for each Linear, under a byte budget."""
-
 OF_A_MIXTURE = ("int8", "int4", "int3")
 
 

@@ -1,14 +1,18 @@
 """A low-bit copy, and its recovery by distillation: a model teaches its own copy what rounding took from it.
 
 Quantisation-aware distillation (QAD; NVIDIA, arXiv 2601.20088): forward KL to the full-precision parent at every token,
-with straight-through gradients, and no labels. The parent labels the samples once, before its weights are rounded, so
-that it need not be in memory beside its copy; loop, loss and kept targets are those of any distillation.
+with straight-through gradients, and no labels. Either the parent stays in memory and labels every batch, or it labels
+the samples once, before its weights are rounded, and an unbiased sample of its distributions is kept. A share of the
+steps may be on-policy: on what the copy itself writes on from the samples' prompts (Agarwal et al., arXiv 2306.13649).
+Loop, loss and kept targets are those of any distillation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,9 +22,11 @@ from torch import nn
 
 from pennyweight.data.pack import Batch, Packer, collate
 from pennyweight.methods.kd import kd
+from pennyweight.model.generate import generate
 from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.export import storage_dtype
 from pennyweight.quant.formats import Coded, Format
+from pennyweight.quant.linear import rounded_once
 from pennyweight.quant.rounding import Recovery, coded_for_storage
 from pennyweight.recipe import KdMethod, SampledTargets, Schedule
 from pennyweight.records import Encoded
@@ -60,8 +66,11 @@ def low_bit(
     teach: Callable[[dict[str, Coded]], object] | None = None
     if recovery is not None:
         chosen = ordered[: recovery.steps * recovery.batch]
-        with counting("targets", len(chosen), "samples") as c:
-            next_batch = _lessons(parent, chosen, folder, recovery, c.advance)
+        if recovery.live:
+            next_batch = _live_lessons(parent, chosen, recovery)
+        else:
+            with counting("targets", len(chosen), "samples") as c:
+                next_batch = _kept_lessons(parent, chosen, folder, recovery, c.advance)
         teach = lambda codes: fit(model, _schedule(codes, recovery), next_batch)  # noqa: E731
     some = ordered[:_CALIBRATED]
     ids = [collate([[s] for s in some[a : a + _ROWS]], parent.loaded.pad_id).ids for a in range(0, len(some), _ROWS)]
@@ -77,7 +86,40 @@ def _schedule(codes: dict[str, Coded], r: Recovery) -> Schedule:
     return Schedule(steps=r.steps, batch=r.batch, **settings)  # type: ignore[arg-type]
 
 
-def _lessons(
+def _live_lessons(parent: LocalTeacher, samples: list[Encoded], r: Recovery) -> Callable[[int], list[Batch]]:
+    """Batches by step that carry the distributions of a parent which stays as it is."""
+    whole = replace(parent, loaded=replace(parent.loaded, model=copy.deepcopy(parent.loaded.model)))
+    given = Packer(samples, r.batch, r.micro_batch or r.batch, r.seed, parent.loaded.pad_id)
+
+    def next_batch(step: int) -> list[Batch]:
+        batches = given(step)
+        if int((step + 1) * r.on_policy) > int(step * r.on_policy):
+            batches = [_rewritten(parent, batch, r.seed * 1_000_003 + step) for batch in batches]
+        return [kd(batch, KdMethod(), whole.dense) for batch in batches]
+
+    return next_batch
+
+
+def _rewritten(copied: LocalTeacher, batch: Batch, seed: int) -> Batch:
+    """The batch with what the copy, as it is now, writes on from where each sample begins to be learnt."""
+    model, ends = copied.loaded.model, copied.loaded.eos_ids
+    samples = list(batch.placed)
+    prompts = [s.ids[: s.loss_positions[0] + 1] for s in samples]
+    room = max(len(s.ids) - len(p) for s, p in zip(samples, prompts, strict=True))
+    settings: dict[str, Any] = {"temperature": 1.0, "eos_ids": ends, "pad_id": copied.loaded.pad_id, "seed": seed}
+    model.eval()
+    with rounded_once(model):
+        written = generate(model, prompts, max_tokens=room, batch=len(prompts), **settings)
+    model.train()
+    rows = []
+    for sample, prompt, new in zip(samples, prompts, written, strict=True):
+        ids = (*new.ids, *(() if new.end is None else (new.end,)))
+        mask = (False,) * len(prompt) + (True,) * len(ids)
+        rows.append([replace(sample, ids=(*prompt, *ids), mask=mask)])  # at least one token is written
+    return collate(rows, copied.loaded.pad_id)
+
+
+def _kept_lessons(
     parent: LocalTeacher, samples: list[Encoded], folder: Path, r: Recovery, progress: Callable[[int], None]
 ) -> Callable[[int], list[Batch]]:
     """Batches by step that carry the parent's targets, which are labelled now: it is not needed afterwards."""

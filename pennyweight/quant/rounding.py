@@ -20,13 +20,20 @@ METHODS = ("absmax", "nearest", "gptq")
 @dataclass(frozen=True)
 class Recovery:
     """How a copy is taught: steps, samples a step and in one forward pass, learning rate (None: by the codes' scales),
-    seed of the order."""
+    seed of the order.
+
+    ``live``: the parent stays in memory and gives its whole distribution at every step; otherwise an unbiased sample of
+    it is kept beforehand, in a few dozen bytes a token. ``on_policy``: share of the steps whose texts the copy writes
+    itself, as it is by then; with a live parent only.
+    """
 
     steps: int
     batch: int
     micro_batch: int | None = None
     lr: float | None = None
     seed: int = 0
+    live: bool = False
+    on_policy: float = 0.0
 
 
 @torch.no_grad()
