@@ -166,8 +166,11 @@ def quantize(
     method: opt.Rounding = "gptq",
     budget: opt.Budget = None,
     recover: opt.Recover = 0,
+    targets: opt.Targets = "kept",
+    on_policy: opt.OnPolicy = 0.0,
     batch: opt.Batch = 16,
     micro_batch: opt.MicroBatch = None,
+    kv_cache: opt.KvCache = None,
     min_agreement: opt.Least = None,
     data: opt.Samples = None,
     samples: opt.AtMost = None,
@@ -192,6 +195,7 @@ def quantize(
 
     asked: dict[str, Any] = {"group": group, "method": method, "budget": budget, "recover": recover}
     asked |= {"batch": batch, "micro_batch": micro_batch, "min_agreement": min_agreement, "data": data, "plan": plan}
+    asked |= {"targets": targets, "on_policy": on_policy, "kv_cache": kv_cache}
     asked |= {"layout": layout, "samples": samples, "tasks": tasks, "seed": seed, "device": device}
     tell(quantize(model, fmt, out, **asked, trust_remote_code=trust_remote_code), as_json, "print_quantized")
 

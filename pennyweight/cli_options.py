@@ -18,9 +18,14 @@ Layout = Annotated[
     str, typer.Option(help="compressed-tensors, deepseek (fp8_block, fp8_block_pow2) or gguf (int8, int4, bf16).")
 ]
 Group = Annotated[int, typer.Option(min=8, help="Weights that share a scale, in int and ternary.")]
-Rounding = Annotated[str, typer.Option(help="absmax, nearest, or gptq: later roundings make up for earlier ones.")]
+Rounding = Annotated[
+    str, typer.Option(help="absmax, nearest, awq (scales channels first), or gptq (later roundings make up).")
+]
 Budget = Annotated[str | None, typer.Option(help="Most bytes, for --format mixed: 1.2GB, 800MB.")]
 Recover = Annotated[int, typer.Option(min=0, help="Steps in which the model teaches its copy what it lost.")]
+Targets = Annotated[str, typer.Option(help="live: the model stays beside its copy; kept: it labels beforehand.")]
+OnPolicy = Annotated[float, typer.Option(help="Share of the steps on texts that the copy writes; the model is live.")]
+KvCache = Annotated[str | None, typer.Option(help="Also measure with keys and values kept in int8 or fp8.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per step.")]
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples per forward pass. Default: all.")]
 Least = Annotated[float | None, typer.Option(help="Least share of tokens, 0 to 1, to agree on.")]

@@ -297,7 +297,7 @@ class Quantize(Settings):
 
     formats: list[LowBit] = Field(default_factory=lambda: ["int8", "int4"])
     group: int = Field(default=32, ge=8, description="weights that share a scale, where a format leaves that open")
-    method: Literal["absmax", "nearest", "gptq"] = Field(
+    method: Literal["absmax", "nearest", "awq", "gptq"] = Field(
         default="gptq", description="gptq makes up for each rounding by the next"
     )
     recover: float = Field(default=0.1, ge=0, le=1, description="share of train.steps that copies below 8 bits learn")

@@ -25,7 +25,8 @@ COMMANDS = {
     "compare": {"a", "b", "text", "device", "trust_remote_code", "as_json"},
     "quantize": {
         "model", "out", "fmt", "layout", "group", "method", "budget", "recover", "batch", "micro_batch",
-        "min_agreement", "data", "samples", "tasks", "plan", "seed", "device", "trust_remote_code", "as_json",
+        "targets", "on_policy", "kv_cache", "min_agreement", "data", "samples", "tasks",
+        "plan", "seed", "device", "trust_remote_code", "as_json",
     },
     "convert": {"model", "to", "out", "as_json"},
     "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device", "trust_remote_code"},

@@ -25,7 +25,7 @@ class Asked:
         fmt: a row of ``WRITTEN``, or ``mixed`` with a ``budget``: int8, int4, int3 or 16 bits, for each Linear.
         layout: ``compressed-tensors``; ``deepseek`` for fp8_block and fp8_block_pow2; ``gguf`` for int8, int4, bf16.
         group: weights that share a scale, in int and ternary.
-        method: ``absmax``, ``nearest`` or ``gptq``.
+        method: ``absmax``, ``nearest``, ``awq`` or ``gptq``.
         budget: most bytes of the weight file.
         recover: steps in which the model teaches its copy.
         lr: learning rate of these; None: in proportion to the step of the codes.
@@ -45,7 +45,7 @@ class Asked:
     budget: int | None = None
     recover: int = 0
     lr: float | None = None
-    targets: str = "live"
+    targets: str = "kept"
     on_policy: float = 0.0
     batch: int = 16
     micro_batch: int | None = None

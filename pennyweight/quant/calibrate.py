@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.quant.blocks import adding_to, first_of, inputs_of
 from pennyweight.quant.formats import Coded, Format, codes_of, decode, elements, encode, spread
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it: keeps its inverse from blowing up
@@ -72,7 +73,7 @@ def calibrated(
         blocks: the decoder's.
         batches: keyword arguments of the model's forward, few and without labels.
     """
-    inputs, others = _inputs(model, blocks, batches)
+    inputs, others = inputs_of(model, blocks, batches)
     names = {module: name for name, module in model.named_modules()}
     coded: dict[str, Coded] = {}
     rounded_from: dict[str, Tensor] = {}
@@ -81,44 +82,12 @@ def calibrated(
         hessians = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}  # type: ignore[arg-type]
         with ExitStack() as hooks:
             for name, m in linears.items():
-                hooks.callback(m.register_forward_pre_hook(_adding_to(hessians[name])).remove)
+                hooks.callback(m.register_forward_pre_hook(adding_to(hessians[name])).remove)
             for x, given in zip(inputs, others[i], strict=True):
-                _first(block(x, **given))
+                first_of(block(x, **given))
         for name, m in linears.items():
             coded[name], rounded_from[name] = gptq(m.weight, hessians[name], formats[name])  # type: ignore[arg-type]
             m.weight.copy_(decode(coded[name]))  # type: ignore[operator]
-        inputs = [_first(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
+        inputs = [first_of(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
         progress(1)
     return coded, rounded_from
-
-
-def _inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: Iterable[dict[str, Any]]
-) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """What comes into the first block for each batch, and, for each block, what else it is given."""
-    inputs: list[Tensor] = []
-    others: list[list[dict[str, Any]]] = [[] for _ in blocks]
-    with ExitStack() as hooks:
-        for i, block in enumerate(blocks):
-
-            def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], i: int = i) -> None:
-                if i == 0:
-                    inputs.append(args[0] if args else kwargs["hidden_states"])
-                others[i].append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-            hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for batch in batches:
-            model(**batch, use_cache=False)
-    return inputs, others
-
-
-def _adding_to(hessian: Tensor) -> Callable[[nn.Module, tuple], None]:
-    def add(module: nn.Module, args: tuple) -> None:
-        x = args[0].flatten(0, -2).float()
-        hessian.addmm_(x.T, x)
-
-    return add
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out

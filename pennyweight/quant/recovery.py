@@ -55,7 +55,7 @@ def low_bit(
     """Codes of the Linears named in ``formats``; the parent's model becomes what will be read from the file.
 
     Args:
-        method: ``absmax``, ``nearest`` or ``gptq``.
+        method: ``absmax``, ``nearest``, ``awq`` or ``gptq``.
         samples: to calibrate and to recover with; of as many as are needed, the first by their hashes.
         folder: where the parent's targets are kept, so that an interrupted recovery goes on with them.
         vectors: what norms and biases are stored in, where that is not what matrices are.

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.model.loaded import blocks_of
+from pennyweight.quant.awq import scale_for_rounding
 from pennyweight.quant.calibrate import calibrated
 from pennyweight.quant.formats import Coded, Format, decode, encode
 from pennyweight.quant.linear import learn_to_be_rounded, settled
 
-METHODS = ("absmax", "nearest", "gptq")
+METHODS = ("absmax", "nearest", "awq", "gptq")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,13 @@ def rounded_to(
 
     Args:
         method: ``absmax``: each weight by itself, scales from the largest magnitudes. ``nearest``: likewise, with
-            scales of the least squared error. ``gptq``: as ``calibrate.gptq``, where a format has scales for single
+            scales of the least squared error. ``awq``: that, of weights scaled first by ``awq.scale_for_rounding``.
+            ``gptq``: as ``calibrate.gptq``, where a format has scales for single
             rows; the others to the nearest.
-        batches: keyword arguments of the model's forward, for ``gptq``.
+        batches: keyword arguments of the model's forward, for ``awq`` and ``gptq``.
     """
+    if method == "awq":
+        scale_for_rounding(model, blocks_of(model)[1], batches, formats, progress)
     by_row = {name: f for name, f in formats.items() if f.tile[0] == 1} if method == "gptq" else {}
     codes: dict[str, Coded] = {}
     rounded_from: dict[str, Tensor] = {}
