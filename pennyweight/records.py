@@ -28,6 +28,11 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def readable_json(value: Any) -> str:
+    """JSON of several lines, for people and programs; NaN and infinity as null."""
+    return json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of the UTF-8 bytes of ``text``."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
