@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+ROUNDED = "-rounded"
+"""Ends the name of a low-bit copy that was rounded only, beside one of the same format that was taught as well."""
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: one text for one value, so that its hash is a name for it."""

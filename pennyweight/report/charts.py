@@ -24,13 +24,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 WIDE, NARROW = 970, 328
 """Widths in CSS pixels at which a chart's text has its natural size."""
 
-ROLES = ("ink", "muted", "grid", "teacher", "base", "control", "student", "int8", "int4")
+ROLES = ("ink", "muted", "grid", "card", "teacher", "base", "control", "student", "int8", "int4")
 """Colours are roles: each one is the CSS variable of that name on the page."""
 
 STAND_IN = {role: f"#fed1{16 + i:02x}" for i, role in enumerate(ROLES)}
 """Matplotlib must be given real colours; these stand for the roles and are replaced in its output."""
 
-_MARKER = {
+MARKER = {
     "teacher": ("D", 7.5),
     "base": ("X", 9),
     "control": ("s", 8),
@@ -102,7 +102,7 @@ def intervals(
             colour = STAND_IN[m.role]
             if m.low is not None and m.high is not None:
                 ax.plot([m.low, m.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round", zorder=2)
-            shape, size = _MARKER[m.role]
+            shape, size = MARKER[m.role]
             ax.plot([m.value], [y], shape, color=colour, markersize=size, markeredgewidth=0, zorder=3)
         label_rows(ax, marks)
         ax.set_xlabel(axis)
@@ -155,7 +155,7 @@ def tradeoff(name: str, lines: Sequence[Line], x_axis: str, y_axis: str, descrip
         log_axis(ax, "x", min(xs), max(xs), 4 if narrow else 7)
         log_axis(ax, "y", min(ys), max(ys), 5)
         for line in lines:
-            shape, size = _MARKER[line.role]
+            shape, size = MARKER[line.role]
             x, y = zip(*(p for p in line.points if p[1] > 0), strict=True)
             ax.plot(x, y, f"{shape}-", color=STAND_IN[line.role], markersize=size, linewidth=2, label=line.label)
         ax.grid(color=STAND_IN["grid"], linewidth=1)

@@ -13,6 +13,7 @@ from pennyweight.records import METRICS
 from pennyweight.report import origin, sections
 from pennyweight.report.markup import Html, document, element
 from pennyweight.report.quality import how_good, outcome, plain, verdict
+from pennyweight.report.scatter import quality_against_bytes
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
 from pennyweight.report.wording import finite, parameters, part_of, size, with_unit
@@ -45,7 +46,7 @@ def render(
         element(
             "main",
             how_good(seen),
-            sections.size_and_speed(seen),
+            sections.size_and_speed(seen, quality_against_bytes(seen)),
             sections.training(seen, metrics),
             sections.outputs(seen, samples),
             sections.cost(seen),
