@@ -53,6 +53,9 @@ CONFIGS = {
     "qwen2-moe": lambda: tf.Qwen2MoeConfig(
         **_SPARSE, shared_expert_intermediate_size=40, decoder_sparse_step=2, mlp_only_layers=[3]
     ),
+    "qwen2-moe-window": lambda: tf.Qwen2MoeConfig(
+        **_SPARSE, shared_expert_intermediate_size=40, use_sliding_window=True, max_window_layers=4, sliding_window=8
+    ),
     "qwen3-moe": lambda: tf.Qwen3MoeConfig(**_SPARSE, head_dim=20, mlp_only_layers=[1]),
     "deepseek-v3": lambda: tf.DeepseekV3Config(
         **_LATENT, q_lora_rank=24, n_shared_experts=2, first_k_dense_replace=2, attention_bias=True
@@ -86,8 +89,10 @@ def test_every_parameter_has_the_shape_that_transformers_gives_it(name, tmp_path
 def test_what_a_layer_looks_back_on_is_what_its_cache_keeps(name):
     config = CONFIGS[name]()
     layers = tf.DynamicCache(config=config).layers
-    blocks = shapes_of({**config.to_dict(), "architectures": None}).blocks
-    assert [b.attention.window for b in blocks] == [getattr(x, "sliding_window", None) for x in layers]
+    said = {**config.to_dict(), "architectures": None}
+    for settings in (said, {**said, "layer_types": None}):  # which older files do not have
+        windows = [b.attention.window for b in shapes_of(settings).blocks]
+        assert windows == [getattr(x, "sliding_window", None) for x in layers]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ from pennyweight.quant.footprint import FORMATS, stored_bytes
 from pennyweight.quant.formats import size
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.packing import storable
+from pennyweight.report.memory import stacked
 from pennyweight.train.optim import adamw
 
 V = 113
@@ -127,10 +131,10 @@ def off(model_config, way, length):
 def test_activations_are_what_autograd_keeps(name, way):
     config = MODELS[name]()
     for length in (64, 192):  # not fused under autocast, and fused
-        assert abs(off(config, way, length)) < 0.01
+        assert abs(off(config, way, length)) < 0.001
     other = {"n_inner": 96} if name == "gpt2" else {"num_attention_heads": 8, "head_dim": 24, "intermediate_size": 96}
     wider = MODELS[name](**other)
-    assert abs(off(wider, way, 64)) < 0.01
+    assert abs(off(wider, way, 64)) < 0.001
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("llama", "gpt2")])
@@ -194,7 +198,8 @@ def test_the_peak_is_what_a_step_of_two_micro_batches_allocates(name, way, vocab
     step()  # moments are there from here on
     there = way.weight * shapes(config).parameters + moment_bytes(shapes(config), way.moments)
     row = next(r for r in _plan(config, batch, length)["train"] if r["way"] == way.name)
-    assert row["peak"] == pytest.approx(there + peak_of(step), rel=ACCURACY / 2)
+    near = ACCURACY / 2 if row["way"] == "fp8 moments" else 0.005  # whose step takes a little by the size of a tensor
+    assert row["peak"] == pytest.approx(there + peak_of(step), rel=near)
     assert (row["optimizer_step"] > row["activations"] + row["logits_tile"]) == (vocabulary == 40_000)
 
 
@@ -310,6 +315,27 @@ def test_the_command_prints_tables_of_80_columns_and_writes_a_page(folder, monke
     for row in (*found["train"], *found["use"]):
         assert row["way"] in text and (row["settings"] in text or row["settings"].startswith("KV cache"))
     assert text.count("<svg") == 4 and "optimizer&#x27;s step" in text
+
+
+def test_bars_are_as_long_as_their_parts_and_stand_one_behind_the_other():
+    rng = random.Random()
+    parts = ("weights", "gradients", "moments", "activations", "logits_tile")
+    rows = [{"way": w, "settings": "", "peak": 0, **{p: rng.randint(10**6, 10**9) for p in parts}} for w in "ab"]
+    for row in rows:
+        row["peak"] = sum(row[p] for p in parts)
+    svg = ElementTree.fromstring(f"<div>{stacked('m', [(r, parts) for r in rows], 'bytes')}</div>")[0]
+    found = []
+    for path in svg.iter("path"):
+        role = re.search(r"fill: var\(--(\w+)\)", path.get("style") or "")
+        ends = [float(x) for x in re.findall(r"[ML] (-?[\d.]+) ", path.get("d") or "")]
+        if role and path.get("clip-path"):
+            found.append((role[1], min(ends), max(ends)))
+    assert len(found) == 10
+    bars = [found[i::2] for i in (0, 1)]  # part by part, each of both rows
+    scale = (bars[0][-1][2] - bars[0][0][1]) / rows[0]["peak"]
+    for row, bar in zip(rows, bars, strict=True):
+        assert [end - start for _, start, end in bar] == pytest.approx([scale * row[p] for p in parts], abs=0.01)
+        assert [start for _, start, _ in bar[1:]] == pytest.approx([end for _, _, end in bar[:-1]], abs=0.01)
 
 
 def test_the_command_gives_json_of_bytes(folder, monkeypatch, capsys):
