@@ -47,7 +47,7 @@ def test_it_has_the_teacher_the_arms_and_every_copy_with_and_without_recovery():
     assert {"accuracy (pass@1), %", "size on disk, MB"} <= set(drawn)
     said = words(found)
     assert "The int4 copy: accuracy 90.2 % in 109 kB, 1/31 of the teacher’s bytes" in said
-    assert "int4, rounded only 86.1 % (85.1–87.1) in 109 kB" in said
+    assert "int4, rounded only: 86.1 % (85.1–87.1) in 109 kB" in said
     label = re.search(r'aria-label="([^"]*)"', found)
     assert label is not None and label[1].count(" in ") == 6 and "Teacher 99.0" in label[1]
 
@@ -93,6 +93,14 @@ def test_it_stands_in_the_report_in_the_place_of_sizes_alone():
     text = render(with_copies(), metrics(1), [])
     assert "accuracy (pass@1) against size on disk." in text and "Size on disk. " not in text
     assert "quality-bytes-wide" in text and "size-bytes-wide" not in text
+
+
+def test_a_copy_of_any_format_is_called_a_copy():
+    s = with_copies()
+    s["quantized"]["nvfp4"] = low_bit(0.9, 120000)
+    page = Page(render(s, metrics(1), [])).text
+    assert "nvfp4 copy" in page and "Student (nvfp4)" not in page
+    assert [(m.key, m.role) for m in view(s).copies] == [("int8", "int8"), ("nvfp4", "int4"), ("int4", "int4")]
 
 
 def test_dots_stand_where_bytes_and_values_say():

@@ -57,11 +57,11 @@ def quality_against_bytes(view: View) -> Html | None:
     info = METRICS[metric]
     dots = [_dot(m, n / one, i, info.unit, m.key in copies) for m, n, i in known]
     better = "up" if info.higher_is_better else "down"
-    only = [f"{m.label} {_value(info.unit, i)} in {size(n)}" for m, n, i in known if m in view.rounded]
+    only = [f"{m.label}: {_value(info.unit, i)} in {size(n)}" for m, n, i in known if m in view.rounded]
     notes = [
         f"Further left is smaller, further {better} is better; lines are 95 % intervals.",
-        "Low-bit copies that were rounded only are hollow, those that were taught besides are filled; a line leads "
-        f"from one to the other. {'; '.join(only)}."
+        "Low-bit copies that were rounded only are hollow, those that were then taught by their parent are filled; a "
+        f"line leads from one to the other. {'; '.join(only)}."
         if only
         else "",
     ]
