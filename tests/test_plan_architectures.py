@@ -11,6 +11,7 @@ import transformers as tf
 
 from pennyweight.errors import ModelError
 from pennyweight.plan.architectures import FAMILIES, read_shapes, shapes_of
+from pennyweight.quant.linear import is_router
 
 _SIZES = {
     "vocab_size": 113,
@@ -80,7 +81,8 @@ def test_every_parameter_has_the_shape_that_transformers_gives_it(name, tmp_path
     assert shapes.parameters == sum(p.numel() for p in model.parameters())
     assert sorted(t.shape for t in shapes.all_tensors) == sorted(tuple(p.shape) for p in model.parameters())
     head = model.get_output_embeddings()
-    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linears = [m.weight for n, m in named if not is_router(n)]
     assert sorted(t.shape for t in shapes.all_tensors if t.kind == "linear") == sorted(tuple(w.shape) for w in linears)
     assert shapes.tied == (head.weight is model.get_input_embeddings().weight)
 

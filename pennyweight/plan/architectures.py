@@ -309,7 +309,7 @@ def _experts(c: _Given, kind: str) -> tuple[int, int, tuple[int, int], list[Tens
     if kind == "deepseek_v3":
         shared = inner * c.whole("n_shared_experts")
     elif kind == "qwen2_moe":
-        shared, gate = c.whole("shared_expert_intermediate_size"), _linear(1, width)
+        shared, gate = c.whole("shared_expert_intermediate_size"), [Tensor("router", (1, width))]
     tensors = [Tensor("router", (count, width)), Tensor("experts", (count, 2 * inner, width))]
     tensors += [Tensor("experts", (count, width, inner)), *gate]
     return shared, count, (c.whole("num_experts_per_tok"), inner), tensors

@@ -28,7 +28,7 @@ from typing import Any
 from pennyweight.errors import RecipeError
 from pennyweight.plan.architectures import read_shapes
 from pennyweight.plan.shapes import Block, Shapes
-from pennyweight.quant.footprint import FORMATS, stored_bytes
+from pennyweight.quant.footprint import FORMATS, OF_EXPERTS, near_divisor, stored_bytes
 
 ACCURACY = 0.1
 """Share by which activations and peak may be off."""
@@ -165,12 +165,13 @@ def _used(shapes: Shapes, batch: int, length: int) -> tuple[list[Row], list[str]
     copies = {"bfloat16": 2 * shapes.parameters} | {f: n for f in FORMATS if (n := copy_bytes(shapes, f)) is not None}
     notes = []
     if left := [f for f in FORMATS if f not in copies]:
-        why = "divide none of its widths" if shapes.counted("linear") else "need Linears, of which it has none"
-        notes.append(f"left out, since they {why}: {', '.join(left)}")
-    if not shapes.counted("linear"):
+        why = "their blocks divide none of its widths, or transformers opens no experts in them"
+        why = why if shapes.coded else "they are of Linears, of which it has none"
+        notes.append(f"left out, since {why}: {', '.join(left)}")
+    if not shapes.coded:
         notes.append("train.precision=fp8 is left out: it computes Linears, of which this architecture has none")
     if experts := shapes.counted("experts"):
-        notes.append(f"{experts:,} of the parameters are experts, which quantize and train.precision leave as they are")
+        notes.append(f"{experts:,} of the parameters are experts, which train.precision=fp8 leaves as they are")
     logits = 4 * batch * shapes.vocabulary
     rows = [
         Row(name, f"KV cache in {bits} bits", n, kv_cache=cache_bytes(shapes, batch, length, bits), logits_tile=logits)
@@ -181,14 +182,19 @@ def _used(shapes: Shapes, batch: int, length: int) -> tuple[list[Row], list[str]
 
 
 def copy_bytes(shapes: Shapes, fmt: str) -> int | None:
-    """Bytes of the low-bit copy that ``quantize`` writes with its defaults: Linears in ``fmt`` where its blocks divide
-    them, all else in 16 bits; None where it codes nothing."""
-    linears = [t.shape for t in shapes.all_tensors if t.kind == "linear"]
-    stored = [stored_bytes(fmt, rows, columns) for rows, columns in linears]
-    if all(n is None for n in stored):
+    """Bytes of the low-bit copy that ``quantize`` writes with its defaults (a mixture of experts in fp8: in DeepSeek's
+    layout): Linears in ``fmt`` where its blocks divide them, all else in 16 bits; None where it writes none."""
+    sparse, group, scale = shapes.counted("experts") > 0, 32, None
+    if sparse and fmt not in OF_EXPERTS:
         return None
-    coded = sum(2 * math.prod(shape) if n is None else n for shape, n in zip(linears, stored, strict=True))
-    return 2 * (shapes.parameters - shapes.counted("linear")) + coded
+    if sparse:  # one group for all, which divides every width; DeepSeek's scales are float32
+        group = near_divisor(math.gcd(*(columns for _, columns, _ in shapes.coded)), group) or group
+        scale = 4 if fmt == "fp8_block" else None
+    stored = [(r * c * n, stored_bytes(fmt, r, c, group, scale), n) for r, c, n in shapes.coded]
+    if all(one is None for _, one, _ in stored):
+        return None
+    coded = sum(2 * numbers if one is None else n * one for numbers, one, n in stored)
+    return 2 * (shapes.parameters - sum(numbers for numbers, _, _ in stored)) + coded
 
 
 def cache_bytes(shapes: Shapes, batch: int, length: int, bits: int) -> int:

@@ -104,6 +104,17 @@ class Shapes:
     def parameters(self) -> int:
         return sum(t.count for t in self.all_tensors)
 
+    @property
+    def coded(self) -> list[tuple[int, int, int]]:
+        """Matrices that a low-bit copy codes, as (rows, columns, how many): Linears, and three of each expert."""
+        out = []
+        for block in self.blocks:
+            out += [(*t.shape, 1) for t in block.tensors if t.kind == "linear"]
+            if block.experts:
+                inner = block.routed[1]
+                out += [(inner, self.hidden, 2 * block.experts), (self.hidden, inner, block.experts)]
+        return out  # type: ignore[return-value]
+
     def counted(self, *kinds: str) -> int:
         """Parameters of these kinds."""
         return sum(t.count for t in self.all_tensors if t.kind in kinds)

@@ -16,6 +16,9 @@ _STORED: dict[str, tuple[int, tuple[int, int], int, int]] = {
 FORMATS = tuple(_STORED)
 """The formats known here: those that engines have kernels for."""
 
+OF_EXPERTS = ("int8", "fp8_block", "int4")
+"""Those of them that transformers opens of a mixture of experts: fp8_block in DeepSeek's layout."""
+
 
 def near_divisor(columns: int, group: int) -> int | None:
     """The divisor of ``columns`` that is nearest to ``group``, from half to twice as many; None where there is none."""
@@ -25,9 +28,13 @@ def near_divisor(columns: int, group: int) -> int | None:
     return min(near, key=lambda d: max(d, group) / min(d, group), default=None)
 
 
-def stored_bytes(fmt: str, rows: int, columns: int, group: int = 32) -> int | None:
-    """Bytes of a weight of that shape in a compressed-tensors file; None where the format's blocks do not divide it."""
+def stored_bytes(fmt: str, rows: int, columns: int, group: int = 32, scale: int | None = None) -> int | None:
+    """Bytes of a weight of that shape in a low-bit copy; None where the format's blocks do not divide it.
+
+    ``scale``: bytes of a scale, where they are not those of compressed-tensors.
+    """
     bits, (high, wide), of_scale, over_all = _STORED[fmt]
+    of_scale = scale or of_scale
     if not wide:
         wide = near_divisor(columns, group) or columns
         codes = rows * math.ceil(columns * bits / 32) * 4  # each row in whole words

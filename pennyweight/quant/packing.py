@@ -26,8 +26,8 @@ IN_DEEPSEEKS = ("fp8_block", "fp8_block_pow2")
 def storable(fmt: str, shape: tuple[int, int], group: int, scale: torch.dtype) -> Format | None:
     """The format of that name for a weight of that shape (rows, columns); None where its blocks do not divide it.
 
-    Integers have a scale for as many columns as ``near_divisor`` says. Scales that are not the format's own are of dtype
-    ``scale``.
+    Integers have a scale for as many columns as ``near_divisor`` says, or for each row. Scales that are not the
+    format's own are of dtype ``scale``.
     """
     f = FORMATS[fmt]
     if f.scale in ("bfloat16", "float32"):
