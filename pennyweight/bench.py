@@ -40,7 +40,7 @@ from pennyweight.recipe import (
     TeacherSamples,
     TopKTargets,
 )
-from pennyweight.records import Encoded, Sample, sha256_json
+from pennyweight.records import ROUNDED, Encoded, Sample, sha256_json
 from pennyweight.teacher.cache import CacheFacts, TargetCache, settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep, threshold_within
@@ -170,10 +170,17 @@ class Bench:
         """A folder that this run saved, as the teacher of its own copies."""
         return LocalTeacher(self.opened(path), self.compute)
 
-    def recovery(self, fmt: str) -> Recovery | None:
-        """How a copy in this format is taught; None where it is not: 8 bits lose next to nothing."""
+    @property
+    def copies(self) -> list[str]:
+        """Names of the low-bit copies: one a format, and one that is rounded only beside each that is taught."""
+        formats = self.recipe.quantize.formats
+        return [*formats, *(f"{fmt}{ROUNDED}" for fmt in formats if self.recovery(fmt))]
+
+    def recovery(self, name: str) -> Recovery | None:
+        """How a copy of this name is taught; None where it is not: 8 bits lose next to nothing."""
         s, q = self.recipe.train, self.recipe.quantize
-        steps = round(q.recover * s.steps) if FORMATS[fmt].element_bits < 8 else 0
+        taught = not name.endswith(ROUNDED) and FORMATS[name].element_bits < 8
+        steps = round(q.recover * s.steps) if taught else 0
         return Recovery(steps, s.batch, s.micro_batch, q.lr, self.recipe.seeds[0]) if steps else None
 
     def check_copies(self, student: Path, work: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 import pennyweight.cli_options as opt
+from pennyweight.cli_memory import memory
 from pennyweight.cli_output import fail, tell
 from pennyweight.errors import PennyweightError, RecipeError, in_one_sentence
-from pennyweight.version import __version__
 
 app = typer.Typer(
     name="pennyweight",
@@ -30,16 +30,8 @@ app.add_typer(targets_app, name="targets")
 _STOPPED = "stopped; run and distill go on from here with the same command"
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"pennyweight {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
-) -> None:
+def _main(version: opt.Version = False) -> None:
     pass
 
 
@@ -313,6 +305,9 @@ def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
     from pennyweight.inspection import help_to_label
 
     tell(help_to_label(folder), as_json)
+
+
+app.command()(memory)
 
 
 def _logged(log: list[str] | None) -> list[str]:

@@ -6,8 +6,18 @@ from typing import Annotated
 
 import typer
 
+from pennyweight.version import __version__
+
 _FORMATS = "int8, int4, int3, ternary, fp8_block, fp8_row, mxfp8, mxfp4, nvfp4, mixed."
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pennyweight {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

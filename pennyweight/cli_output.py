@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from typing import Any
 
 import typer
 
-from pennyweight.records import json_safe
+from pennyweight.records import readable_json
 
 
 def tell(found: dict[str, Any], as_json: bool, shown_by: str = "print_values") -> None:
     """JSON, or as a function of ``report.terminal`` shows it: one line per value, unless another is named."""
     if as_json:
-        typer.echo(json.dumps(json_safe(found), indent=2, ensure_ascii=False, allow_nan=False))
+        typer.echo(readable_json(found))
         return
     import pennyweight.report.terminal as terminal
 

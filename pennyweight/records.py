@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+ROUNDED = "-rounded"
+"""Ends the name of a low-bit copy that was rounded only, beside one of the same format that was taught as well."""
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: one text for one value, so that its hash is a name for it."""
@@ -26,6 +29,11 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_safe(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def readable_json(value: Any) -> str:
+    """JSON of several lines, for people and programs; NaN and infinity as null."""
+    return json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def sha256_text(text: str) -> str:

@@ -30,7 +30,7 @@ from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.recovery import low_bit
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
-from pennyweight.records import sha256_json
+from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
@@ -58,14 +58,14 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
             for arm in dict.fromkeys(["sft", recipe.method.kind])
         }
         student = the_student(line, arms)
-        copies = {fmt: a_copy(line, fmt, student, data) for fmt in recipe.quantize.formats}
+        copies = {name: a_copy(line, name, student, data) for name in bench.copies}
         made = Finished(teacher, data, starts, targets, arms, student, copies)
         return the_report(line, made, the_evaluations(line, made))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The stages before evaluation. ``starts`` and each arm are by seed, ``copies`` by format."""
+    """The stages before evaluation. ``starts`` and each arm are by seed, ``copies`` by name."""
 
     teacher: Done
     data: Done
@@ -261,23 +261,23 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
     return line.run.stage("student", {"from": chosen.outputs}, make)
 
 
-def a_copy(line: Line, fmt: str, student: Done, data: Done) -> Done:
-    """A low-bit copy of the student, taught by it."""
-    q, seed, recovery = line.recipe.quantize, line.recipe.seeds[0], line.bench.recovery(fmt)
+def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
+    """A low-bit copy of the student, taught by it, or rounded only."""
+    q, seed, recovery = line.recipe.quantize, line.recipe.seeds[0], line.bench.recovery(name)
     depends = {"student": student.outputs, "quantize": q.model_dump(mode="json", exclude={"formats"})}
     depends |= {"data": data.facts["train_stream"], "recovery": repr(recovery), "compute": line.compute.name}
 
     def make(work: Path) -> Made:
-        parent, out, how = line.folder / "student", line.folder / f"student-{fmt}", []
+        parent, out, how = line.folder / "student", line.folder / f"student-{name}", []
         teacher, samples = line.bench.as_teacher(parent), line.bench.encoded
-        fit = lambda model, schedule, batches: how.append(_fit(line, work, fmt, seed, model, schedule, batches))  # noqa: E731
-        formats = formats_of(teacher.loaded.model, fmt, q.group)
+        fit = lambda model, schedule, batches: how.append(_fit(line, work, name, seed, model, schedule, batches))  # noqa: E731
+        formats = formats_of(teacher.loaded.model, name.removesuffix(ROUNDED), q.group)
         codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
         made = export(teacher.loaded.model, codes, parent, out)
         size = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
         return Made({**size, "recovered": sum(o.steps for o in how)}, sum(o.tokens for o in how), [out.name])
 
-    return line.run.stage(fmt, depends, make)
+    return line.run.stage(name, depends, make)
 
 
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
@@ -303,15 +303,15 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
 
 def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, Any]) -> dict[str, Any]:
     """One model measured on what was held out."""
-    e = line.recipe.evaluate
-    file = f"evaluation/{name}.json"
+    e, file = line.recipe.evaluate, f"evaluation/{name}.json"
+    samples = 0 if name.endswith(ROUNDED) else e.samples  # which is only there to be looked at beside the other
 
     def make(work: Path) -> Made:
         model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
-        sampling = Sampling(e.max_tokens, e.samples, e.temperature, line.recipe.seed)
+        sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.teacher, parent)
-        with counting(f"evaluating {name}", held_out.passes(e.samples, 2 if parent else 1), "samples") as c:
+        with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])

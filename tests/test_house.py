@@ -87,7 +87,17 @@ def test_every_public_function_and_class_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    "module", ["recipe", "ledger.store", "ledger.environment", "report.page", "report.summary", "cli"]
+    "module",
+    [
+        "recipe",
+        "plan.memory",
+        "ledger.store",
+        "ledger.environment",
+        "report.page",
+        "report.summary",
+        "report.memory",
+        "cli",
+    ],
 )
 def test_imports_no_torch(module):
     code = f"import sys, pennyweight.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

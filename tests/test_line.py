@@ -51,7 +51,10 @@ def test_the_folder_holds_what_is_promised(done):
 def test_the_summary_has_teacher_arms_copies_targets_and_stages(done):
     _, summary = done
     assert set(summary["arms"]) == {"base", "sft", "kd"} and set(summary["quantized"]) == {"int8", "int4"}
-    for model in (summary["teacher"], *summary["arms"].values(), *summary["quantized"].values()):
+    assert set(summary["rounded"]) == {"int4"}  # int8 copies are not taught, so there is nothing to set beside them
+    copies = (*summary["quantized"].values(), *summary["rounded"].values())
+    assert [c["recovered"] for c in copies] == [0, 1, 0]
+    for model in (summary["teacher"], *summary["arms"].values(), *copies):
         assert model["params"] > 0 and model["bytes"] > 0
         for name, row in model["metrics"].items():
             assert name in METRICS and row["low"] <= row["mean"] <= row["high"]
@@ -66,6 +69,18 @@ def test_the_summary_has_teacher_arms_copies_targets_and_stages(done):
         summary["quantized"]["int4"]["bytes"] < summary["quantized"]["int8"]["bytes"] < summary["arms"]["kd"]["bytes"]
     )
     assert set(summary["gap_recovered"]) >= {"accuracy", "kl_to_teacher", "bits_per_byte"}
+
+
+def test_a_copy_that_was_rounded_only_is_measured_beside_the_one_that_was_taught(done):
+    out, summary = done
+    taught, rounded = (summary[k]["int4"] for k in ("quantized", "rounded"))
+    assert taught["bytes"] == rounded["bytes"] and rounded["path"] == "student-int4-rounded"
+    assert set(taught["metrics"]) == {*rounded["metrics"], "pass_at_k"}
+    assert taught["metrics"]["kl_parent"]["mean"] != rounded["metrics"]["kl_parent"]["mean"]
+    weights = [(out / m["path"] / "model.safetensors").read_bytes() for m in (taught, rounded)]
+    assert weights[0] != weights[1]
+    shown = json.loads((out / "evaluation" / "shown.json").read_text())
+    assert set(shown[0]["outputs"]) == {"teacher", "base-0", "sft-0", "sft-1", "kd-0", "kd-1", "int8", "int4"}
 
 
 def test_the_ledger_knows_every_training_record_and_verifies(done):
@@ -145,7 +160,11 @@ def test_a_second_call_runs_nothing(copy):
             {"targets", "kd-0", "kd-1", "student", "int4", "evaluate-kd-0"},
             {"data", "sft-0", "start-0", "evaluate-sft-0"},
         ),
-        ("quantize.group=16", {"int8", "int4", "evaluate-int4"}, {"kd-0", "student", "evaluate-kd-0"}),
+        (
+            "quantize.group=16",
+            {"int8", "int4", "int4-rounded", "evaluate-int4", "evaluate-int4-rounded"},
+            {"kd-0", "student", "evaluate-kd-0"},
+        ),
         ("evaluate.problems=4", {"evaluate-teacher", "evaluate-kd-1"}, {"kd-0", "int4", "data"}),
         ("seeds=[0,1,2]", {"sft-2", "kd-2", "evaluate-kd-2"}, {"kd-0", "kd-1", "data", "evaluate-kd-0"}),
         ("seed=5", {"data", "evaluate-teacher", "evaluate-int4"}, {"kd-0", "targets", "int4"}),

@@ -93,6 +93,26 @@ def test_the_summary_is_json_without_nan_or_infinity():
     assert not math.isnan(json.loads(text)["arms"]["sft"]["per_seed"]["0"]["accuracy"])
 
 
+def test_copies_that_were_rounded_only_are_kept_apart():
+    facts = {"name": "t", "path": "t", "fingerprint": "f", "licence": "MIT", "params": 10, "bytes": 40}
+    copies = {
+        "int4": {"bytes": 3, "params": 10, "recovered": 7, "evaluation": evaluation(0.5)},
+        "int4-rounded": {"bytes": 3, "params": 10, "evaluation": evaluation(0.4)},
+    }
+    evaluations = {"teacher": evaluation(0.9), "base": {0: evaluation(0.1)}, "sft": {0: evaluation(0.5)}}
+    recipe = {"name": "r", "seeds": [0], "method": {"kind": "sft"}}
+    made = summarise(recipe=recipe, teacher=facts, start=facts, trained={}, evaluations=evaluations, copies=copies)
+    assert set(made["quantized"]) == set(made["rounded"]) == {"int4"}
+    assert made["rounded"]["int4"]["metrics"]["accuracy"]["mean"] == 0.4 and made["rounded"]["int4"]["recovered"] == 0
+    assert (made["rounded"]["int4"]["path"], made["rounded"]["int4"]["format"]) == (
+        "student-int4-rounded",
+        "int4, compressed-tensors",
+    )
+    rows = [{"prompt": "p", "gold": None, "text": "t", "correct": None}]
+    every = {"int4": evaluation(1, outputs=rows), "int4-rounded": evaluation(1, outputs=rows)}
+    assert set(shown_samples(every, 1)[0]["outputs"]) == {"int4"}
+
+
 def test_shown_samples_are_the_first_and_of_every_model():
     rows = [{"prompt": f"p{i}", "gold": "1", "text": f"t{i}", "correct": bool(i)} for i in range(3)]
     found = shown_samples({"teacher": evaluation(1, outputs=rows), "kd-0": evaluation(1, outputs=rows)}, 2)

@@ -28,6 +28,7 @@ COMMANDS = {
         "targets", "on_policy", "kv_cache", "min_agreement", "data", "samples", "tasks",
         "plan", "seed", "device", "trust_remote_code", "as_json",
     },
+    "memory": {"model", "batch", "length", "device", "out", "as_json"},
     "convert": {"model", "to", "out", "as_json"},
     "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device", "trust_remote_code"},
     "report": {"folder"},
@@ -97,5 +98,5 @@ def test_help_imports_nothing_heavy_and_shows_examples(command):
     )
     run = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.rstrip().endswith("[]"), run.stdout[-300:] + run.stderr[-300:]
-    if command and command[0] in ("run", "distill", "evaluate", "compare", "quantize", "chat"):
+    if command and command[0] in ("run", "distill", "evaluate", "compare", "quantize", "memory", "chat"):
         assert "Example" in run.stdout

@@ -24,9 +24,10 @@ from pennyweight.errors import ModelError
 from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.quant import deepseek
 from pennyweight.quant.experts import Experts, as_in_a_checkpoint, in_experts, take_apart
+from pennyweight.quant.footprint import near_divisor
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.linear import is_router, reading_in_codes
-from pennyweight.quant.packing import near_divisor, scheme_of, storable, tensors_of
+from pennyweight.quant.packing import scheme_of, storable, tensors_of
 
 PROVENANCE = "pennyweight.json"
 """File of a low-bit copy that says what it was made from, how, and what it was found to be worth."""

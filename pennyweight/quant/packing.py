@@ -13,6 +13,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
+from pennyweight.quant.footprint import near_divisor
 from pennyweight.quant.formats import E2M1, FORMATS, TERNARY, Coded, Format
 
 WRITTEN = ("int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4")
@@ -25,8 +26,8 @@ IN_DEEPSEEKS = ("fp8_block", "fp8_block_pow2")
 def storable(fmt: str, shape: tuple[int, int], group: int, scale: torch.dtype) -> Format | None:
     """The format of that name for a weight of that shape (rows, columns); None where its blocks do not divide it.
 
-    Integers have a scale for ``group`` columns, or, where that does not divide them, for a divisor nearest to it,
-    between half and twice as many; or else for each row. Scales that are not the format's own are of dtype ``scale``.
+    Integers have a scale for as many columns as ``near_divisor`` says, or for each row. Scales that are not the
+    format's own are of dtype ``scale``.
     """
     f = FORMATS[fmt]
     if f.scale in ("bfloat16", "float32"):
@@ -34,14 +35,6 @@ def storable(fmt: str, shape: tuple[int, int], group: int, scale: torch.dtype) -
     if isinstance(f.element, int):
         return f.grouped(near_divisor(shape[1], group))
     return None if any(part and whole % part for whole, part in zip(shape, f.tile, strict=True)) else f
-
-
-def near_divisor(columns: int, group: int) -> int | None:
-    """The divisor of ``columns`` that is nearest to ``group``, from half to twice as many; None where there is none."""
-    if columns % group == 0:
-        return group
-    near = [d for d in range(-(-group // 2), min(columns, 2 * group) + 1) if columns % d == 0]
-    return min(near, key=lambda d: max(d, group) / min(d, group), default=None)
 
 
 def tensors_of(coded: Coded) -> dict[str, Tensor]:

@@ -24,12 +24,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 WIDE, NARROW = 970, 328
 """Widths in CSS pixels at which a chart's text has its natural size."""
 
-ROLES = ("ink", "muted", "grid", "teacher", "base", "control", "student", "int8", "int4")
+ROLES = ("ink", "muted", "grid", "card", "teacher", "base", "control", "student", "int8", "int4")
 """Colours are roles: each one is the CSS variable of that name on the page."""
 
-# Matplotlib must be given real colours; these stand for the roles and are replaced in its output.
-_STAND_IN = {role: f"#fed1{16 + i:02x}" for i, role in enumerate(ROLES)}
-_MARKER = {
+STAND_IN = {role: f"#fed1{16 + i:02x}" for i, role in enumerate(ROLES)}
+"""Matplotlib must be given real colours; these stand for the roles and are replaced in its output."""
+
+MARKER = {
     "teacher": ("D", 7.5),
     "base": ("X", 9),
     "control": ("s", 8),
@@ -92,21 +93,21 @@ def intervals(
         ax = figure.subplots()
         ends = [x for m in marks for x in (m.value, m.low, m.high) if x is not None]
         if bounds is None and min(ends) > 0 and max(ends) / min(ends) > 10:
-            _log(ax, "x", min(ends), max(ends), 4 if narrow else 7)
+            log_axis(ax, "x", min(ends), max(ends), 4 if narrow else 7)
         else:
             _linear(ax, min(ends), max(ends), bounds, 4 if narrow else 7)
         if reference is not None:
-            ax.axvline(reference, color=_STAND_IN["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            ax.axvline(reference, color=STAND_IN["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for y, m in enumerate(marks):
-            colour = _STAND_IN[m.role]
+            colour = STAND_IN[m.role]
             if m.low is not None and m.high is not None:
                 ax.plot([m.low, m.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round", zorder=2)
-            shape, size = _MARKER[m.role]
+            shape, size = MARKER[m.role]
             ax.plot([m.value], [y], shape, color=colour, markersize=size, markeredgewidth=0, zorder=3)
-        _rows(ax, marks)
+        label_rows(ax, marks)
         ax.set_xlabel(axis)
 
-    return _both(name, description, lambda narrow: 34 * len(marks) + 52, draw)
+    return both(name, description, lambda narrow: 34 * len(marks) + 52, draw)
 
 
 def bars(name: str, marks: Sequence[Mark], axis: str, description: str) -> str:
@@ -115,14 +116,14 @@ def bars(name: str, marks: Sequence[Mark], axis: str, description: str) -> str:
     def draw(figure: Figure, narrow: bool) -> None:
         ax = figure.subplots()
         for y, m in enumerate(marks):
-            ax.barh(y, m.value, height=0.58, color=_STAND_IN[m.role], linewidth=0, zorder=2)
+            ax.barh(y, m.value, height=0.58, color=STAND_IN[m.role], linewidth=0, zorder=2)
         ax.set_xlim(0, 1.02 * max(m.value for m in marks) or 1)
         ax.xaxis.set_major_locator(MaxNLocator(3 if narrow else 6))
-        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-        _rows(ax, marks)
+        ax.xaxis.set_major_formatter(FuncFormatter(tick))
+        label_rows(ax, marks)
         ax.set_xlabel(axis)
 
-    return _both(name, description, lambda narrow: 34 * len(marks) + 52, draw)
+    return both(name, description, lambda narrow: 34 * len(marks) + 52, draw)
 
 
 def curves(name: str, panels: Sequence[Panel], x_axis: str, y_axis: str, description: str) -> str:
@@ -142,7 +143,7 @@ def curves(name: str, panels: Sequence[Panel], x_axis: str, y_axis: str, descrip
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
 
-    return _both(name, description, lambda narrow: 20 + 200 * len(panels) if narrow else 250 * rows, draw)
+    return both(name, description, lambda narrow: 20 + 200 * len(panels) if narrow else 250 * rows, draw)
 
 
 def tradeoff(name: str, lines: Sequence[Line], x_axis: str, y_axis: str, description: str) -> str:
@@ -151,24 +152,24 @@ def tradeoff(name: str, lines: Sequence[Line], x_axis: str, y_axis: str, descrip
 
     def draw(figure: Figure, narrow: bool) -> None:
         ax = figure.subplots()
-        _log(ax, "x", min(xs), max(xs), 4 if narrow else 7)
-        _log(ax, "y", min(ys), max(ys), 5)
+        log_axis(ax, "x", min(xs), max(xs), 4 if narrow else 7)
+        log_axis(ax, "y", min(ys), max(ys), 5)
         for line in lines:
-            shape, size = _MARKER[line.role]
+            shape, size = MARKER[line.role]
             x, y = zip(*(p for p in line.points if p[1] > 0), strict=True)
-            ax.plot(x, y, f"{shape}-", color=_STAND_IN[line.role], markersize=size, linewidth=2, label=line.label)
-        ax.grid(color=_STAND_IN["grid"], linewidth=1)
+            ax.plot(x, y, f"{shape}-", color=STAND_IN[line.role], markersize=size, linewidth=2, label=line.label)
+        ax.grid(color=STAND_IN["grid"], linewidth=1)
         ax.tick_params(length=0)
         ax.set_xlabel(x_axis)
         ax.set_ylabel(y_axis)
         figure.legend(loc="outside upper left", ncols=2 if narrow else len(lines), frameon=False)
 
-    return _both(name, description, lambda narrow: 300 if narrow else 340, draw)
+    return both(name, description, lambda narrow: 300 if narrow else 340, draw)
 
 
 def _curve_panel(ax: Axes, panel: Panel) -> None:
     """One arm's curves on their own scale."""
-    colour = _STAND_IN[panel.role]
+    colour = STAND_IN[panel.role]
     several = len(panel.seeds) > 1
     for steps, values in panel.seeds.values():
         ax.plot(steps, values, color=colour, linewidth=0.9 if several else 2, alpha=0.45 if several else 1)
@@ -176,19 +177,19 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
         ax.plot(*_mean(panel.seeds), color=colour, linewidth=2)
     every = [v for _, values in panel.seeds.values() for v in values]
     if min(every) > 0 and max(every) / min(every) > 10:
-        _log(ax, "y", min(every), max(every), 5)
+        log_axis(ax, "y", min(every), max(every), 5)
     else:
         ax.set_ylim(min(0.0, 1.05 * min(every)), (1.05 * max(every)) or 1.0)
         ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.yaxis.set_major_formatter(FuncFormatter(tick))
     last = max(steps[-1] for steps, _ in panel.seeds.values())
     ax.set_xlim(0, max(last, 1))
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-    ax.grid(axis="y", color=_STAND_IN["grid"], linewidth=1)
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
+    ax.grid(axis="y", color=STAND_IN["grid"], linewidth=1)
     ax.tick_params(length=0)
-    ax.set_title(_short(panel.label), loc="left", color=colour, fontweight="bold")
-    ax.set_title(panel.text, loc="right", color=_STAND_IN["muted"])
+    ax.set_title(short(panel.label), loc="left", color=colour, fontweight="bold")
+    ax.set_title(panel.text, loc="right", color=STAND_IN["muted"])
 
 
 def _mean(seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
@@ -198,20 +199,20 @@ def _mean(seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> tuple
     return list(shared), [math.fsum(t[s] for t in tables) / len(tables) for s in shared]
 
 
-def _rows(ax: Axes, marks: Sequence[Mark]) -> None:
+def label_rows(ax: Axes, marks: Sequence[Mark]) -> None:
     """Names at the left and values at the right of each row, the first row on top."""
     ax.set_ylim(len(marks) - 0.4, -0.6)
-    ax.set_yticks(range(len(marks)), [_short(m.label) for m in marks])
+    ax.set_yticks(range(len(marks)), [short(m.label) for m in marks])
     right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(marks)), [m.text for m in marks])
     for side in (ax, right):
-        side.tick_params(axis="y", length=0, labelcolor=_STAND_IN["ink"], pad=8)
+        side.tick_params(axis="y", length=0, labelcolor=STAND_IN["ink"], pad=8)
     right.spines["right"].set_visible(False)
     ax.tick_params(axis="x", length=0)
-    ax.grid(axis="x", color=_STAND_IN["grid"], linewidth=1)
+    ax.grid(axis="x", color=STAND_IN["grid"], linewidth=1)
 
 
-def _short(label: str) -> str:
+def short(label: str) -> str:
     """A label that leaves room for the chart; tables have it whole."""
     return label if len(label) <= 24 else f"{label[:23]}…"
 
@@ -222,10 +223,10 @@ def _linear(ax: Axes, low: float, high: float, bounds: tuple[float, float] | Non
     # A dot that lies on a bound would be cut in half by the axis: a little room beyond it.
     ax.set_xlim(max(low - margin, floor - 0.25 * margin), min(high + margin, ceiling + 0.25 * margin))
     ax.xaxis.set_major_locator(MaxNLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
 
 
-def _log(ax: Axes, which: str, low: float, high: float, most: int) -> None:
+def log_axis(ax: Axes, which: str, low: float, high: float, most: int) -> None:
     """A logarithmic axis over [low, high] with ticks at 1, 2, 5 times powers of ten, thinned to ``most`` or fewer."""
     low, high = low / 1.25, high * 1.25
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -243,17 +244,17 @@ def _log(ax: Axes, which: str, low: float, high: float, most: int) -> None:
     axis = ax.xaxis if which == "x" else ax.yaxis
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_major_formatter(FuncFormatter(tick))
 
 
-def _tick(value: float, _: int | None = None) -> str:
+def tick(value: float, _: int | None = None) -> str:
     """A tick's number: thousands separated, no trailing zeros, a real minus."""
     if value and abs(value) < 1e-4:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", "\u2212")
     return f"{value:,.6f}".rstrip("0").rstrip(".").replace("-", "\u2212")
 
 
-def _both(name: str, description: str, height: Callable[[bool], float], draw: Callable[[Figure, bool], None]) -> str:
+def both(name: str, description: str, height: Callable[[bool], float], draw: Callable[[Figure, bool], None]) -> str:
     """The chart for a wide and for a narrow page."""
     out = []
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
@@ -271,7 +272,7 @@ def _both(name: str, description: str, height: Callable[[bool], float], draw: Ca
 @contextmanager
 def _settings(salt: str, size: int) -> Iterator[None]:
     """Matplotlib as it comes, whatever the reader's own settings are, with the look of the report."""
-    ink, muted, grid = (_STAND_IN[r] for r in ("ink", "muted", "grid"))
+    ink, muted, grid = (STAND_IN[r] for r in ("ink", "muted", "grid"))
     look: dict[Any, Any] = {
         "svg.hashsalt": salt,
         "svg.fonttype": "none",
@@ -320,6 +321,6 @@ def _svg(figure: Figure, name: str, kind: str, description: str) -> str:
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-    for role, colour in _STAND_IN.items():
+    for role, colour in STAND_IN.items():
         text = text.replace(colour, f"var(--{role})")
     return re.sub(r"\n\s*", "\n", text).strip()

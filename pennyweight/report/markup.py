@@ -14,6 +14,7 @@ class Html(str):
     __slots__ = ()
 
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _VOID = {"meta", "link", "br"}
 _CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -69,6 +70,21 @@ def facts(pairs: Iterable[tuple[Any, Any]]) -> Html:
     """Names and values, one pair a line; a pair whose value is None or empty is left out."""
     kept = [(name, value) for name, value in pairs if value is not None and value != ""]
     return element("dl", *(element("div", element("dt", n), element("dd", v)) for n, v in kept), class_="facts")
+
+
+def document(title: str, description: str, style: str, *body: Any) -> str:
+    """A whole page that needs nothing but itself: no script, and a policy that forbids scripts and fetches besides."""
+    head = [
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="description", content=description),
+        element("link", rel="icon", href="data:,"),  # else browsers ask the server for one
+        element("title", title),
+        element("style", Html(style)),
+    ]
+    return f'<!doctype html>\n<html lang="en">\n<head>{join(head)}</head>\n<body>{join(body)}</body>\n</html>\n'
 
 
 def figure(finding: str, chart: str, note: str | None = None) -> Html:

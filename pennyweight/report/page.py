@@ -11,13 +11,12 @@ from typing import Any
 
 from pennyweight.records import METRICS
 from pennyweight.report import origin, sections
-from pennyweight.report.markup import Html, element, join
+from pennyweight.report.markup import Html, document, element
 from pennyweight.report.quality import how_good, outcome, plain, verdict
+from pennyweight.report.scatter import quality_against_bytes
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
 from pennyweight.report.wording import finite, parameters, part_of, size, with_unit
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def render(
@@ -47,7 +46,7 @@ def render(
         element(
             "main",
             how_good(seen),
-            sections.size_and_speed(seen),
+            sections.size_and_speed(seen, quality_against_bytes(seen)),
             sections.training(seen, metrics),
             sections.outputs(seen, samples),
             sections.cost(seen),
@@ -57,17 +56,7 @@ def render(
         ),
         _foot(seen),
     ]
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="description", content=said),
-        element("link", rel="icon", href="data:,"),  # else browsers ask the server for one
-        element("title", f"{name} – Pennyweight report"),
-        element("style", Html(sheet())),
-    ]
-    return f'<!doctype html>\n<html lang="en">\n<head>{join(head)}</head>\n<body>{join(body)}</body>\n</html>\n'
+    return document(f"{name} – Pennyweight report", said, sheet(), *body)
 
 
 def headline(seen: View) -> str:

@@ -21,33 +21,19 @@ from pennyweight.report.wording import (
 )
 
 
-def size_and_speed(view: View) -> Html | None:
-    """Bytes and decoding speed of the teacher, the student and its low-bit copies."""
+def size_and_speed(view: View, quality: Html | None = None) -> Html | None:
+    """Bytes and decoding speed of the teacher, the student and its low-bit copies.
+
+    ``quality``: a picture of what they are worth against their bytes, in the place of one of bytes alone.
+    """
     rows = _sizes(view)
     if not rows:
         return None
     whole = teacher_bytes(view)
-    unit, one = size_unit(max(n for _, _, n in rows))
-    marks = [Mark(m.role, label, n / one, size(n) if m is view.teacher else _beside(n, whole)) for label, m, n in rows]
-    smallest_label, smallest, least = min(rows, key=lambda r: r[2])
-    part = part_of(least, whole)
-    finding = (
-        f"The {smallest_label} takes {part} of the teacher’s bytes"
-        if part and smallest.role in ("int8", "int4")
-        else "How many bytes do the models take?"
-    )
     return section(
         "size",
         "How small and how fast?",
-        figure(
-            finding,
-            bars(
-                "size-bytes",
-                marks,
-                f"size on disk, {unit}",
-                "Size on disk. " + "; ".join(f"{label} {size(n)}" for label, _, n in rows) + ".",
-            ),
-        ),
+        quality or _bytes_alone(view, rows),
         table(
             "Sizes and decoding speed",
             ["model", "parameters", "size on disk", "of the teacher", "speed, tokens/s"],
@@ -64,6 +50,21 @@ def size_and_speed(view: View) -> Html | None:
         ),
         _machine(view),
     )
+
+
+def _bytes_alone(view: View, rows: list[tuple[str, Model, float]]) -> Html:
+    whole = teacher_bytes(view)
+    unit, one = size_unit(max(n for _, _, n in rows))
+    marks = [Mark(m.role, label, n / one, size(n) if m is view.teacher else _beside(n, whole)) for label, m, n in rows]
+    smallest_label, smallest, least = min(rows, key=lambda r: r[2])
+    part = part_of(least, whole)
+    finding = (
+        f"The {smallest_label} takes {part} of the teacher’s bytes"
+        if part and smallest.role in ("int8", "int4")
+        else "How many bytes do the models take?"
+    )
+    said = "Size on disk. " + "; ".join(f"{label} {size(n)}" for label, _, n in rows) + "."
+    return figure(finding, bars("size-bytes", marks, f"size on disk, {unit}", said))
 
 
 def teacher_bytes(view: View) -> float | None:
@@ -187,7 +188,7 @@ def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
 
 def _one_seed_each(view: View, names: Iterable[str]) -> list[str]:
     """Names of outputs in the order of the models, with the first seed of each arm (``kd-0``) to stand for it."""
-    order = ["teacher", view.method, "sft", "int8", "int4", "base"]
+    order = ["teacher", view.method, "sft", *(m.key for m in view.copies), "base"]
     seen: dict[str, str] = {}
     for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split("-")]):
         seen.setdefault(re.sub(r"-\d+$", "", name), name)

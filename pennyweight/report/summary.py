@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.evaluate.intervals import difference, over_seeds
-from pennyweight.records import METRICS, Interval, json_safe, sha256_json
+from pennyweight.records import METRICS, ROUNDED, Interval, json_safe, sha256_json
 
 Evaluation = Mapping[str, Any]
 
@@ -115,7 +115,8 @@ def summarise(
         teacher, start: facts of the teacher and of the untouched student (name, params, bytes, fingerprint).
         trained: by arm, the steps and tokens of its training.
         evaluations: ``teacher`` -> evaluation; each arm -> seed -> evaluation.
-        copies: by format, facts of the low-bit copy and its evaluation.
+        copies: by name, facts of the low-bit copy and its evaluation; those rounded only, beside one of the same
+            format that was taught, are kept apart, under ``rounded``.
     """
     arms = {}
     for arm, by_seed in evaluations.items():
@@ -148,16 +149,17 @@ def summarise(
         "gap_recovered": (
             gap_recovered(evaluations["teacher"], evaluations["sft"], evaluations[method], method) if both else {}
         ),
-        "quantized": {fmt: _copy(fmt, facts) for fmt, facts in copies.items()},
+        "quantized": {name: _copy(name, facts) for name, facts in copies.items() if not name.endswith(ROUNDED)},
+        "rounded": {name.removesuffix(ROUNDED): _copy(name, copies[name]) for name in copies if name.endswith(ROUNDED)},
     }
 
 
-def _copy(fmt: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _copy(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = facts["evaluation"]
     return {
-        "format": f"{fmt}, compressed-tensors",
+        "format": f"{name.removesuffix(ROUNDED)}, compressed-tensors",
         "recovered": facts.get("recovered", 0),
-        "path": f"student-{fmt}",
+        "path": f"student-{name}",
         "bytes": facts["bytes"],
         "params": facts["params"],
         "decode_tokens_per_second": evaluation["decode_tokens_per_second"],
@@ -166,7 +168,9 @@ def _copy(fmt: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dict[str, Any]]:
-    """The first ``count`` held-out prompts with every model's greedy output; not picked, so not flattering."""
+    """The first ``count`` held-out prompts with the greedy output of every model but those rounded only; not picked, so
+    not flattering."""
+    evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED)}
     first = next(iter(evaluations.values()))["outputs"][:count]
     return [
         {

@@ -63,6 +63,12 @@ class View:
         return sorted(found, key=lambda m: -(m.facts.get("bytes") or 0))
 
     @property
+    def rounded(self) -> list[Model]:
+        """Copies that were rounded only, each beside a copy of the same key that was taught as well."""
+        found: Mapping[str, Any] = self.summary.get("rounded") or {}
+        return [Model(fmt, _of_copy(fmt), f"{fmt}, rounded only", facts) for fmt, facts in found.items() if facts]
+
+    @property
     def smallest(self) -> Model | None:
         """The smallest low-bit copy whose size is known."""
         return next((m for m in reversed(self.copies) if m.facts.get("bytes")), None)
@@ -99,13 +105,14 @@ def view(summary: Mapping[str, Any]) -> View:
     others = [a for a in arms if a not in ("base", "sft")]
     method = others[0] if others else "sft" if "sft" in arms else None
     order = ["base", "sft", *others]
-    listed: Iterable[tuple[str, Any]] = [
-        ("teacher", summary.get("teacher")),
-        *((arm, arms.get(arm)) for arm in order),
-        *((fmt, copies[fmt]) for fmt in sorted(copies, key=lambda f: (f != "int8", f))),
+    listed: Iterable[tuple[str, Any]] = [("teacher", summary.get("teacher")), *((arm, arms.get(arm)) for arm in order)]
+    models = [Model(key, _role(key), _name(key, method), facts) for key, facts in listed if facts]
+    models += [
+        Model(fmt, _of_copy(fmt), f"{fmt} copy", copies[fmt])
+        for fmt in sorted(copies, key=lambda f: (f != "int8", f))
+        if copies[fmt]
     ]
-    models = tuple(Model(key, _role(key), _name(key, method), facts) for key, facts in listed if facts)
-    return View(summary, models, method)
+    return View(summary, tuple(models), method)
 
 
 def _name(key: str, method: str | None) -> str:
@@ -120,6 +127,11 @@ def _role(key: str) -> str:
     if key in ("teacher", "base", "int8", "int4"):
         return key
     return "control" if key == "sft" else "student"
+
+
+def _of_copy(fmt: str) -> str:
+    """Low-bit copies have two colours: of 8 bits, and of fewer."""
+    return "int8" if "8" in fmt else "int4"
 
 
 def _is_number(value: Any) -> bool:
