@@ -39,7 +39,7 @@ _TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 _SCALED, _BLOCK = 128, 128  # features of a token, and values of a moment, that share a scale
 _UNFUSED = 128  # tokens in a row up to which a CPU's attention under autocast is not fused (model/head.py)
 _KEPT_BY_ACTIVATION = {"gelu_new": 4, "relu": 0}  # tensors of the inner width; others keep their input
-_IN_PASSING = {"bfloat16": 34, "fp8": 75}  # bytes of LowAdamW's step, for each number of the largest tensor
+_IN_PASSING, _AT_ONCE = {"bfloat16": 34, "fp8": 75}, 1 << 20  # bytes of LowAdamW's step for a number, of so many
 _LENGTH = 2048  # tokens in a row, where none are asked for
 
 
@@ -239,7 +239,7 @@ def step_bytes(shapes: Shapes, moments: str, device: str) -> int:
     largest = max(t.count for t in shapes.all_tensors)
     if moments == "float32":
         return 4 * shapes.parameters if device == "cuda" else 8 * largest
-    return _IN_PASSING[moments] * largest
+    return _IN_PASSING[moments] * min(largest, _AT_ONCE)
 
 
 def activation_bytes(shapes: Shapes, way: Way, batch: int, length: int, device: str) -> int:

@@ -147,7 +147,10 @@ def _explained(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("activations", f"what autograd keeps of one forward pass, an estimate to {near}{gpu}"),
         ("logits tile", "the loss at work: a tile of float32 logits, its hidden states, the head and its gradient"),
-        ("optimizer's step", "what it holds in passing, of its largest tensor, or on a GPU in float32 of all"),
+        (
+            "optimizer's step",
+            "what it holds in passing: in float32 of the largest tensor (of all on a GPU), else of a part of it",
+        ),
         ("peak", "weights, gradients, moments, and the larger of the step and all the rest"),
         ("KV cache", f"of {found['batch']:,} x {found['length']:,} tokens; in 8 bits a 16-bit scale for each vector"),
         ("not counted", "a live teacher, what a prompt's forward pass holds in passing, and the process itself"),

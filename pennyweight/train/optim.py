@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pennyweight.quant.formats import FORMATS, Coded, decode, encode
 
 _BLOCK = 128  # values that share a scale, in moments of 8 bits
+_PART = 1 << 20  # values worked on at once: what a step holds in passing is as much, whatever the model
 
 
 def adamw(
@@ -56,38 +57,60 @@ class LowAdamW(torch.optim.Optimizer):
                     self._update(p, group)
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), lr = self.state[p], group["betas"], group["lr"]
-        grad = p.grad.float()  # type: ignore[union-attr]
-        step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        mean = self._stored(state, "exp_avg", p).lerp_(grad, 1 - beta1)
-        square = self._stored(state, "exp_avg_sq", p).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (square / (1 - beta2 ** float(step))).sqrt_().add_(group["eps"])
-        weight = p.float() * (1 - lr * group["weight_decay"])
-        weight.addcdiv_(mean, root, value=-lr / (1 - beta1 ** float(step)))
-        p.copy_(to_bfloat16(weight) if p.dtype == torch.bfloat16 else weight)
-        self._store(state, "exp_avg", mean)
-        self._store(state, "exp_avg_sq", square)
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.update(self._empty(name, p))
+        state["step"] += 1
+        weight, grad = p.view(-1), p.grad.view(-1) if p.grad.is_contiguous() else p.grad.flatten()  # type: ignore[union-attr]
+        for a in range(0, p.numel(), _PART):
+            self._update_part(weight, grad, state, group, slice(a, min(a + _PART, p.numel())))
 
-    def _stored(self, state: dict[str, Any], name: str, p: Tensor) -> Tensor:
-        """A moment in float32, to be written to."""
-        if name not in state:
-            return torch.zeros_like(p, dtype=torch.float32)
+    def _update_part(
+        self, weights: Tensor, grads: Tensor, state: dict[str, Any], group: dict[str, Any], part: slice
+    ) -> None:
+        (beta1, beta2), lr, step = group["betas"], group["lr"], float(state["step"])
+        grad = grads[part].float()
+        mean = self._stored(state, "exp_avg", part).lerp_(grad, 1 - beta1)
+        square = self._stored(state, "exp_avg_sq", part).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        weight = weights[part].float() * (1 - lr * group["weight_decay"])
+        weight.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
+        weights[part] = to_bfloat16(weight) if weights.dtype == torch.bfloat16 else weight
+        self._store(state, "exp_avg", part, mean)
+        self._store(state, "exp_avg_sq", part, square)
+
+    def _empty(self, name: str, p: Tensor) -> dict[str, Tensor]:
+        """A moment of zeros, flat, as it is stored."""
         if self.moments != "fp8":
-            return state[name].float()
-        value = decode(Coded(state[name], state[f"{name}_scale"], FORMATS["fp8_act"])).flatten()[: p.numel()]
-        return (value.square_() if name == "exp_avg_sq" else value).view_as(p)
+            return {name: torch.zeros(p.numel(), dtype=getattr(torch, self.moments), device=p.device)}
+        rows = -(-p.numel() // _BLOCK)
+        codes = torch.zeros((rows, _BLOCK), dtype=torch.uint8, device=p.device)
+        return {name: codes, f"{name}_scale": torch.ones((rows, 1), device=p.device)}
 
-    def _store(self, state: dict[str, Any], name: str, value: Tensor) -> None:
-        if self.moments == "float32":
-            state[name] = value
-        elif self.moments == "bfloat16":
-            state[name] = to_bfloat16(value)
-        else:
-            flat = value.flatten().sqrt() if name == "exp_avg_sq" else value.flatten()
-            rows = nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
-            coded = encode(rows, FORMATS["fp8_act"], torch.rand_like(rows))
-            state[name] = coded.codes.clamp(min=1) if name == "exp_avg_sq" else coded.codes
-            state[f"{name}_scale"] = coded.scale
+    def _stored(self, state: dict[str, Any], name: str, part: slice) -> Tensor:
+        """A part of a moment in float32, to be written to."""
+        if self.moments != "fp8":
+            return state[name][part].to(torch.float32, copy=True)
+        rows, count = _rows(part), part.stop - part.start
+        value = decode(Coded(state[name][rows], state[f"{name}_scale"][rows], FORMATS["fp8_act"])).flatten()[:count]
+        return value.square_() if name == "exp_avg_sq" else value
+
+    def _store(self, state: dict[str, Any], name: str, part: slice, value: Tensor) -> None:
+        if self.moments != "fp8":
+            state[name][part] = to_bfloat16(value) if self.moments == "bfloat16" else value
+            return
+        value = value.sqrt() if name == "exp_avg_sq" else value
+        padded = nn.functional.pad(value, (0, -len(value) % _BLOCK)).view(-1, _BLOCK)
+        coded = encode(padded, FORMATS["fp8_act"], torch.rand_like(padded))
+        state[name][_rows(part)] = coded.codes.clamp(min=1) if name == "exp_avg_sq" else coded.codes
+        state[f"{name}_scale"][_rows(part)] = coded.scale
+
+
+def _rows(part: slice) -> slice:
+    """Rows of ``_BLOCK`` values that hold a part of a moment."""
+    return slice(part.start // _BLOCK, -(-part.stop // _BLOCK))
 
 
 def to_bfloat16(x: Tensor) -> Tensor:
