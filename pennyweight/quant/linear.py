@@ -184,6 +184,11 @@ class RoundedLinear(nn.Linear):
         return nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
     @torch.no_grad()
+    def pull(self, share: float) -> None:
+        """Move the weight by ``share`` of the way to what it is rounded to."""
+        self.weight.lerp_(decode(self.coded()), share)
+
+    @torch.no_grad()
     def coded(self) -> Coded:
         """The weight as it would be written now."""
         scale = _stretched(self.start, self.stretch)
