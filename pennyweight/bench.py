@@ -24,6 +24,7 @@ from pennyweight.model.loaded import Loaded, refuse_low_bit
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
+from pennyweight.quant.experts import take_apart
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.formats import FORMATS
 from pennyweight.quant.rounding import Recovery, rounded_to
@@ -87,6 +88,8 @@ class Bench:
         if getattr(self.recipe.method, "hidden", 0):
             mine, theirs = (m.get_output_embeddings().weight.shape[1] for m in (begin.model, self.teacher.model))
             attach(begin.model, mine, theirs, seed)
+        if self.recipe.train.precision != "full":
+            take_apart(begin.model)  # so that experts compute in it, too
         return begin
 
     def _opened(self, path: str | Path, trust_remote_code: bool) -> Loaded:

@@ -18,6 +18,7 @@ from pennyweight.quant.calibrate import gptq
 from pennyweight.quant.experts import Experts, take_apart
 from pennyweight.quant.export import as_transformers_reads, export, formats_of, linears_of
 from pennyweight.quant.formats import FORMATS, decode, encode
+from pennyweight.quant.linear import SCHEMES, LowLinear, swap
 from pennyweight.quant.planning import candidates
 from pennyweight.quant.rounding import coded_for_storage
 
@@ -53,6 +54,26 @@ def test_gradients_apart_are_those_of_fused_ones(name):
     got = [experts[i].get_submodule(experts.names[2]).weight.grad for i in range(4)]
     got = torch.stack([torch.zeros_like(want[0]) if g is None else g for g in got])
     assert want.abs().max() > 0 and torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_were_trained_apart_in_fp8_are_saved_as_any_others(name, tmp_path):
+    model, x = make(name), ids()
+    take_apart(model)
+    swapped = swap(model, SCHEMES["fp8"])
+    assert sum(".experts." in n for n in swapped) >= 2 * 4 * 3 and not any("gate.weight" in n for n in swapped)
+    model(x, labels=x, use_cache=False).loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-3 * p.grad if p.grad is not None else 0
+    saved = copy.deepcopy(model)
+    for m in saved.modules():
+        if isinstance(m, LowLinear):
+            m.__class__ = torch.nn.Linear
+    saved.save_pretrained(tmp_path)
+    opened = tf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(opened(x, use_cache=False).logits, saved(x, use_cache=False).logits, atol=1e-4)
 
 
 def coded_copy(name, fmt, tmp_path, layout="compressed-tensors", **sizes):
