@@ -50,7 +50,8 @@ from pennyweight.verifiers import judge, judge_sample
 from pennyweight.version import __version__
 
 _CONTEXT, _WRITTEN = 512, 256  # tokens of a sample at most, and of what the model writes itself
-_LEARNT, _HELD_OUT, _LOOKED_AT = 128, 64, 64  # samples
+_LEARNT, _HELD_OUT = 128, 64  # samples
+_LOOKED_AT = {"least": 16, "most": 64, "together": 4_000_000_000}  # samples to predict from, and these times parameters
 _ENGINE_KL = 0.005  # nats a token between what was meant and llama.cpp, which reads activations in 8 bits
 
 
@@ -196,7 +197,8 @@ def _planned(
     if asked.fmt == "bf16":
         nothing = Interval(0.0, 0.0, 0.0, "16 bits")
         return {}, {"bytes": 2 * parent.params, "kl": nothing.to_json(), "linears": {}, "bits_per_byte": 0.0}
-    some = texts.learnt[:_LOOKED_AT]
+    few = max(_LOOKED_AT["least"], min(_LOOKED_AT["most"], _LOOKED_AT["together"] // parent.params))
+    some = texts.learnt[:few]  # a backward pass each
     with counting("predicting", len(some), "samples") as c:
         found = costs(parent.model, wanted, some, parent.pad_id, asked.seed, c.advance)
     formats, predicted = planned(parent.model, wanted, found, asked.budget)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pennyweight.errors import ModelError
 from pennyweight.model.load import load
 from pennyweight.model.student import cut
-from pennyweight.quant.export import export, formats_of, linears_of
+from pennyweight.quant.export import export, formats_of, linears_of, storage_dtype
 from pennyweight.quant.linear import reading_in_codes
 from pennyweight.quant.packing import WRITTEN
 from pennyweight.quant.rounding import coded_for_storage
@@ -139,3 +139,20 @@ def test_what_fits_no_width_and_pickles_beside_the_weights(tmp_path):
         copied(save_with_tokenizer(LlamaForCausalLM(narrow), tmp_path / "narrow"), tmp_path / "copy", "mxfp4")
     copied(parent, tmp_path / "copy", "int4", 16)
     assert not (tmp_path / "copy" / "training_args.bin").exists()
+
+
+def test_what_is_not_coded_stays_in_the_16_bits_that_it_came_in(tmp_path):
+    parent = save_with_tokenizer(make("llama").half(), tmp_path / "parent")
+    model = load(str(parent)).model
+    assert next(model.parameters()).dtype == torch.float32
+    codes = coded_for_storage(model, formats_of(model, "int4", 32), storage_dtype(model))
+    export(model, codes, parent, tmp_path / "copy")
+    with safe_open(tmp_path / "copy" / "model.safetensors", "pt") as f:
+        kinds = {f.get_tensor(n).dtype for n in list(f.keys())}
+        embedding = f.get_tensor("model.embed_tokens.weight")
+    assert kinds == {torch.float16, torch.int32, torch.int64}
+    assert torch.equal(embedding, make("llama").half().model.embed_tokens.weight)
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["dtype"] == "float16"
+    x = torch.randint(3, 100, (1, 20))
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=torch.float32)(x).logits
+    assert torch.allclose(got, model(x).logits, atol=1e-3)

@@ -58,6 +58,7 @@ def load(
     with quiet():
         model = _open_model(folder, path, dtype, trust_remote_code)
         tokenizer = _open_tokenizer(folder, path, trust_remote_code)
+        model.stored_dtype = stored_dtype(str(folder))
         model.low_bit = bool(getattr(config, "quantization_config", None))  # its own config may have lost it
         model = model.to(device).eval()
         check_head(model)

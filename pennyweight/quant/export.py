@@ -117,8 +117,8 @@ def formats_of(model: nn.Module, fmt: str, group: int, layout: str = "compressed
 
 
 def storage_dtype(model: nn.Module) -> torch.dtype:
-    """16 bits for what is not coded: the model's own kind, bfloat16 where it is wider."""
-    dtype = next(model.parameters()).dtype
+    """16 bits for what is not coded: the kind that its folder has, or it; bfloat16 where that is wider."""
+    dtype = getattr(model, "stored_dtype", next(model.parameters()).dtype)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
