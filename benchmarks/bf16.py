@@ -5,9 +5,9 @@
 A Llama of 26 M parameters from nothing, 1,024 tokens a step of random walks over a vocabulary of 8,192 (so that there
 is something to learn), one thread, thread CPU time. Ways take turns step by step from the same weights on the same
 batches; medians of the steps after the first two. "bfloat16" is autocast with float32 weights, as every run trains
-where the processor has it. Loss: mean of the last quarter of the steps. What can be gained at all is said first: the rate of a
-product in bfloat16 over that in float32, which is 2 on a processor whose vector units do twice the numbers, and more
-where it has units for matrices or its float32 product is slow.
+where the processor has it. Loss: mean of the last quarter of the steps. What can be gained at all is said first: the
+rate of a product in bfloat16 over that in float32, which is 2 on a processor whose vector units do twice the numbers,
+and more where it has units for matrices or its float32 product is slow.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def product_gain() -> float:
         for dtype, took in seconds.items():
             a, b = x.to(dtype), w.to(dtype)
             began = time.thread_time()
-            a @ b
+            torch.mm(a, b)
             took.append(time.thread_time() - began)
     return median(seconds[torch.float32][5:]) / median(seconds[torch.bfloat16][5:])
 
