@@ -182,10 +182,8 @@ def training(bars: Bars) -> None:
         settings = ["train.steps=1", "quantize.formats=[]", "evaluate.samples=0", "data.source.count=1200"]
         pennyweight.distill(str(real("stories260K")), cut="layers=2", seeds=1, settings=settings, out=folder)
         cases = {"stories260K": lambda seed: cut_from_a_real_one(folder, seed), "quickstart_teacher": from_nothing}
-        print(
-            f"\n{'model':<19} {'computes in':<12} {'mean loss':>10} {'gap to bfloat16, %':>19} {'least':>8} {'most':>8} "
-            f"{'read in bfloat16':>17} {'gap, %':>7}"
-        )
+        heads = f"{'mean loss':>10} {'gap to bfloat16, %':>19} {'least':>8} {'most':>8} {'read in bfloat16':>17}"
+        print(f"\n{'model':<19} {'computes in':<12} {heads} {'gap, %':>7}")
         for name, make in cases.items():
             half: dict[str, list[float]] = {}
             after: dict[str, list[float]] = {}
