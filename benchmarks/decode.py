@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from benchmarks.bars import Bars, machine, real
 from pennyweight.model.load import load, save
-from pennyweight.quant.export import as_transformers_reads, export, formats_of
+from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.gguf_file import code_embeddings, write_gguf
 from pennyweight.quant.rounding import coded_for_storage
 
@@ -93,8 +93,7 @@ def ways(folder: Path) -> dict[str, tuple[Callable[[list[int]], None], int]]:
     low = a_model()
     codes = coded_for_storage(low, formats_of(low, "int4", 32), torch.bfloat16, "absmax")
     export(low, codes, folder / "parent", folder / "copy")
-    with as_transformers_reads(low, codes):
-        made["int4, transformers"] = (by_torch(load(str(folder / "copy"), dtype=torch.bfloat16).model), 2 * weights)
+    made["int4, transformers"] = (by_torch(load(str(folder / "copy"), dtype=torch.bfloat16).model), 2 * weights)
     for fmt, bits in (("bf16", 16), ("int8", 8.5), ("int4", 4.5)):
         low = a_model()
         formats = formats_of(low, fmt, 32, "gguf") if fmt != "bf16" else {}

@@ -258,7 +258,7 @@ def _written(
     if asked.layout != "gguf":
         made = export(meant.model, codes, parent, place, asked.layout)
         copy = opened(place)
-        with as_transformers_reads(meant.model, codes):
+        with as_transformers_reads(meant.model, codes, asked.layout):
             check_same(meant, copy, some)
         return made, copy, None
     file, copy = gguf_check.written(meant, codes, place, asked.fmt)

@@ -45,6 +45,19 @@ def test_a_scaled_model_computes_what_it_did(name):
     assert (after - before).norm() < 0.01 * before.norm()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcap-and-window", "gemma3-window"])
+@torch.no_grad()
+def test_an_enormous_token_hides_no_change_of_the_others(name):
+    """As the first token of most language models is."""
+    model = outliers(make(name))
+    model.get_input_embeddings().weight[1] *= 2000
+    batches = [{"input_ids": torch.cat([torch.ones(4, 1, dtype=torch.long), b["input_ids"]], 1)} for b in BATCHES]
+    before = model(**batches[0], use_cache=False).logits.log_softmax(-1)
+    scale_for_rounding(model, blocks_of(model)[1], batches, formats_of(model, "int4", 16))
+    after = model(**batches[0], use_cache=False).logits.log_softmax(-1)
+    assert float((before.exp() * (before - after)).sum(-1).max()) < 1e-4
+
+
 @torch.no_grad()
 def test_rounding_loses_less_where_channels_differ():
     x, lost = BATCHES[0]["input_ids"], {}

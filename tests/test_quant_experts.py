@@ -144,6 +144,8 @@ def test_what_cannot_be_coded_or_opened_is_refused_with_the_reason(tmp_path):
         linears_of(tf.GptOssForCausalLM(config))
     with pytest.raises(ModelError, match="opens no experts stored in nvfp4; use int8, int4"):
         formats_of(make("mixtral-experts"), "nvfp4", 32)
+    with pytest.raises(ModelError, match=r"no group from 16 to 64 divides every width of this mixture .*\(20, 136\)"):
+        formats_of(wide({"hidden_size": 34 * 4, "intermediate_size": 20, "num_local_experts": 2}), "int4", 32)
     with pytest.raises(ModelError, match="in one format only; give a --format other than mixed"):
         candidates(make("mixtral-experts"), ("int8", "int4"), 32, "compressed-tensors")
 

@@ -291,3 +291,33 @@ def test_a_kv_cache_in_8_bits_is_measured_too(asked, parent, tmp_path):
     assert found["kl"]["mean"] < cache["kl"]["mean"] < 0.05
     with pytest.raises(RecipeError, match="no format of a KV cache is named 'int4'; use int8 or fp8"):
         quantize(str(parent), out=str(tmp_path / "other"), data=asked["data"], kv_cache="int4")
+
+
+@pytest.mark.parametrize("fmt", ["fp8_block", "fp8_block_pow2"])
+def test_deepseeks_layout_is_opened_again_too(tmp_path, fmt):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=113, max_position_embeddings=128, initializer_range=0.15, **sizes, **tokens)
+    parent = save_with_tokenizer(LlamaForCausalLM(config).eval(), tmp_path / "parent")
+    found = quantize(str(parent), fmt, str(tmp_path / "copy"), layout="deepseek", samples=24, threads=1)
+    assert 0 < found["kl"]["mean"] < 0.2
+    opened = load(str(tmp_path / "copy")).model
+    assert {p.dtype for p in opened.parameters()} == {torch.float32} and opened.low_bit
+    assert type(opened.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"on_policy": 0.5}, "say how a copy is taught; give --recover STEPS, too"),
+        ({"targets": "live"}, "say how a copy is taught; give --recover STEPS, too"),
+        ({"targets": "alive", "recover": 3}, "no kind of targets is named 'alive'; use kept or live"),
+        ({"kv_cache": "int4"}, "no format of a KV cache is named 'int4'; use int8 or fp8"),
+        ({"method": "best"}, "no method is named 'best'; use absmax or nearest or awq or gptq"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_is_opened(asked, monkeypatch, how, said):
+    monkeypatch.setattr(quantizing, "load", None)
+    with pytest.raises(RecipeError, match=said):
+        quantize(**asked, **how)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from pennyweight.errors import ModelError
 from pennyweight.ledger.hashing import hash_file
@@ -266,6 +266,7 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **_read_whole(folder),
         )
     except Exception as e:
         raise ModelError(
@@ -282,8 +283,14 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
     if compressor is not None:  # at once, not in the first forward pass
         compressor.decompress_model(model)
     for p in model.parameters():  # some weights of low-bit copies come in bfloat16 whatever is asked for
-        p.data = p.data.to(dtype) if dtype and p.is_floating_point() else p.data
+        p.data = p.data.to(dtype) if dtype and p.is_floating_point() and p.itemsize > 1 else p.data
     return model
+
+
+def _read_whole(folder: Path) -> dict[str, Any]:
+    """Settings with which DeepSeek's fp8 is read into wider weights on a GPU, too, as it is on a CPU."""
+    asked = _json(folder / "config.json").get("quantization_config") or {}
+    return {"quantization_config": FineGrainedFP8Config(dequantize=True)} if asked.get("quant_method") == "fp8" else {}
 
 
 def _open_tokenizer(folder: Path, path: str, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pennyweight.errors import DataError, RecipeError, RunError
 from pennyweight.quant.export import LAYOUTS
 from pennyweight.quant.gguf_file import IN_GGUF
+from pennyweight.quant.kv_cache import KV_FORMATS
 from pennyweight.quant.packing import IN_DEEPSEEKS, WRITTEN
 from pennyweight.quant.rounding import METHODS, Recovery
 
@@ -78,6 +79,10 @@ class Asked:
             raise RecipeError(
                 "a mixture of formats is chosen under a budget: give both --format mixed and --budget 1.2GB"
             )
+        if self.kv_cache is not None and self.kv_cache not in KV_FORMATS:
+            raise RecipeError(f"no format of a KV cache is named {self.kv_cache!r}; use {' or '.join(KV_FORMATS)}")
+        if not self.recover and (self.on_policy or self.targets != TARGETS[0]):
+            raise RecipeError("--targets and --on-policy say how a copy is taught; give --recover STEPS, too")
         for name, share in (("--min-agreement", min_agreement), ("--on-policy", self.on_policy)):
             if share is not None and not 0 <= share <= 1:
                 raise RecipeError(f"{name}={share:g} is no share; give a number from 0 to 1")

@@ -22,7 +22,7 @@ from pennyweight.quant.blocks import adding_to, first_of, inputs_of
 from pennyweight.quant.formats import Format, decode, encode
 
 _POWERS = [0.1 * i for i in range(1, 11)]
-_UNCHANGED = 1e-3  # relative, of a block's output
+_UNCHANGED = 1e-3  # of what a block adds to a token
 _PAIRS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))  # where the first's rows are the second's columns
 
 
@@ -59,7 +59,7 @@ def scale_for_rounding(
             outputs = [first_of(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
         again = partial(block, inputs[0], **others[i][0])
         for group in groups:
-            scaled += _scale(group, formats, again, outputs[0])
+            scaled += _scale(group, formats, again, outputs[0], inputs[0])
         inputs = outputs
         progress(1)
     return scaled
@@ -108,7 +108,7 @@ def _watch(group: _Group, hooks: ExitStack) -> None:
     hooks.callback(linear.register_forward_pre_hook(adding_to(group.hessian)).remove)
 
 
-def _scale(group: _Group, formats: dict[str, Format], again: Callable[[], Any], want: Tensor) -> int:
+def _scale(group: _Group, formats: dict[str, Format], again: Callable[[], Any], want: Tensor, x: Tensor) -> int:
     """Scale a group by its best power; the number of its Linears, 0 where none helps or the block would change."""
     if not bool(group.size.min() > 0):
         return 0
@@ -124,7 +124,9 @@ def _scale(group: _Group, formats: dict[str, Format], again: Callable[[], Any], 
     for shift in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
         kept = [p.clone() for p in _parts(group)]
         _apply(group, best, shift)
-        if (first_of(again()) - want).norm() <= _UNCHANGED * want.norm():
+        # Token by token, against what the block adds: some tokens are enormous, and would hide all others.
+        off, added = (first_of(again()) - want).norm(dim=-1), (want - x).norm(dim=-1)
+        if bool((off <= _UNCHANGED * added).all()):
             return len(group.readers)
         for p, was in zip(_parts(group), kept, strict=True):
             p.copy_(was)

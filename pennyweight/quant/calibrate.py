@@ -79,7 +79,8 @@ def calibrated(
     rounded_from: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         linears = {names[m]: m for m in block.modules() if names[m] in formats}
-        hessians = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}  # type: ignore[arg-type]
+        widths: dict[str, Any] = {name: m.weight for name, m in linears.items()}
+        hessians = {n: w.new_zeros((w.shape[1], w.shape[1]), dtype=torch.float32) for n, w in widths.items()}
         with ExitStack() as hooks:
             for name, m in linears.items():
                 hooks.callback(m.register_forward_pre_hook(adding_to(hessians[name])).remove)

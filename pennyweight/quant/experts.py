@@ -52,11 +52,11 @@ def take_apart(model: Any) -> bool:
     for name, m in fused.items():
         plain = getattr(m, "has_gate", True) and getattr(m, "is_concatenated", True)
         special = any(getattr(m, kind, False) for kind in ("is_transposed", "has_bias", "has_post_expert_norm"))
-        own_gate = type(m)._apply_gate.__name__ != "_default_apply_gate"
+        own_gate = getattr(getattr(type(m), "_apply_gate", None), "__name__", "") != "_default_apply_gate"
         if names is None or not plain or special or own_gate:
             raise ModelError(
-                f"the experts of a {type(model).__name__} are not three plain Linears each, which low-bit copies need; "
-                "use another model"
+                f"the experts of a {type(model).__name__} are not three plain Linears each, which computing or storing "
+                "them in few bits needs; use another model, or full precision"
             )
         apart = Experts(_expert(m, i, names) for i in range(m.num_experts))
         apart.names, apart.act_fn = names, m.act_fn

@@ -25,7 +25,7 @@ from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.quant import deepseek
 from pennyweight.quant.experts import Experts, as_in_a_checkpoint, in_experts, take_apart
 from pennyweight.quant.footprint import near_divisor
-from pennyweight.quant.formats import Coded, Format
+from pennyweight.quant.formats import FORMATS, Coded, Format
 from pennyweight.quant.linear import is_router, reading_in_codes
 from pennyweight.quant.packing import scheme_of, storable, tensors_of
 
@@ -100,7 +100,16 @@ def formats_of(model: nn.Module, fmt: str, group: int, layout: str = "compressed
                 "with fp8_block"
             )
         # It knows one scheme for all Linears of such a model, so one group must divide every width.
-        group = near_divisor(math.gcd(*(columns for _, columns in shapes.values())), group) or group
+        common = group
+        if isinstance(FORMATS[fmt].element, int):
+            common = near_divisor(math.gcd(*(columns for _, columns in shapes.values())), group)
+        if common is None:
+            widths = ", ".join(str(w) for w in sorted({columns for _, columns in shapes.values()}))
+            raise ModelError(
+                f"no group from {-(-group // 2)} to {2 * group} divides every width of this mixture of experts "
+                f"({widths}), as transformers needs it; give another --group, or fp8_row"
+            )
+        group = common
     found = {name: storable(fmt, shape, group, scale) for name, shape in shapes.items()}
     if layout == "gguf":
         found = {name: f if f is not None and f.tile == (1, 32) else None for name, f in found.items()}
@@ -136,9 +145,11 @@ def export(
     making = out.with_name(f".making-{out.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    for file in parent.iterdir():
+    for file in (*parent.iterdir(), *(parent / "additional_chat_templates").glob("*.jinja")):
         if file.suffix in _CARRIED and file.is_file() and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, making / file.name)
+            place = making / file.relative_to(parent)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
     of_linear = deepseek.tensors_of if layout == "deepseek" else tensors_of
     save_file(_tensors(model, codes, storage, of_linear), making / _WEIGHTS, metadata={"format": "pt"})
     (making / _WEIGHTS).chmod(0o644)
@@ -160,21 +171,29 @@ def export(
 
 
 @contextmanager
-def as_transformers_reads(model: nn.Module, codes: dict[str, Coded]) -> Iterator[None]:
-    """Within it, ``model`` computes what transformers does with the copy on a CPU.
+def as_transformers_reads(model: nn.Module, codes: dict[str, Coded], layout: str = LAYOUTS[0]) -> Iterator[None]:
+    """Within it, ``model`` computes what transformers does with the copy once it has read it into wider weights.
 
-    Of a mixture of experts it multiplies scales out in 16 bits, but those of fp8 experts, and rounds no activations.
+    It rounds activations in compressed-tensors' fp8 formats. Of a mixture of experts it rounds none, and multiplies
+    scales out in 16 bits, but those of fp8 experts.
     """
+    if layout != LAYOUTS[0]:
+        yield
+        return
     if not _is_apart(model):
         with reading_in_codes(model, codes):
             yield
         return
-    with torch.no_grad():
-        for name, coded in codes.items():
-            if isinstance(coded.format.element, int) or not in_experts(name):
-                weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-                weight.copy_(weight.to(storage_dtype(model)))
-    yield
+    rounded = [n for n, c in codes.items() if isinstance(c.format.element, int) or not in_experts(n)]
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in rounded}
+    kept = {name: weight.data for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.data = weight.data.to(storage_dtype(model)).to(weight.dtype)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = kept[name]
 
 
 def _tensors(

@@ -15,7 +15,7 @@ from pennyweight.errors import ModelError
 from pennyweight.model.load import quiet
 from pennyweight.model.loaded import Loaded, refuse_low_bit
 from pennyweight.quant.formats import Coded
-from pennyweight.quant.gguf_file import check_architecture, library, write_gguf
+from pennyweight.quant.gguf_file import chat_template, check_architecture, library, write_gguf
 from pennyweight.quant.gguf_tokenizer import vocabulary_of
 
 HARD = (
@@ -59,7 +59,7 @@ def _check_speech(file: Path, tokenizer: Any) -> None:
     """Raise ModelError unless the file holds the tokenizer's chat template and special tokens."""
     reader = library().GGUFReader(file)
     wanted = {f"tokenizer.ggml.{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos")}
-    for key, want in {"tokenizer.chat_template": tokenizer.chat_template, **wanted}.items():
+    for key, want in {"tokenizer.chat_template": chat_template(tokenizer), **wanted}.items():
         field = reader.get_field(key)
         if (None if field is None else field.contents()) != want:
             raise ModelError(f"{file} has another {key} than its parent; it was not kept")

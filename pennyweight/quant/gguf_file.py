@@ -115,6 +115,7 @@ def write_gguf(
 
 
 def _add_tensor(gguf: Any, writer: Any, name: str, value: Tensor, coded: Coded | None, heads: int) -> None:
+    value = value.cpu()
     if value.ndim < 2:
         writer.add_tensor(name, _turned(value.float(), heads).numpy())
         return
@@ -123,7 +124,7 @@ def _add_tensor(gguf: Any, writer: Any, name: str, value: Tensor, coded: Coded |
         writer.add_tensor(name, bits.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
         return
     kind = coded.format.name
-    data = packed(_turned(coded.codes, heads), _turned(coded.scale, heads), kind)
+    data = packed(_turned(coded.codes.cpu(), heads), _turned(coded.scale.cpu(), heads), kind)
     writer.add_tensor(name, data.numpy(), raw_dtype=getattr(gguf.GGMLQuantizationType, _TYPES[kind]))
 
 
@@ -188,5 +189,11 @@ def _add_vocabulary(writer: Any, v: Vocabulary, tokenizer: Any) -> None:
     writer.add_add_bos_token(v.adds_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(v.adds_space)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The chat template that a GGUF holds: the default one, where a tokenizer has several."""
+    told = tokenizer.chat_template
+    return told.get("default") if isinstance(told, dict) else told

@@ -78,7 +78,8 @@ def low_bit(
     ids = [collate([[s] for s in some[a : a + _ROWS]], parent.loaded.pad_id).ids for a in range(0, len(some), _ROWS)]
     batches = [{"input_ids": x.to(parent.compute.device)} for x in ids]
     with counting("calibrating", len(blocks_of(model)[1]), "blocks") as c:
-        return coded_for_storage(model, formats, storage_dtype(model), method, batches, teach, vectors, c.advance)
+        storage = storage_dtype(model) if vectors is None else torch.bfloat16  # a GGUF's matrices
+        return coded_for_storage(model, formats, storage, method, batches, teach, vectors, c.advance)
 
 
 def _schedule(codes: dict[str, Coded], r: Recovery) -> Schedule:
@@ -89,7 +90,8 @@ def _schedule(codes: dict[str, Coded], r: Recovery) -> Schedule:
 
 
 def _calmed(model: nn.Module, steps: int, next_batch: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
-    """The same batches; before each, weights are drawn towards their codes, more and more from a fifth of the steps on.
+    """The same batches, to be asked for once a step, as the loop does: before each, weights are drawn towards their
+    codes, more and more from a fifth of the steps on.
 
     A weight whose best place is between two codes would otherwise go back and forth between them until the end, where
     chance decides (Nagel et al., arXiv 2203.11086, who add the distance to the loss).
@@ -113,7 +115,8 @@ def _live_lessons(parent: LocalTeacher, samples: list[Encoded], r: Recovery) -> 
     def next_batch(step: int) -> list[Batch]:
         batches = given(step)
         if int((step + 1) * r.on_policy) > int(step * r.on_policy):
-            batches = [_rewritten(parent, batch, r.seed * 1_000_003 + step) for batch in batches]
+            seed = (r.seed * 1_000_003 + step) * 1_000_003
+            batches = [_rewritten(parent, batch, seed + i) for i, batch in enumerate(batches)]
         return [kd(batch, KdMethod(), whole.dense) for batch in batches]
 
     return next_batch
@@ -128,7 +131,8 @@ def _rewritten(copied: LocalTeacher, batch: Batch, seed: int) -> Batch:
     settings: dict[str, Any] = {"temperature": 1.0, "eos_ids": ends, "pad_id": copied.loaded.pad_id, "seed": seed}
     model.eval()
     with rounded_once(model):
-        written = generate(model, prompts, max_tokens=room, batch=len(prompts), **settings)
+        longest = max(len(s.ids) for s in samples)
+        written = generate(model, prompts, max_tokens=room, batch=len(prompts), context=longest, **settings)
     model.train()
     rows = []
     for sample, prompt, new in zip(samples, prompts, written, strict=True):

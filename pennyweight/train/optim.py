@@ -63,6 +63,8 @@ class LowAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state.update(self._empty(name, p))
         state["step"] += 1
+        if not p.is_contiguous():
+            p.data = p.data.contiguous()
         weight, grad = p.view(-1), p.grad.view(-1) if p.grad.is_contiguous() else p.grad.flatten()  # type: ignore[union-attr]
         for a in range(0, p.numel(), _PART):
             self._update_part(weight, grad, state, group, slice(a, min(a + _PART, p.numel())))
