@@ -50,7 +50,7 @@ def asked(parent, tmp_path):
 def test_what_was_said_before_is_what_is_found_after(asked, parent, tmp_path):
     found = quantize(**asked, fmt="int4", method="nearest")
     size = (tmp_path / "copy" / "model.safetensors").stat().st_size
-    assert found["bytes"] == size and 0.9 * size < found["predicted"]["bytes"] < size
+    assert found["bytes"] == size and 0.97 * size < found["predicted"]["bytes"] < 1.03 * size
     kl, predicted = found["kl"]["mean"], found["predicted"]["kl"]["mean"]
     assert 0.5 < predicted / kl < 2, f"{predicted:.4f} predicted, {kl:.4f} found"
     assert 0 < found["agreement"]["low"] <= found["agreement"]["mean"] < 1
@@ -90,7 +90,7 @@ def test_a_budget_is_kept_to_and_spent_well(asked, tmp_path):
     uniform = quantize(**{**asked, "out": str(tmp_path / "int4")}, fmt="int4", method="nearest")
     budget = uniform["predicted"]["bytes"]
     found = quantize(**asked, fmt="mixed", budget=budget, method="nearest")
-    assert found["predicted"]["bytes"] <= budget and len(found["predicted"]["linears"]) > 1
+    assert found["bytes"] <= budget and found["predicted"]["bytes"] <= budget and len(found["predicted"]["linears"]) > 1
     assert found["predicted"]["kl"]["mean"] <= uniform["predicted"]["kl"]["mean"]
     with pytest.raises(RecipeError, match=r"the smallest copy takes [\d,]+ bytes, more than the budget of 5,000"):
         quantize(**{**asked, "out": str(tmp_path / "x")}, fmt="mixed", budget="5kB")

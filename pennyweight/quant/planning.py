@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from pennyweight.quant.experts import take_apart
 from pennyweight.quant.export import formats_of, linears_of
 from pennyweight.quant.formats import Format
 from pennyweight.quant.sensitivity import Costs, cheapest
+
+_ENTRY = 75  # bytes of a tensor's dtype, shape and place in the header of a safetensors file
 
 OF_A_MIXTURE = ("int8", "int4", "int3")
 
@@ -46,7 +49,7 @@ def planned(
     """
     linears = linears_of(model)
     kept = {name: 2 * m.weight.numel() for name, m in linears.items()}
-    others = 2 * sum(p.numel() for p in model.parameters()) - sum(kept.values())
+    others = 2 * sum(p.numel() for p in model.parameters()) - sum(kept.values()) + _index(model, linears)
     if budget is None:
         labels = {name: next(iter(of), "") for name, of in wanted.items()}
     else:
@@ -58,13 +61,19 @@ def planned(
     return {name: wanted[name][label] for name, label in chosen.items()}, facts
 
 
+def _index(model: nn.Module, coded: Iterable[str]) -> int:
+    """Bytes that name the tensors of a file, where a coded Linear has three for one; a little more than they take."""
+    once = sum(len(name) + _ENTRY for name in model.state_dict())
+    return once + sum(2 * (len(name) + len(".weight_packed") + _ENTRY) for name in coded)
+
+
 def _within(left: int, others: int, kept: dict[str, int], found: Costs) -> dict[str, str]:
     labels = cheapest(found, kept, left)
     if labels is None:
         least = others + sum(min(b for (n, _), b in found.bytes.items() if n == name) for name in kept)
         raise RecipeError(
             f"the smallest copy takes {least:,} bytes, more than the budget of {left + others:,}; {others:,} of them "
-            "are embeddings, output head and norms, which keep 16 bits; give a larger --budget"
+            "are embeddings, output head and norms in 16 bits, and names; give a larger --budget"
         )
     if not any(labels.values()):
         raise RecipeError(
