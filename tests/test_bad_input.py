@@ -180,7 +180,7 @@ def test_a_prompt_longer_than_the_context(says, teacher, tmp_path):
         (("quantize", "x", "--out", "y"), "x is not a folder"),
         (("quantize", "x"), "give --out FOLDER"),
         (("quantize", "x", "--out", "y", "--method", "magic"), "magic"),
-        (("quantize", "x", "--out", "y", "--min-agreement", "99"), "no share of tokens"),
+        (("quantize", "x", "--out", "y", "--min-agreement", "99"), "is no share; give a number from 0 to 1"),
         (("quantize", "x", "--out", "y", "--format", "mixed", "--budget", "lots"), "cannot read the budget"),
         (("fly",), "fly"),
         (("run", "--outt", "x"), "--out"),
