@@ -27,7 +27,7 @@ app.add_typer(ledger_app, name="ledger")
 targets_app = typer.Typer(no_args_is_help=True, help="What is kept of a teacher.")
 app.add_typer(targets_app, name="targets")
 
-_STOPPED = "stopped; run and distill go on from here with the same command"
+_STOPPED = "stopped; run, distill and quantize go on from here with the same command"
 
 
 @app.callback()
