@@ -122,7 +122,7 @@ def of_llama_cpp(bars: Bars) -> None:
     given = prompts(a_model())
     heads()
     for fmt in ("bf16", "int8", "int4"):
-        side, codes = a_model(), {}
+        side = a_model()
         formats = formats_of(side.model, fmt, 32, "gguf") if fmt != "bf16" else {}
         codes = coded_for_storage(side.model, formats, torch.bfloat16, vectors=torch.float32)
         if codes:

@@ -51,8 +51,7 @@ def rounded_to(
     Args:
         method: ``absmax``: each weight by itself, scales from the largest magnitudes. ``nearest``: likewise, with
             scales of the least squared error. ``awq``: that, of weights scaled first by ``awq.scale_for_rounding``.
-            ``gptq``: as ``calibrate.gptq``, where a format has scales for single
-            rows; the others to the nearest.
+            ``gptq``: as ``calibrate.gptq``, where a format has scales for single rows; the others to the nearest.
         batches: keyword arguments of the model's forward, for ``awq`` and ``gptq``.
     """
     if method == "awq":
