@@ -245,7 +245,7 @@ MethodChoice = Annotated[Union[SftMethod, KdMethod], Discriminator("kind")]  # n
 
 
 Precision = Annotated[
-    Literal["auto", "float32", "bfloat16", "int8"],
+    Literal["auto", "float32", "bfloat16", "int8", "fp8"],
     Field(description="of the teacher's forward pass that labels; auto: as the run computes"),
 ]
 

@@ -152,7 +152,9 @@ def test_a_copy_scores_like_the_model_which_stays_as_it_was(name):
         # As a share of how far two positions are apart. Random and narrow, these spread errors further than a teacher
         # does, and a router near a tie picks another expert; what was misread would be at 1.
         apart, chance = kl(want, got).mean(), kl(want, want.roll(1, 0)).mean()
-        assert 0 < float(apart) < (0.2 if "experts" in name else 0.02) * float(chance), f"{precision}, seed {seed}"
+        assert 0 < float(apart) < (0.2 if "experts" in name or "deepseek" in name else 0.02) * float(chance), (
+            f"{precision}, seed {seed}"
+        )
         whole = copy(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         assert float((whole - got).norm()) < 0.05 * float(got.norm()), f"{precision}, seed {seed}"
     assert [type(m) for m in model.modules()] == modules
@@ -205,7 +207,9 @@ def test_the_original_can_be_given_up():
 
 def test_what_is_refused(monkeypatch):
     model = make("llama")
-    with pytest.raises(RecipeError, match="no precision named 'int4' to score in; choose float32, bfloat16 or int8"):
+    with pytest.raises(
+        RecipeError, match="no precision named 'int4' to score in; choose float32, bfloat16, int8 or fp8"
+    ):
         for_scoring(model, "int4")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(RecipeError, match="not on this cpu; leave targets.precision at auto"):
@@ -214,7 +218,7 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(RecipeError, match="not on this meta; leave targets"):
         for_scoring(make("llama").to("meta"), "int8")
     model.model.layers = torch.nn.ModuleList()
-    with pytest.raises(ModelError, match="LlamaForCausalLM has no Linear layer to code in int8"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no Linear layer to code"):
         for_scoring(model, "int8")
     model.config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ModelError, match="low-bit copy already"):

@@ -68,8 +68,8 @@ class Way:
 
     @property
     def product(self) -> int:
-        """Bytes of a number that a Linear gives: one in fp8 gives what it reads, which norms make float32."""
-        return 4 if not self.autocast or (self.fp8 and self.weight == 4) else 2
+        """Bytes of a number that a Linear gives."""
+        return 2 if self.autocast else 4
 
 
 WAYS = (

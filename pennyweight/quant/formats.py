@@ -292,7 +292,8 @@ def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _whole(amax: Tensor, to: Format) -> float:
-    whole = float(amax.max() / (to.largest * E4M3.largest)) if to.scale == "e4m3" and amax.numel() else 0.0
+    most = amax.max() if to.scale == "e4m3" and amax.numel() else None
+    whole = 0.0 if most is None else float(most / most.new_tensor(to.largest * E4M3.largest))
     return max(whole, 2.0**-127) if whole else 1.0  # so that times the least scale it is not 0, and 1 / whole is finite
 
 
@@ -300,7 +301,8 @@ def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
     if to.scale.startswith("pow2"):
         assert isinstance(to.element, Float)
         return torch.ldexp(torch.ones_like(amax), power_exponent(amax, to.element, up=to.scale == "pow2"))
-    return stored_scale(amax / to.largest / whole, to)
+    # By tensors, not numbers: with a number a GPU multiplies by its reciprocal, which rounds differently.
+    return stored_scale(amax / amax.new_tensor(to.largest) / amax.new_tensor(whole), to)
 
 
 def stored_scale(scale: Tensor, to: Format) -> Tensor:

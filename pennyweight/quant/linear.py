@@ -3,11 +3,11 @@
 Shape letters: N rows (tokens), I input and O output features. A recipe names the format of activations (tiles along I),
 weights and gradients (tiles along O); the weight gradient sums over N, so there both operands are tiled along N.
 
-The products are emulated: operands are rounded to their codes, and multiplied and summed in float32 (the device's own
-precision where autocast asks for less). So a laptop sees what the codes do to a training run. Accumulation is better
-than a tensor core's; DeepSeek-V3 promotes partial sums to float32 every 128 elements for that reason (arXiv
-2412.19437, section 3.3). ``@`` of two float8 tensors is never used: on a CPU torch sums it in float8 and gets nearly
-everything wrong.
+DeepSeek-V3's tiles and blocks run on a GPU's fp8 tensor cores (``quant/kernels.py``) where it has them. Everything else
+is emulated: operands are rounded to the same codes, and multiplied and summed in float32. So a laptop sees what the
+codes do to a training run. Accumulation is better than a tensor core's; DeepSeek-V3 promotes partial sums to float32
+every 128 elements for that reason (arXiv 2412.19437, section 3.3). ``@`` of two float8 tensors is never used: on a CPU
+torch sums it in float8 and gets nearly everything wrong.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ from pennyweight.quant.formats import (
     stored_scale,
 )
 
+try:
+    from pennyweight.quant import kernels as _kernels
+except ImportError:  # no Triton, as beside a torch without CUDA
+    _kernels = None
+
+kernels: Any = _kernels
+"""``quant/kernels.py``, or None."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
@@ -49,6 +57,16 @@ class Scheme:
     gradient: Format
     cached: bool = True
     noisy: bool = False
+
+    @property
+    def of_tensor_cores(self) -> bool:
+        """Whether ``quant/kernels.py`` has it."""
+        formats = self.activation, self.weight, self.gradient
+        return self.cached and [f.tile for f in formats] == [(1, 128), (128, 128), (1, 128)]
+
+    @property
+    def pow2(self) -> bool:
+        return self.weight.scale == "pow2"
 
 
 def _along_rows(f: Format) -> Format:
@@ -85,23 +103,30 @@ class LowLinear(nn.Linear):
     scheme: Scheme
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.flatten(0, -2)
-        return _Product.apply(rows, self.weight, self.bias, self.scheme).view(*input.shape[:-1], -1)
+        rows, device = input.flatten(0, -2), input.device
+        fast = kernels is not None and self.scheme.of_tensor_cores and kernels.runs_on(device)
+        # As a plain Linear would, the layer gives what autocast asks for.
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
+        product = _OnTensorCores if fast else _Emulated
+        return product.apply(rows, self.weight, self.bias, self.scheme, dtype).view(*input.shape[:-1], -1)
 
 
-class _Product(torch.autograd.Function):
+class _Emulated(torch.autograd.Function):
     """x W^T + b, all three products in the scheme's formats."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
+    def forward(
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Tensor:
         x = encode(x_NI, scheme.activation)
-        out = _multiply(decode(x), decode(encode(weight_OI, scheme.weight)).T, x_NI.dtype)
+        out = _multiply(decode(x), decode(encode(weight_OI, scheme.weight)).T, dtype)
         ctx.scheme, ctx.dtype, ctx.whole = scheme, x_NI.dtype, x.whole
         ctx.save_for_backward(*((x.codes, _small(x)) if scheme.cached else (x_NI,)), weight_OI)
         return out if bias is None else out + bias.to(out.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         scheme, (g,) = ctx.scheme, grads
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -111,7 +136,38 @@ class _Product(torch.autograd.Function):
             rounded = decode(encode(g, _along_rows(scheme.gradient), _noise(g, scheme)))
             x = decode(encode(_activation(ctx), _along_rows(scheme.activation)))
             dw = _multiply(rounded.T, x, torch.float32)
-        return dx, dw, g.float().sum(0) if ctx.needs_input_grad[2] else None, None
+        return dx, dw, g.float().sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+class _OnTensorCores(torch.autograd.Function):
+    """The same of DeepSeek-V3's schemes, from the same codes, by ``quant/kernels.py``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+    ) -> Tensor:
+        x, _ = kernels.tiles(x_NI, scheme.pow2)
+        weight, _ = kernels.blocks(weight_OI, scheme.pow2)
+        assert x is not None and weight is not None
+        ctx.pow2, ctx.dtype, ctx.rows = scheme.pow2, x_NI.dtype, len(x_NI)
+        ctx.save_for_backward(x.codes, x.scale, weight_OI)
+        out = kernels.product(x, weight, dtype)[: len(x_NI)]
+        return out if bias is None else out + bias.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (g,), (codes, scale, weight_OI) = grads, ctx.saved_tensors
+        wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
+        rows, columns = kernels.tiles(g, ctx.pow2, wants_dx, wants_dw)
+        dx = dw = None
+        if rows is not None:
+            _, weight = kernels.blocks(weight_OI, ctx.pow2, as_is=False, turned=True)
+            assert weight is not None
+            dx = kernels.product(rows, weight, ctx.dtype)[: ctx.rows]
+        if columns is not None:
+            x = kernels.turned(kernels.Operand(codes, scale), ctx.rows, ctx.pow2)
+            dw = kernels.product(columns, x, weight_OI.dtype)
+        return dx, dw, g.float().sum(0) if wants_db else None, None, None
 
 
 def _small(x: Coded) -> Tensor:

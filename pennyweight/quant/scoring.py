@@ -3,12 +3,16 @@
 In int8 each weight row has one scale and each token another, from their largest magnitudes (as the vector-wise part of
 LLM.int8(), Dettmers et al., arXiv 2208.07339). Products of codes are summed exactly and scaled back to float32, logits
 too; residual stream, norms and attention stay float32. What it gives and costs: benchmarks/scoring.py.
+
+In fp8, on a GPU, weights are E4M3 in blocks of 128 x 128 and what they read in tiles of 1 x 128 (DeepSeek-V3, arXiv
+2412.19437); everything else is bfloat16, and the head stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +23,26 @@ from transformers.pytorch_utils import Conv1D
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.head import Head, head_of
 from pennyweight.model.loaded import refuse_low_bit
+from pennyweight.quant.linear import is_router, kernels
 
 
 def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
-    """A causal LM to score in float32, bfloat16 or int8, and the head that makes float32 logits of its hidden states.
+    """A causal LM to score in float32, bfloat16, int8 or fp8, and the head that makes float32 logits of its hidden
+    states.
 
     The given model is not changed, and is itself returned where it has that precision already. A copy is in evaluation
-    mode, for use outside autocast, and shares what need not differ: int8 adds one byte for each weight of a Linear,
-    bfloat16 two for each parameter. Its embedding and output layer are not coded; the head is, in int8.
+    mode, for use outside autocast, and shares what need not differ: int8 and fp8 add one byte for each weight of a
+    Linear, bfloat16 two for each parameter. Its embedding and output layer are not coded; the head is, in int8.
 
     Raises:
-        RecipeError: no such precision, or int8 where it would not be faster.
-        ModelError: int8, and the model is a low-bit copy already or has no layer that could be coded.
+        RecipeError: no such precision, or int8 or fp8 where it would not be faster.
+        ModelError: int8 or fp8, and the model is a low-bit copy already or has no layer that could be coded.
     """
     check_scoring(model, precision)
     if precision == "int8":
         return _int8(model)
+    if precision == "fp8":
+        return _fp8(model)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     # The head of the given model, not of the copy: a CPU has no bfloat16 product with float32 logits.
     return _copy(model, dtype, set()), head_of(model)
@@ -42,13 +50,18 @@ def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
 
 def check_scoring(model: Any, precision: str) -> None:
     """Raise RecipeError where ``for_scoring`` would, without making anything."""
-    if precision not in ("float32", "bfloat16", "int8"):
-        raise RecipeError(f"no precision named {precision!r} to score in; choose float32, bfloat16 or int8")
+    if precision not in ("float32", "bfloat16", "int8", "fp8"):
+        raise RecipeError(f"no precision named {precision!r} to score in; choose float32, bfloat16, int8 or fp8")
     # Without VNNI the product alone is at most twice as fast as float32's; on a GPU none of this was measured.
     on_cpu = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if precision == "int8" and not (on_cpu and torch.cpu._is_vnni_supported()):
         raise RecipeError(
             "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
+            f"not on this {model.device.type}; leave targets.precision at auto"
+        )
+    if precision == "fp8" and (kernels is None or not kernels.runs_on(model.device)):
+        raise RecipeError(
+            "scoring in fp8 runs with Triton on NVIDIA GPUs with fp8 tensor cores (compute capability 8.9 on) only, "
             f"not on this {model.device.type}; leave targets.precision at auto"
         )
 
@@ -62,16 +75,40 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, seen: _Seen | None = None):
         super().__init__()
-        self.seen = seen or _Seen()
+        self.seen = seen or _Seen(_by_row)
         self.codes, self.scale = map(nn.Buffer, _coded(weight))
         self.bias = nn.Buffer(bias.detach().float()) if bias is not None else None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        out = _product(*self.seen.by_row(x), self.codes, self.scale)
+        rows, row_scale = self.seen.coded(x)
+        out = _product(rows, row_scale, self.codes, self.scale)
         if self.bias is not None:
             out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], len(self.codes))
+
+
+class Fp8Linear(nn.Module):
+    """``x W^T + b`` in E4M3: W (out, in) in blocks, x in tiles, float32 scales; products of 128 summed in float32.
+
+    Takes what ``Int8Linear`` takes, on a GPU; the output is of x's dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, seen: _Seen | None = None):
+        super().__init__()
+        self.seen = seen or _Seen(_tiles)
+        coded, _ = kernels.blocks(weight.detach(), pow2=False)
+        assert coded is not None
+        self.codes, self.scale = nn.Buffer(coded.codes), nn.Buffer(coded.scale)
+        self.bias = nn.Buffer(bias.detach()) if bias is not None else None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        weight = kernels.Operand(self.codes, self.scale, blocks=True)
+        out = kernels.product(self.seen.coded(x), weight, x.dtype)[: x.shape[:-1].numel()]
+        if self.bias is not None:
+            out += self.bias.to(x.dtype)
+        return out.view(*x.shape[:-1], len(self.codes))
 
 
 @dataclass(frozen=True)
@@ -94,26 +131,45 @@ class Int8Head(Head):
 class _Seen:
     """The codes of the tensor that was coded last: query, key and value read the same one, and so code it once."""
 
-    _last: tuple[Any, int, tuple[Tensor, Tensor]] | None = None
+    _last: tuple[Any, int, Any] | None = None
 
-    def by_row(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, code: Callable[[Tensor], Any]):
+        self._code = code
+
+    def coded(self, x: Tensor) -> Any:
         version = -1 if x.is_inference() else x._version  # inference tensors do not tell whether they were written to
         if self._last is None or self._last[0]() is not x or self._last[1] != version or version < 0:
-            self._last = (weakref.ref(x), version, _by_row(x.reshape(-1, x.shape[-1])))
+            self._last = (weakref.ref(x), version, self._code(x.reshape(-1, x.shape[-1])))
         return self._last[2]
 
 
 def _int8(model: Any) -> tuple[Any, Head]:
-    refuse_low_bit(model)
-    head, output = head_of(model), model.get_output_embeddings()
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output}
-    if not linears:
-        raise ModelError(f"{type(model).__name__} has no Linear layer to code in int8; leave targets.precision at auto")
-    scoring, seen = _copy(model, torch.float32, {id(m.weight) for m in linears.values()}), _Seen()
-    for name, m in linears.items():
-        scoring.set_submodule(name, Int8Linear(m.weight.T if isinstance(m, Conv1D) else m.weight, m.bias, seen))
+    head = head_of(model)
+    scoring = _swapped(model, torch.float32, Int8Linear, _Seen(_by_row))
     codes, scale = _coded(head.weight)
     return scoring, Int8Head(codes, head.bias, head.scale, head.softcap, row_scale=scale)
+
+
+def _fp8(model: Any) -> tuple[Any, Head]:
+    return _swapped(model, torch.bfloat16, Fp8Linear, _Seen(_tiles)), head_of(model)
+
+
+def _swapped(model: Any, dtype: torch.dtype, layer: Callable[..., nn.Module], seen: _Seen) -> Any:
+    """A copy with ``layer`` for every Linear but the output layer and routers, and all else in ``dtype``."""
+    refuse_low_bit(model)
+    output = model.get_output_embeddings()
+    every = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
+    linears = {name: m for name, m in every if not is_router(name)}
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no Linear layer to code; leave targets.precision at auto")
+    scoring = _copy(model, dtype, {id(m.weight) for m in linears.values()})
+    for name, m in linears.items():
+        scoring.set_submodule(name, layer(m.weight.T if isinstance(m, Conv1D) else m.weight, m.bias, seen))
+    return scoring
+
+
+def _tiles(x: Tensor) -> Any:
+    return kernels.tiles(x, pow2=False)[0]
 
 
 def _copy(model: Any, dtype: torch.dtype, kept: set[int]) -> Any:

@@ -1,0 +1,269 @@
+"""Casts to E4M3 tiles, and their products, on a GPU: the numbers of ``quant/formats.py``, code for code.
+
+Shape letters: N rows, Q rows filled up to whole tiles of 128, C columns, K what a product sums over. A program works on
+128 x 128 numbers. Scales lie as cuBLAS reads them: those of rows by tile, then row; those of blocks filled up to 4
+along K. Chips round to E4M3 themselves, to nearest even and saturating; BY_HAND does it in integer arithmetic, for the
+interpreter.
+
+Products go to cuBLAS where it has this scaling (torch.nn.functional.scaled_mm; compute capability 9.0) and otherwise to
+a kernel here. Both sum 128 products in the tensor core and add them, scaled, to float32 (DeepSeek-V3, arXiv 2412.19437,
+section 3.3).
+"""
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton  # type: ignore
+import triton.language as tl  # type: ignore
+from torch import Tensor
+
+
+@triton.jit
+def power(k):
+    """2^k as float32, for k from -127 to 127."""
+    return tl.where(k == -127, 0x400000, (k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled(x, amax, POW2: tl.constexpr):
+    """The scale of numbers whose largest finite magnitude is ``amax``, and x divided by it; both (rows, columns)."""
+    if POW2:  # the least power of two with amax / 2^k <= 448 = 1.75 * 2^8
+        bits = amax.to(tl.int32, bitcast=True)
+        k = (bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        k = tl.minimum(tl.maximum(k, -127), 127)
+        return power(k), x * power(-k)
+    scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.where(scale > 0, scale, 1.0)
+    x, divisor = tl.broadcast(x, scale)
+    return scale, tl.div_rn(x, divisor)
+
+
+@triton.jit
+def e4m3(x, BY_HAND: tl.constexpr):
+    """The code of a float32, rounded to nearest even, saturating; NaN stays one."""
+    if not BY_HAND:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    at_most = tl.minimum(size, 0x43E00000)  # 448
+    normal = ((at_most + 0x7FFFF + ((at_most >> 20) & 1)) >> 20) - 960
+    # The last place of 2^14 is 2^-9, the least E4M3: the sum is rounded to it.
+    below = (at_most.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(at_most < 0x3C800000, below, normal)  # 2^-6
+    return (tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def number(code, BY_HAND: tl.constexpr):
+    """The float32 of an E4M3 code."""
+    if not BY_HAND:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    wide = code.to(tl.int32)
+    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120: from one bias to another
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def finite_size(x):
+    size = tl.abs(x)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def tiles_kernel(
+    x, given, codes, scale, turned, turned_scale, N, Q, C, stride,
+    CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    """128 x 128 of x (N, C), or of codes with the scales ``given``: coded along rows, along columns and turned, or
+    both. What lies past N or C is zero."""
+    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    inside = (row < N)[:, None] & (column < C)[None, :]
+    v = tl.load(x + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0)
+    if CODED:
+        v = number(v, BY_HAND) * tl.load(given + tl.program_id(1) * Q + row)[:, None]
+    v = v.to(tl.float32)
+    size = finite_size(v)
+    if ROWS:
+        s, y = scaled(v, tl.max(size, 1)[:, None], POW2)
+        tl.store(scale + tl.program_id(1) * Q + row[:, None], s)
+        tl.store(codes + row[:, None].to(tl.int64) * C + column[None, :], e4m3(y, BY_HAND), mask=(column < C)[None, :])
+    if COLUMNS:
+        s, y = scaled(v, tl.max(size, 0)[None, :], POW2)
+        tl.store(turned_scale + tl.program_id(0) * C + column[None, :], s, mask=(column < C)[None, :])
+        place = turned + column[:, None].to(tl.int64) * Q + row[None, :]
+        tl.store(place, tl.trans(e4m3(y, BY_HAND)), mask=(column < C)[:, None])
+
+
+@triton.jit
+def blocks_kernel(
+    w, codes, scale, turned, turned_scale, R, C, stride, high, wide,
+    AS_IS: tl.constexpr, TURNED: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """A block of w (R, C): its codes and its scale, as they are, turned, or both. ``wide``, ``high``: blocks along C
+    and R, filled up to a multiple of 4."""
+    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    inside = (row < R)[:, None] & (column < C)[None, :]
+    v = tl.load(w + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0).to(tl.float32)
+    amax = tl.max(tl.max(finite_size(v), 1), 0)
+    s, y = scaled(v, tl.full([1, 1], 0.0, tl.float32) + amax, POW2)
+    one = tl.zeros([1, 1], tl.int32)
+    if AS_IS:
+        tl.store(scale + tl.program_id(0) * wide + tl.program_id(1) + one, s)
+        tl.store(codes + row[:, None].to(tl.int64) * C + column[None, :], e4m3(y, BY_HAND), mask=inside)
+    if TURNED:
+        tl.store(turned_scale + tl.program_id(1) * high + tl.program_id(0) + one, s)
+        turned_inside = (column < C)[:, None] & (row < R)[None, :]
+        place = turned + column[:, None].to(tl.int64) * R + row[None, :]
+        tl.store(place, tl.trans(e4m3(y, BY_HAND)), mask=turned_inside)
+
+
+@triton.jit
+def product_kernel(
+    a, b, a_scale, b_scale, out, M, N, K, high,
+    BLOCKS: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """128 x 128 of a (M, K) times b (N, K) turned. a has a scale for each row and 128 of K; b too, or one for each
+    block."""
+    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    k = tl.arange(0, SIDE)
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for at in range(0, K, SIDE):
+        here = (at + k) < K
+        left = (row < M)[:, None] & here[None, :]
+        right = here[:, None] & (column < N)[None, :]
+        x = tl.load(a + row[:, None].to(tl.int64) * K + (at + k)[None, :], mask=left, other=0)
+        y = tl.load(b + column[None, :].to(tl.int64) * K + (at + k)[:, None], mask=right, other=0)
+        if BY_HAND:
+            part = tl.dot(number(x, BY_HAND), number(y, BY_HAND))
+        else:
+            part = tl.dot(x.to(tl.float8e4nv, bitcast=True), y.to(tl.float8e4nv, bitcast=True))
+        per_row = tl.load(a_scale + at // SIDE * M + row, mask=row < M, other=0.0)
+        if BLOCKS:
+            total += part * (per_row * tl.load(b_scale + tl.program_id(1) * high + at // SIDE))[:, None]
+        else:
+            per_column = tl.load(b_scale + at // SIDE * N + column, mask=column < N, other=0.0)
+            total += part * per_row[:, None] * per_column[None, :]
+    place = out + row[:, None].to(tl.int64) * N + column[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+
+
+COMPILED = isinstance(product_kernel, triton.runtime.JITFunction)
+"""False under Triton's interpreter: TRITON_INTERPRET was set when it was imported."""
+
+_SIDE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One side of a product that sums over K: ``codes`` (rows, K) uint8; ``scale`` float32, for tiles of 1 x 128 (rows,
+    tiles of K), for blocks of 128 x 128 (tiles of K filled up to 4, tiles of rows), the first of them contiguous."""
+
+    codes: Tensor
+    scale: Tensor
+    blocks: bool = False
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether it has fp8 tensor cores; or is a CPU under Triton's interpreter, for tests."""
+    if device.type == "cuda" and COMPILED:
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu" and not COMPILED
+
+
+def tiles(x: Tensor, pow2: bool, rows: bool = True, columns: bool = False) -> tuple[Operand | None, Operand | None]:
+    """x (N, C), of any float dtype, in tiles along its rows, (Q, C); and in tiles along its columns, turned: (C, Q)."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return _tiles(x, None, len(x), -(-len(x) // _SIDE) * _SIDE, pow2, rows, columns)
+
+
+def turned(x: Operand, n: int, pow2: bool) -> Operand:
+    """An operand of ``n`` rows in tiles along its columns, (C, Q), made of its codes."""
+    made = _tiles(x.codes, x.scale, n, len(x.codes), pow2, False, True)[1]
+    assert made is not None
+    return made
+
+
+def _tiles(
+    x: Tensor, given: Tensor | None, n: int, q: int, pow2: bool, rows: bool, columns: bool
+) -> tuple[Operand | None, Operand | None]:
+    c = x.shape[1]
+    wide = -(-c // _SIDE)
+    along = _empty(x, q, c, wide) if rows else None
+    across = _empty(x, c, q, q // _SIDE) if columns else None
+    places = [t for o in (along, across) for t in ((x, x) if o is None else (o.codes, o.scale))]
+    tiles_kernel[q // _SIDE, wide](
+        x, x if given is None else given, *places, n, q, c, x.stride(0), CODED=given is not None,
+        ROWS=rows, COLUMNS=columns, POW2=pow2, BY_HAND=not COMPILED, SIDE=_SIDE, num_warps=16 if columns else 8,
+    )  # fmt: skip
+    return along, across
+
+
+def _empty(like: Tensor, rows: int, k: int, tiles_of_k: int) -> Operand:
+    codes = like.new_empty((rows, k), dtype=torch.uint8)
+    return Operand(codes, like.new_empty((tiles_of_k, rows), dtype=torch.float32).T)
+
+
+def blocks(w: Tensor, pow2: bool, as_is: bool = True, turned: bool = False) -> tuple[Operand | None, Operand | None]:
+    """w (R, C), of any float dtype, in blocks; and the same blocks turned, (C, R)."""
+    w = w if w.stride(1) == 1 else w.contiguous()
+    (r, c), (high, wide) = w.shape, (-(-s // _SIDE) for s in w.shape)
+    given = _empty_blocks(w, r, c, high, wide) if as_is else None
+    over = _empty_blocks(w, c, r, wide, high) if turned else None
+    places = [t for o in (given, over) for t in ((w, w) if o is None else (o.codes, o.scale))]
+    blocks_kernel[high, wide](
+        w, *places, r, c, w.stride(0), -(-high // 4) * 4, -(-wide // 4) * 4,
+        AS_IS=as_is, TURNED=turned, POW2=pow2, BY_HAND=not COMPILED, SIDE=_SIDE, num_warps=8,
+    )  # fmt: skip
+    return given, over
+
+
+def _empty_blocks(like: Tensor, rows: int, k: int, high: int, wide: int) -> Operand:
+    fill = like.new_zeros if wide % 4 else like.new_empty
+    scale = fill((high, -(-wide // 4) * 4), dtype=torch.float32)
+    return Operand(like.new_empty((rows, k), dtype=torch.uint8), scale.T, blocks=True)
+
+
+def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    """a (M, K) times b (N, K) turned -> (M, N) of ``dtype``, summed in float32. Only b may be in blocks."""
+    if _cublas_has_it(a.codes.device) and not any(s % 16 for s in (*a.codes.shape, len(b.codes))):
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        e4m3_, kind = torch.float8_e4m3fn, (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
+        x, y = a.codes.view(e4m3_), b.codes.view(e4m3_).T
+        return scaled_mm(x, y, a.scale, kind[0], b.scale, kind[b.blocks], output_dtype=dtype)
+    (m, k), n = a.codes.shape, len(b.codes)
+    out = a.codes.new_empty((m, n), dtype=dtype)
+    flags = {"BLOCKS": b.blocks, "BY_HAND": not COMPILED, "SIDE": _SIDE}
+    grid = (-(-m // _SIDE), -(-n // _SIDE))
+    product_kernel[grid](a.codes, b.codes, a.scale, b.scale, out, m, n, k, len(b.scale), **flags, num_warps=8)
+    return out
+
+
+@cache
+def _cublas_has_it(device: torch.device) -> bool:
+    """Tried, on a small product: the versions of torch and cuBLAS that have it are not all known."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    one = torch.ones(128, 128, device=device)
+    x, y = tiles(one, True)[0], blocks(one, True)[0]
+    assert x is not None and y is not None
+    try:
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+        codes = (o.codes.view(torch.float8_e4m3fn) for o in (x, y))
+        scaled_mm(next(codes), next(codes).T, x.scale, kinds[0], y.scale, kinds[1])
+    except (ImportError, RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True

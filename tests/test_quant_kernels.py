@@ -1,0 +1,65 @@
+"""The Triton kernels of fp8 tiles: run under Triton's interpreter, on a GPU where one is, and compiled for several."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_loss_fused import HERE, needs_triton, run
+
+SHARED = {"SIDE": 128, "BY_HAND": False}
+FLAGS = {
+    "tiles_kernel": [
+        {"CODED": False, "ROWS": True, "COLUMNS": False, "POW2": True},
+        {"CODED": False, "ROWS": True, "COLUMNS": True, "POW2": False},
+        {"CODED": True, "ROWS": False, "COLUMNS": True, "POW2": True},
+    ],
+    "blocks_kernel": [{"AS_IS": True, "TURNED": True, "POW2": True}],
+    "product_kernel": [{"BLOCKS": True}, {"BLOCKS": False}],
+}
+POINTERS = {
+    "x": "bf16", "w": "fp32", "given": "fp32", "codes": "u8", "scale": "fp32", "turned": "u8", "turned_scale": "fp32",
+    "a": "u8", "b": "u8", "a_scale": "fp32", "b_scale": "fp32", "out": "bf16",
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreter", "gpu"])
+def test_the_kernels_are_right(interpret):
+    if interpret == "0" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    quiet = ("-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
+    run("-m", "pytest", *quiet, str(HERE / "tile_checks.py"), TRITON_INTERPRET=interpret)
+
+
+def test_without_triton_products_are_emulated():
+    run(
+        "-c",
+        "import sys; sys.modules['triton'] = None; from pennyweight.quant import linear; assert not linear.kernels",
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("chip", [89, 90, 100, 120])
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(name, chip, tmp_path, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET is set, so nothing is compiled")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pennyweight.quant import kernels
+
+    kernel = getattr(kernels, name)
+    for flags in FLAGS[name]:
+        kinds = {"x": "u8"} if flags.get("CODED") else {}
+        names = kernel.arg_names
+        types = {n: "constexpr" if n in flags or n in SHARED else "i32" for n in names}
+        types |= {n: "*" + {**POINTERS, **kinds}[n] for n in names if n in POINTERS}
+        fixed = {(names.index(n),): value for n, value in {**flags, **SHARED}.items()}
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        made = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", chip, 32), options=options)
+        assert made.asm["cubin"]
