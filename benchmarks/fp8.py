@@ -39,7 +39,7 @@ from pennyweight.model.head import head_of
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.quant.formats import FORMATS
-from pennyweight.quant.linear import SCHEMES, LowLinear, Scheme, swap
+from pennyweight.quant.linear import SCHEMES, LowLinear, Scheme, compute_by, swap
 from pennyweight.recipe import Recipe, SftMethod, TaskData, TrainedTeacher, Tripwires
 from pennyweight.recipe_file import load as read_recipe
 from pennyweight.recipe_file import shipped
@@ -66,7 +66,7 @@ def passes(scheme: Scheme, x: Tensor, w: Tensor, grad: Tensor) -> tuple[list[Ten
     layer, kept = nn.Linear(SIDE, SIDE, bias=False), []
     with torch.no_grad():
         layer.weight.copy_(w)
-    layer.__class__, layer.scheme = LowLinear, scheme  # type: ignore[assignment]
+    compute_by(scheme, layer)
     x = x.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = layer(x)

@@ -31,11 +31,11 @@ from benchmarks.bars import Bars, run_parts
 from pennyweight.loss.divergence import kl
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.quant import kernels
-from pennyweight.quant.formats import FORMATS, encode
-from pennyweight.quant.linear import SCHEMES, LowLinear, Scheme, swap
+from pennyweight.quant.formats import FORMATS, decode, encode
+from pennyweight.quant.linear import SCHEMES, Scheme, compute_by, swap
 from pennyweight.quant.scoring import for_scoring
 
-M, SIDE, ROUNDS = 16_384, 4096, 15
+M, SIDE, ROUNDS, AT_ONCE = 16_384, 4096, 9, 8
 BFLOAT16 = torch.bfloat16
 
 
@@ -47,22 +47,24 @@ def drawn(*shape: int, seed: int) -> Tensor:
 def a_linear(inputs: int, outputs: int, scheme: Scheme | None) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=BFLOAT16)
     if scheme is not None:
-        layer.__class__, layer.scheme = LowLinear, scheme  # type: ignore[assignment]
+        compute_by(scheme, layer)
     return layer
 
 
 def milliseconds(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians of each, taking turns, after three rounds of warm-up."""
+    """Medians of each, taking turns, after three rounds of warm-up; ``AT_ONCE`` calls at a time, as a model makes them,
+    so that the device need not wait for Python."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for r in range(ROUNDS + 3):
         for name, work in sides.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            work()
+            for _ in range(AT_ONCE):
+                work()
             end.record()
             torch.cuda.synchronize()
             if r >= 3:
-                found[name].append(start.elapsed_time(end))
+                found[name].append(start.elapsed_time(end) / AT_ONCE)
     return {name: median(times) for name, times in found.items()}
 
 
@@ -73,14 +75,16 @@ def codes(bars: Bars) -> None:
     for pow2 in (True, False):
         name = "_pow2" if pow2 else ""
         act, block = FORMATS["fp8_act" + name], FORMATS["fp8_block" + name]
-        rows, columns = kernels.tiles(x, pow2, True, True)
-        as_is, over = kernels.blocks(w, pow2, True, True)
-        assert rows is not None and columns is not None and as_is is not None and over is not None
+        rows, columns = kernels.tiles(x, pow2, "of numbers")
+        _, anew = kernels.tiles(x, pow2, "of codes")
+        as_is, over = kernels.blocks(w, pow2), kernels.blocks(w, pow2, turned=True)
         along, across, blocks = encode(x, act), encode(x.T.contiguous(), act), encode(w, block)
+        again = encode(decode(along).T.contiguous(), act)
         wrong = 0
         for what, got, want, scale in (
             ("tiles along rows", rows, along.codes, along.scale),
             ("tiles along columns", columns, across.codes, across.scale),
+            ("the same, of codes", anew, again.codes, again.scale),
             ("blocks", as_is, blocks.codes, blocks.scale.T),
             ("blocks, turned", over, blocks.codes.T, blocks.scale),
         ):
@@ -91,7 +95,7 @@ def codes(bars: Bars) -> None:
 
 
 def linear(bars: Bars) -> None:
-    print(f"\n{'rows':>6} {'width':>6} {'what':<34} {'ms':>8} {'TFLOP/s':>8} {'bfloat16 / it':>14}")
+    print(f"\n{'rows':>6} {'width':>6} {'what':<36} {'ms':>8} {'TFLOP/s':>8} {'bfloat16 / it':>14}")
     for m, side in ((M, SIDE), (M, 2048), (M, 1024), (4096, SIDE)):
         xs = [drawn(m, side, seed=i).requires_grad_() for i in range(3)]
         gs = cycle(drawn(m, side, seed=9 + i) for i in range(3))
@@ -104,7 +108,7 @@ def linear(bars: Bars) -> None:
 
         took = milliseconds({n: partial(step, layer, cycle(xs)) for n, layer in layers.items()})
         for name, ms in took.items():
-            row = f"{m:>6} {side:>6} {name + ', forward and backward':<34} {ms:>8.3f}"
+            row = f"{m:>6} {side:>6} {name + ', forward and backward':<36} {ms:>8.3f}"
             print(f"{row} {6 * m * side * side / ms / 1e9:>8.0f} {took['bfloat16'] / ms:>14.2f}", flush=True)
         if (m, side) == (M, SIDE):
             won = took["bfloat16"] / took["fp8"]
@@ -114,8 +118,7 @@ def linear(bars: Bars) -> None:
 
 def parts(x: Tensor, w: Tensor) -> None:
     """What the time is made of: casts, and products by cuBLAS and by our own kernel."""
-    (rows, columns), (as_is, over) = kernels.tiles(x, True, True, True), kernels.blocks(w, True, True, True)
-    assert rows is not None and columns is not None and as_is is not None and over is not None
+    (rows, columns), as_is = kernels.tiles(x, True, "of numbers"), kernels.blocks(w, True)
     chosen = kernels._cublas_has_it
     try:
         sides: dict[str, Callable[[], object]] = {
@@ -123,10 +126,10 @@ def parts(x: Tensor, w: Tensor) -> None:
             "product, tiles by blocks": lambda: kernels.product(rows, as_is, BFLOAT16),
             "product, tiles by tiles": lambda: kernels.product(columns, columns, BFLOAT16),
             "tiles along rows": lambda: kernels.tiles(x, True),
-            "tiles both ways": lambda: kernels.tiles(x, True, True, True),
-            "tiles anew from codes": lambda: kernels.turned(rows, len(x), True),
+            "tiles both ways": lambda: kernels.tiles(x, True, "of numbers"),
+            "tiles both ways, the second of codes": lambda: kernels.tiles(x, True, "of codes"),
             "blocks": lambda: kernels.blocks(w, True),
-            "blocks, turned": lambda: kernels.blocks(w, True, False, True),
+            "blocks, turned": lambda: kernels.blocks(w, True, turned=True),
         }
         took = milliseconds(sides)
         kernels._cublas_has_it = lambda device: False  # type: ignore[assignment]
@@ -136,7 +139,7 @@ def parts(x: Tensor, w: Tensor) -> None:
     for name, ms in took.items():
         flop = 2 * w.shape[1] ** 2 * len(x) if "by tiles" in name else 2 * x.numel() * len(w)
         rate = f"{flop / ms / 1e9:>8.0f}" if "product" in name else f"{'':>8}"
-        print(f"{len(x):>6} {len(w):>6} {name:<34} {ms:>8.3f} {rate}", flush=True)
+        print(f"{len(x):>6} {len(w):>6} {name:<36} {ms:>8.3f} {rate}", flush=True)
 
 
 def held(work: Callable[[], object]) -> int:

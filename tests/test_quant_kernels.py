@@ -11,15 +11,15 @@ from test_loss_fused import HERE, needs_triton, run
 SHARED = {"SIDE": 128, "BY_HAND": False}
 FLAGS = {
     "tiles_kernel": [
-        {"CODED": False, "ROWS": True, "COLUMNS": False, "POW2": True},
-        {"CODED": False, "ROWS": True, "COLUMNS": True, "POW2": False},
-        {"CODED": True, "ROWS": False, "COLUMNS": True, "POW2": True},
+        {"COLUMNS": "none", "POW2": True, "PART": 128},
+        {"COLUMNS": "of numbers", "POW2": False, "PART": 64},
+        {"COLUMNS": "of codes", "POW2": True, "PART": 64},
     ],
-    "blocks_kernel": [{"AS_IS": True, "TURNED": True, "POW2": True}],
+    "blocks_kernel": [{"TURNED": False, "POW2": True}, {"TURNED": True, "POW2": False}],
     "product_kernel": [{"BLOCKS": True}, {"BLOCKS": False}],
 }
 POINTERS = {
-    "x": "bf16", "w": "fp32", "given": "fp32", "codes": "u8", "scale": "fp32", "turned": "u8", "turned_scale": "fp32",
+    "x": "bf16", "w": "fp32", "codes": "u8", "scale": "fp32", "turned": "u8", "turned_scale": "fp32",
     "a": "u8", "b": "u8", "a_scale": "fp32", "b_scale": "fp32", "out": "bf16",
 }  # fmt: skip
 
@@ -55,10 +55,9 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(name, chip, tmp_path, m
 
     kernel = getattr(kernels, name)
     for flags in FLAGS[name]:
-        kinds = {"x": "u8"} if flags.get("CODED") else {}
         names = kernel.arg_names
         types = {n: "constexpr" if n in flags or n in SHARED else "i32" for n in names}
-        types |= {n: "*" + {**POINTERS, **kinds}[n] for n in names if n in POINTERS}
+        types |= {n: "*" + POINTERS[n] for n in names if n in POINTERS}
         fixed = {(names.index(n),): value for n, value in {**flags, **SHARED}.items()}
         options = {"num_warps": 8, "enable_fp_fusion": True}
         made = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", chip, 32), options=options)

@@ -9,7 +9,7 @@ from torch import nn
 from truth import fresh
 
 from pennyweight.quant.formats import FORMATS, decode, elements, encode, spread
-from pennyweight.quant.linear import SCHEMES, LowLinear, Scheme, learn_to_be_rounded, swap
+from pennyweight.quant.linear import SCHEMES, Scheme, compute_by, learn_to_be_rounded, swap
 
 ONE_BLOCK = SCHEMES["fp8_v3"]
 DIVERGED = Scheme("blocks", FORMATS["fp8_act"], FORMATS["fp8_block"], FORMATS["fp8_block"])
@@ -30,7 +30,7 @@ def passes(scheme, x, w, g, bias=None):
         layer.weight.copy_(w)
         if bias is not None:
             layer.bias.copy_(bias)
-    layer.__class__, layer.scheme = LowLinear, scheme
+    compute_by(scheme, layer)
     x = x.clone().requires_grad_()
     out = layer(x)
     out.backward(g)
@@ -84,7 +84,7 @@ def test_what_is_kept_for_the_backward_pass_takes_half_the_bytes_of_bfloat16():
     for name, most in (("fp8", 0.52), ("fp8_v3", 0.52)):
         kept = []
         layer = nn.Linear(384, 256, bias=False)
-        layer.__class__, layer.scheme = LowLinear, SCHEMES[name]
+        compute_by(SCHEMES[name], layer)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             layer(x.requires_grad_()).backward(g)
         of_activation = [t for t in kept if t is not layer.weight]
@@ -105,7 +105,7 @@ def test_what_is_exact_in_the_format_comes_out_exact():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_any_leading_shape_and_dtype(name):
     layer = nn.Linear(33, 17)
-    layer.__class__, layer.scheme = LowLinear, SCHEMES[name]
+    compute_by(SCHEMES[name], layer)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 5, 33, dtype=dtype, requires_grad=True)
         out = layer(x)

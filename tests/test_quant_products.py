@@ -17,7 +17,7 @@ from truth import fresh
 from pennyweight.model.load import load
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.formats import FORMATS, decode, encode
-from pennyweight.quant.linear import SCHEMES, LowLinear, learn_to_be_rounded, reading_in_codes
+from pennyweight.quant.linear import SCHEMES, compute_by, learn_to_be_rounded, reading_in_codes
 from pennyweight.quant.rounding import coded_for_storage
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
@@ -91,7 +91,7 @@ def test_a_product_of_float8_on_a_cpu_is_wrong_which_is_why():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_low_linear_multiplies_no_float8_forward_or_backward(name, autocast):
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
-    model[1].__class__, model[1].scheme = LowLinear, SCHEMES[name]
+    compute_by(SCHEMES[name], model[1])
     with watched(6) as seen:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(torch.randn(40, 64, requires_grad=True)).float().square().sum()

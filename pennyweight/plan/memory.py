@@ -6,7 +6,7 @@ r the bytes of a weight (the residual stream's, too) and a those of what a Linea
 
     RMSNorm          (4 + r) D: its input in float32 and what the weight multiplies; LayerNorm r D
     a Linear's input once for all that read it; under autocast from float32 a copy of 2 bytes for each of them; in fp8 a
-                     byte and a scale for 128 for each of them
+                     byte once, and a scale for 128 for each of them
     attention, fused queries, keys, values and output, and 4 bytes a head; unfused also (T tokens in a row) heads x T
                      float32 probabilities, with keys and values repeated for all heads
     MLP with a gate  3 I a: gate, its activation, up; the down projection reads their product
@@ -285,7 +285,7 @@ def _read(width: int, linears: int, others: int, way: Way) -> int:
         return 4 * width
     cast = way.weight == 4
     if way.fp8:
-        return linears * (width + math.ceil(width / _SCALED)) + 2 * width * (others if cast else min(1, others))
+        return width + linears * math.ceil(width / _SCALED) + 2 * width * (others if cast else min(1, others))
     return 2 * width * (linears + others if cast else 1)
 
 

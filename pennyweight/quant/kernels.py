@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 import triton  # type: ignore
@@ -76,54 +77,70 @@ def finite_size(x):
 
 
 @triton.jit
+def row_coded(v, POW2: tl.constexpr, BY_HAND: tl.constexpr):
+    """Numbers along a row of a tile -> their scale, and codes."""
+    s, y = scaled(v, tl.max(finite_size(v), 1)[:, None], POW2)
+    return s, e4m3(y, BY_HAND)
+
+
+@triton.jit
 def tiles_kernel(
-    x, given, codes, scale, turned, turned_scale, N, Q, C, stride,
-    CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr,
-    SIDE: tl.constexpr,
+    x, codes, scale, turned, turned_scale, N, Q, C, stride,
+    COLUMNS: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """128 x 128 of x (N, C), or of codes with the scales ``given``: coded along rows, along columns and turned, or
-    both. What lies past N or C is zero."""
-    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    """128 x 128 of x (N, C) coded along rows, and ``COLUMNS`` along columns and turned, too, of the numbers themselves
+    or of what the codes along rows stand for. What lies past N or C is zero. ``PART`` rows at a time."""
     column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
-    inside = (row < N)[:, None] & (column < C)[None, :]
-    v = tl.load(x + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0)
-    if CODED:
-        v = number(v, BY_HAND) * tl.load(given + tl.program_id(1) * Q + row)[:, None]
-    v = v.to(tl.float32)
-    size = finite_size(v)
-    if ROWS:
-        s, y = scaled(v, tl.max(size, 1)[:, None], POW2)
+    here = (column < C)[None, :]
+    largest = tl.zeros([PART, SIDE], tl.float32)
+    for at in range(0, SIDE, PART):
+        row = tl.program_id(0) * SIDE + at + tl.arange(0, PART)
+        place = row[:, None].to(tl.int64)
+        v = tl.load(x + place * stride + column[None, :], mask=here & (row < N)[:, None], other=0).to(tl.float32)
+        s, code = row_coded(v, POW2, BY_HAND)
         tl.store(scale + tl.program_id(1) * Q + row[:, None], s)
-        tl.store(codes + row[:, None].to(tl.int64) * C + column[None, :], e4m3(y, BY_HAND), mask=(column < C)[None, :])
-    if COLUMNS:
-        s, y = scaled(v, tl.max(size, 0)[None, :], POW2)
-        tl.store(turned_scale + tl.program_id(0) * C + column[None, :], s, mask=(column < C)[None, :])
-        place = turned + column[:, None].to(tl.int64) * Q + row[None, :]
-        tl.store(place, tl.trans(e4m3(y, BY_HAND)), mask=(column < C)[:, None])
+        tl.store(codes + place * C + column[None, :], code, mask=here)
+        if COLUMNS == "of codes":
+            v = number(code, BY_HAND) * s
+        if COLUMNS != "none":
+            largest = tl.maximum(largest, finite_size(v))
+    if COLUMNS != "none":
+        amax = tl.max(largest, 0)[None, :]
+        of_columns, _ = scaled(amax, amax, POW2)
+        tl.store(turned_scale + tl.program_id(0) * C + column[None, :], of_columns, mask=here)
+        for at in range(0, SIDE, PART):  # read again, from a cache, which takes fewer registers than keeping it
+            row = tl.program_id(0) * SIDE + at + tl.arange(0, PART)
+            again = x + row[:, None].to(tl.int64) * stride + column[None, :]
+            v = tl.load(again, mask=here & (row < N)[:, None], other=0).to(tl.float32)
+            if COLUMNS == "of codes":
+                s, code = row_coded(v, POW2, BY_HAND)
+                v = number(code, BY_HAND) * s
+            _, y = scaled(v, amax, POW2)
+            over = turned + column[:, None].to(tl.int64) * Q + row[None, :]
+            tl.store(over, e4m3(tl.trans(y), BY_HAND), mask=(column < C)[:, None])
 
 
 @triton.jit
 def blocks_kernel(
-    w, codes, scale, turned, turned_scale, R, C, stride, high, wide,
-    AS_IS: tl.constexpr, TURNED: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr,
+    w, codes, scale, R, C, stride, wide,
+    TURNED: tl.constexpr, POW2: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of w (R, C): its codes and its scale, as they are, turned, or both. ``wide``, ``high``: blocks along C
-    and R, filled up to a multiple of 4."""
+    """A block of w (R, C): its codes and its scale, both turned if ``TURNED``. ``wide``: blocks along what a product
+    sums over, filled up to a multiple of 4."""
     row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
     column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     inside = (row < R)[:, None] & (column < C)[None, :]
     v = tl.load(w + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0).to(tl.float32)
-    amax = tl.max(tl.max(finite_size(v), 1), 0)
-    s, y = scaled(v, tl.full([1, 1], 0.0, tl.float32) + amax, POW2)
+    amax = tl.zeros([1, 1], tl.float32) + tl.max(tl.max(finite_size(v), 1), 0)
+    s, y = scaled(v, amax, POW2)
     one = tl.zeros([1, 1], tl.int32)
-    if AS_IS:
+    if TURNED:
+        tl.store(scale + tl.program_id(1) * wide + tl.program_id(0) + one, s)
+        place = codes + column[:, None].to(tl.int64) * R + row[None, :]
+        tl.store(place, e4m3(tl.trans(y), BY_HAND), mask=(column < C)[:, None] & (row < R)[None, :])
+    else:
         tl.store(scale + tl.program_id(0) * wide + tl.program_id(1) + one, s)
         tl.store(codes + row[:, None].to(tl.int64) * C + column[None, :], e4m3(y, BY_HAND), mask=inside)
-    if TURNED:
-        tl.store(turned_scale + tl.program_id(1) * high + tl.program_id(0) + one, s)
-        turned_inside = (column < C)[:, None] & (row < R)[None, :]
-        place = turned + column[:, None].to(tl.int64) * R + row[None, :]
-        tl.store(place, tl.trans(e4m3(y, BY_HAND)), mask=turned_inside)
 
 
 @triton.jit
@@ -181,57 +198,39 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu" and not COMPILED
 
 
-def tiles(x: Tensor, pow2: bool, rows: bool = True, columns: bool = False) -> tuple[Operand | None, Operand | None]:
-    """x (N, C), of any float dtype, in tiles along its rows, (Q, C); and in tiles along its columns, turned: (C, Q)."""
+def tiles(
+    x: Tensor, pow2: bool, columns: Literal["none", "of numbers", "of codes"] = "none"
+) -> tuple[Operand, Operand]:
+    """x (N, C), of any float dtype, in tiles along its rows, (Q, C); and turned, in tiles along its columns, (C, Q).
+
+    Args:
+        columns: whether the second is made of x itself, of what the codes of the first stand for, or is the first.
+    """
     x = x if x.stride(1) == 1 else x.contiguous()
-    return _tiles(x, None, len(x), -(-len(x) // _SIDE) * _SIDE, pow2, rows, columns)
-
-
-def turned(x: Operand, n: int, pow2: bool) -> Operand:
-    """An operand of ``n`` rows in tiles along its columns, (C, Q), made of its codes."""
-    made = _tiles(x.codes, x.scale, n, len(x.codes), pow2, False, True)[1]
-    assert made is not None
-    return made
-
-
-def _tiles(
-    x: Tensor, given: Tensor | None, n: int, q: int, pow2: bool, rows: bool, columns: bool
-) -> tuple[Operand | None, Operand | None]:
-    c = x.shape[1]
-    wide = -(-c // _SIDE)
-    along = _empty(x, q, c, wide) if rows else None
-    across = _empty(x, c, q, q // _SIDE) if columns else None
-    places = [t for o in (along, across) for t in ((x, x) if o is None else (o.codes, o.scale))]
-    tiles_kernel[q // _SIDE, wide](
-        x, x if given is None else given, *places, n, q, c, x.stride(0), CODED=given is not None,
-        ROWS=rows, COLUMNS=columns, POW2=pow2, BY_HAND=not COMPILED, SIDE=_SIDE, num_warps=16 if columns else 8,
+    (n, c), wide, high = x.shape, -(-x.shape[1] // _SIDE), -(-x.shape[0] // _SIDE)
+    q, both = high * _SIDE, columns != "none"
+    along = Operand(x.new_empty((q, c), dtype=torch.uint8), x.new_empty((wide, q), dtype=torch.float32).T)
+    across = along
+    if both:
+        across = Operand(x.new_empty((c, q), dtype=torch.uint8), x.new_empty((high, c), dtype=torch.float32).T)
+    tiles_kernel[high, wide](
+        x, along.codes, along.scale, across.codes, across.scale, n, q, c, x.stride(0), COLUMNS=columns, POW2=pow2,
+        BY_HAND=not COMPILED, SIDE=_SIDE, PART=_SIDE // 2 if both else _SIDE, num_warps=8,
     )  # fmt: skip
     return along, across
 
 
-def _empty(like: Tensor, rows: int, k: int, tiles_of_k: int) -> Operand:
-    codes = like.new_empty((rows, k), dtype=torch.uint8)
-    return Operand(codes, like.new_empty((tiles_of_k, rows), dtype=torch.float32).T)
-
-
-def blocks(w: Tensor, pow2: bool, as_is: bool = True, turned: bool = False) -> tuple[Operand | None, Operand | None]:
-    """w (R, C), of any float dtype, in blocks; and the same blocks turned, (C, R)."""
+def blocks(w: Tensor, pow2: bool, turned: bool = False) -> Operand:
+    """w (R, C), of any float dtype, in blocks; ``turned``: (C, R)."""
     w = w if w.stride(1) == 1 else w.contiguous()
     (r, c), (high, wide) = w.shape, (-(-s // _SIDE) for s in w.shape)
-    given = _empty_blocks(w, r, c, high, wide) if as_is else None
-    over = _empty_blocks(w, c, r, wide, high) if turned else None
-    places = [t for o in (given, over) for t in ((w, w) if o is None else (o.codes, o.scale))]
-    blocks_kernel[high, wide](
-        w, *places, r, c, w.stride(0), -(-high // 4) * 4, -(-wide // 4) * 4,
-        AS_IS=as_is, TURNED=turned, POW2=pow2, BY_HAND=not COMPILED, SIDE=_SIDE, num_warps=8,
-    )  # fmt: skip
-    return given, over
-
-
-def _empty_blocks(like: Tensor, rows: int, k: int, high: int, wide: int) -> Operand:
-    fill = like.new_zeros if wide % 4 else like.new_empty
-    scale = fill((high, -(-wide // 4) * 4), dtype=torch.float32)
-    return Operand(like.new_empty((rows, k), dtype=torch.uint8), scale.T, blocks=True)
+    outer, inner = (wide, high) if turned else (high, wide)
+    fill = w.new_zeros if inner % 4 else w.new_empty
+    scale = fill((outer, -(-inner // 4) * 4), dtype=torch.float32)
+    codes = w.new_empty((c, r) if turned else (r, c), dtype=torch.uint8)
+    flags = {"TURNED": turned, "POW2": pow2, "BY_HAND": not COMPILED, "SIDE": _SIDE}
+    blocks_kernel[high, wide](w, codes, scale, r, c, w.stride(0), scale.shape[1], **flags, num_warps=8)
+    return Operand(codes, scale.T, blocks=True)
 
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
@@ -256,8 +255,7 @@ def _cublas_has_it(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     one = torch.ones(128, 128, device=device)
-    x, y = tiles(one, True)[0], blocks(one, True)[0]
-    assert x is not None and y is not None
+    x, y = tiles(one, True)[0], blocks(one, True)
     try:
         from torch.nn.functional import ScalingType, scaled_mm
 

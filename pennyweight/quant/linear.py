@@ -13,6 +13,7 @@ torch sums it in float8 and gets nearly everything wrong.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -97,19 +98,59 @@ def is_router(name: str) -> bool:
     return _ROUTER.search(name) is not None
 
 
+class Seen:
+    """The codes of the tensor that was coded last: query, key and value read the same one, which is coded once."""
+
+    _last: tuple[weakref.ref[Tensor], tuple[int, bool], Any] | None = None
+
+    def __init__(self, code: Callable[[Tensor], Any]):
+        self._code = code
+
+    def coded(self, x: Tensor) -> Any:
+        """What ``code`` makes of x as rows (N, features)."""
+        if x.is_inference():  # which does not tell whether it was written to
+            return self._code(x.flatten(0, -2))
+        now = x._version, torch.is_grad_enabled()
+        if self._last is None or self._last[0]() is not x or self._last[1] != now:
+            self._last = weakref.ref(x, self._forget), now, self._code(x.detach().flatten(0, -2))
+        return self._last[2]
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
+
+
 class LowLinear(nn.Linear):
     """An nn.Linear, of the same parameters, that computes by its ``scheme``."""
 
     scheme: Scheme
+    seen: Seen
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, device = input.flatten(0, -2), input.device
-        fast = kernels is not None and self.scheme.of_tensor_cores and kernels.runs_on(device)
+        device = input.device
         # As a plain Linear would, the layer gives what autocast asks for.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
-        product = _OnTensorCores if fast else _Emulated
-        return product.apply(rows, self.weight, self.bias, self.scheme, dtype).view(*input.shape[:-1], -1)
+        product = _OnTensorCores if _on_tensor_cores(self.scheme, device) else _Emulated
+        x, rows = self.seen.coded(input), input.flatten(0, -2)
+        return product.apply(rows, self.weight, self.bias, x, self.scheme, dtype).view(*input.shape[:-1], -1)
+
+
+def _on_tensor_cores(scheme: Scheme, device: torch.device) -> bool:
+    return kernels is not None and scheme.of_tensor_cores and kernels.runs_on(device)
+
+
+def compute_by(scheme: Scheme, *layers: nn.Linear) -> None:
+    """Make Linears LowLinears, in place."""
+
+    def code(rows: Tensor) -> Any:
+        if _on_tensor_cores(scheme, rows.device):
+            return kernels.tiles(rows, scheme.pow2, "of codes" if torch.is_grad_enabled() else "none")
+        return encode(rows, scheme.activation)
+
+    seen = Seen(code)
+    for layer in layers:
+        layer.__class__, layer.scheme, layer.seen = LowLinear, scheme, seen  # type: ignore[assignment]
 
 
 class _Emulated(torch.autograd.Function):
@@ -117,16 +158,15 @@ class _Emulated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, x: Coded, scheme: Scheme, dtype: torch.dtype
     ) -> Tensor:
-        x = encode(x_NI, scheme.activation)
         out = _multiply(decode(x), decode(encode(weight_OI, scheme.weight)).T, dtype)
         ctx.scheme, ctx.dtype, ctx.whole = scheme, x_NI.dtype, x.whole
         ctx.save_for_backward(*((x.codes, _small(x)) if scheme.cached else (x_NI,)), weight_OI)
         return out if bias is None else out + bias.to(out.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         scheme, (g,) = ctx.scheme, grads
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -136,38 +176,35 @@ class _Emulated(torch.autograd.Function):
             rounded = decode(encode(g, _along_rows(scheme.gradient), _noise(g, scheme)))
             x = decode(encode(_activation(ctx), _along_rows(scheme.activation)))
             dw = _multiply(rounded.T, x, torch.float32)
-        return dx, dw, g.float().sum(0) if ctx.needs_input_grad[2] else None, None, None
+        return dx, dw, g.float().sum(0) if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class _OnTensorCores(torch.autograd.Function):
-    """The same of DeepSeek-V3's schemes, from the same codes, by ``quant/kernels.py``."""
+    """The same of DeepSeek-V3's schemes, from the same codes, by ``quant/kernels.py``. The activation is kept as it is
+    tiled along N."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, x: Any, scheme: Scheme, dtype: torch.dtype
     ) -> Tensor:
-        x, _ = kernels.tiles(x_NI, scheme.pow2)
-        weight, _ = kernels.blocks(weight_OI, scheme.pow2)
-        assert x is not None and weight is not None
+        rows, columns = x
         ctx.pow2, ctx.dtype, ctx.rows = scheme.pow2, x_NI.dtype, len(x_NI)
-        ctx.save_for_backward(x.codes, x.scale, weight_OI)
-        out = kernels.product(x, weight, dtype)[: len(x_NI)]
+        ctx.save_for_backward(columns.codes, columns.scale, weight_OI)
+        out = kernels.product(rows, kernels.blocks(weight_OI, scheme.pow2), dtype)[: len(x_NI)]
         return out if bias is None else out + bias.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         (g,), (codes, scale, weight_OI) = grads, ctx.saved_tensors
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
-        rows, columns = kernels.tiles(g, ctx.pow2, wants_dx, wants_dw)
+        rows, columns = kernels.tiles(g, ctx.pow2, "of numbers" if wants_dw else "none")
         dx = dw = None
-        if rows is not None:
-            _, weight = kernels.blocks(weight_OI, ctx.pow2, as_is=False, turned=True)
-            assert weight is not None
+        if wants_dx:
+            weight = kernels.blocks(weight_OI, ctx.pow2, turned=True)
             dx = kernels.product(rows, weight, ctx.dtype)[: ctx.rows]
-        if columns is not None:
-            x = kernels.turned(kernels.Operand(codes, scale), ctx.rows, ctx.pow2)
-            dw = kernels.product(columns, x, weight_OI.dtype)
-        return dx, dw, g.float().sum(0) if wants_db else None, None, None
+        if wants_dw:
+            dw = kernels.product(columns, kernels.Operand(codes, scale), weight_OI.dtype)
+        return dx, dw, g.float().sum(0) if wants_db else None, None, None, None
 
 
 def _small(x: Coded) -> Tensor:
@@ -212,13 +249,10 @@ def swap(model: nn.Module, scheme: Scheme) -> list[str]:
     head and routers stay as they are; embeddings, norms and attention cores are no Linears.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    swapped = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head and not is_router(name):
-            module.__class__ = LowLinear
-            module.scheme = scheme  # type: ignore[assignment]
-            swapped.append(name)
-    return swapped
+    every = ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
+    swapped = {name: m for name, m in every if not is_router(name)}
+    compute_by(scheme, *swapped.values())
+    return list(swapped)
 
 
 class RoundedLinear(nn.Linear):

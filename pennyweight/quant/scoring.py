@@ -11,7 +11,6 @@ In fp8, on a GPU, weights are E4M3 in blocks of 128 x 128 and what they read in 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.head import Head, head_of
 from pennyweight.model.loaded import refuse_low_bit
-from pennyweight.quant.linear import is_router, kernels
+from pennyweight.quant.linear import Seen, is_router, kernels
 
 
 def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
@@ -73,9 +72,9 @@ class Int8Linear(nn.Module):
     Forward takes (..., in) of any float dtype to (..., out) of that dtype, without gradient.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, seen: _Seen | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, seen: Seen | None = None):
         super().__init__()
-        self.seen = seen or _Seen(_by_row)
+        self.seen = seen or Seen(_by_row)
         self.codes, self.scale = map(nn.Buffer, _coded(weight))
         self.bias = nn.Buffer(bias.detach().float()) if bias is not None else None
 
@@ -94,11 +93,10 @@ class Fp8Linear(nn.Module):
     Takes what ``Int8Linear`` takes, on a GPU; the output is of x's dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, seen: _Seen | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, seen: Seen | None = None):
         super().__init__()
-        self.seen = seen or _Seen(_tiles)
-        coded, _ = kernels.blocks(weight.detach(), pow2=False)
-        assert coded is not None
+        self.seen = seen or Seen(_tiles)
+        coded = kernels.blocks(weight.detach(), pow2=False)
         self.codes, self.scale = nn.Buffer(coded.codes), nn.Buffer(coded.scale)
         self.bias = nn.Buffer(bias.detach()) if bias is not None else None
 
@@ -128,33 +126,18 @@ class Int8Head(Head):
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
-class _Seen:
-    """The codes of the tensor that was coded last: query, key and value read the same one, and so code it once."""
-
-    _last: tuple[Any, int, Any] | None = None
-
-    def __init__(self, code: Callable[[Tensor], Any]):
-        self._code = code
-
-    def coded(self, x: Tensor) -> Any:
-        version = -1 if x.is_inference() else x._version  # inference tensors do not tell whether they were written to
-        if self._last is None or self._last[0]() is not x or self._last[1] != version or version < 0:
-            self._last = (weakref.ref(x), version, self._code(x.reshape(-1, x.shape[-1])))
-        return self._last[2]
-
-
 def _int8(model: Any) -> tuple[Any, Head]:
     head = head_of(model)
-    scoring = _swapped(model, torch.float32, Int8Linear, _Seen(_by_row))
+    scoring = _swapped(model, torch.float32, Int8Linear, Seen(_by_row))
     codes, scale = _coded(head.weight)
     return scoring, Int8Head(codes, head.bias, head.scale, head.softcap, row_scale=scale)
 
 
 def _fp8(model: Any) -> tuple[Any, Head]:
-    return _swapped(model, torch.bfloat16, Fp8Linear, _Seen(_tiles)), head_of(model)
+    return _swapped(model, torch.bfloat16, Fp8Linear, Seen(_tiles)), head_of(model)
 
 
-def _swapped(model: Any, dtype: torch.dtype, layer: Callable[..., nn.Module], seen: _Seen) -> Any:
+def _swapped(model: Any, dtype: torch.dtype, layer: Callable[..., nn.Module], seen: Seen) -> Any:
     """A copy with ``layer`` for every Linear but the output layer and routers, and all else in ``dtype``."""
     refuse_low_bit(model)
     output = model.get_output_embeddings()
