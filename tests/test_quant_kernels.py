@@ -11,9 +11,9 @@ from test_loss_fused import HERE, needs_triton, run
 SHARED = {"SIDE": 128, "BY_HAND": False}
 FLAGS = {
     "tiles_kernel": [
-        {"COLUMNS": "none", "POW2": True, "PART": 128},
-        {"COLUMNS": "of numbers", "POW2": False, "PART": 64},
-        {"COLUMNS": "of codes", "POW2": True, "PART": 64},
+        {"COLUMNS": "none", "POW2": True, "PART": 64},
+        {"COLUMNS": "of numbers", "POW2": False, "PART": 32},
+        {"COLUMNS": "of codes", "POW2": True, "PART": 32},
     ],
     "blocks_kernel": [{"TURNED": False, "POW2": True}, {"TURNED": True, "POW2": False}],
     "product_kernel": [{"BLOCKS": True}, {"BLOCKS": False}],

@@ -9,7 +9,8 @@ from torch import nn
 from truth import fresh
 
 from pennyweight.quant.formats import FORMATS, decode, elements, encode, spread
-from pennyweight.quant.linear import SCHEMES, Scheme, compute_by, learn_to_be_rounded, swap
+from pennyweight.quant.learned import learn_to_be_rounded
+from pennyweight.quant.linear import SCHEMES, Scheme, compute_by, swap
 
 ONE_BLOCK = SCHEMES["fp8_v3"]
 DIVERGED = Scheme("blocks", FORMATS["fp8_act"], FORMATS["fp8_block"], FORMATS["fp8_block"])

@@ -17,7 +17,8 @@ from truth import fresh
 from pennyweight.model.load import load
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.formats import FORMATS, decode, encode
-from pennyweight.quant.linear import SCHEMES, compute_by, learn_to_be_rounded, reading_in_codes
+from pennyweight.quant.learned import learn_to_be_rounded
+from pennyweight.quant.linear import SCHEMES, compute_by, reading_in_codes
 from pennyweight.quant.rounding import coded_for_storage
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}

@@ -11,7 +11,7 @@ from pennyweight.model.device import choose
 from pennyweight.model.load import load
 from pennyweight.quant.export import formats_of
 from pennyweight.quant.formats import FORMATS, decode, encode
-from pennyweight.quant.linear import RoundedLinear, learn_to_be_rounded, rounded_once
+from pennyweight.quant.learned import RoundedLinear, learn_to_be_rounded, rounded_once
 from pennyweight.quant.recovery import _calmed, _live_lessons, _rewritten
 from pennyweight.quant.rounding import Recovery, rounded_to
 from pennyweight.records import Encoded

@@ -257,9 +257,8 @@ def decode(coded: Coded) -> Tensor:
 
 def size(rows: int, columns: int, of: Format) -> int:
     """Bytes of an encoded tensor: packed codes (each row in whole 32-bit words where elements are integers), scales."""
-    per_row = (
-        -(-columns * of.element_bits // 32) * 4 if not isinstance(of.element, Float) else columns * of.element_bits / 8
-    )
+    bits = columns * of.element_bits
+    per_row = bits / 8 if isinstance(of.element, Float) else -(-bits // 32) * 4
     tiles = math.prod(-(-whole // (part or whole)) for whole, part in zip((rows, columns), of.tile, strict=True))
     return math.ceil(rows * per_row) + tiles * of.scale_bytes + 4 * (of.scale == "e4m3")
 
@@ -292,8 +291,8 @@ def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _whole(amax: Tensor, to: Format) -> float:
-    most = amax.max() if to.scale == "e4m3" and amax.numel() else None
-    whole = 0.0 if most is None else float(most / most.new_tensor(to.largest * E4M3.largest))
+    most = amax.max() if to.scale == "e4m3" and amax.numel() else amax.new_zeros(())
+    whole = float(most / most.new_tensor(to.largest * E4M3.largest))
     return max(whole, 2.0**-127) if whole else 1.0  # so that times the least scale it is not 0, and 1 / whole is finite
 
 
@@ -301,7 +300,6 @@ def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
     if to.scale.startswith("pow2"):
         assert isinstance(to.element, Float)
         return torch.ldexp(torch.ones_like(amax), power_exponent(amax, to.element, up=to.scale == "pow2"))
-    # By tensors, not numbers: with a number a GPU multiplies by its reciprocal, which rounds differently.
     return stored_scale(amax / amax.new_tensor(to.largest) / amax.new_tensor(whole), to)
 
 

@@ -215,7 +215,7 @@ def tiles(
         across = Operand(x.new_empty((c, q), dtype=torch.uint8), x.new_empty((high, c), dtype=torch.float32).T)
     tiles_kernel[high, wide](
         x, along.codes, along.scale, across.codes, across.scale, n, q, c, x.stride(0), COLUMNS=columns, POW2=pow2,
-        BY_HAND=not COMPILED, SIDE=_SIDE, PART=_SIDE // 2 if both else _SIDE, num_warps=8,
+        BY_HAND=not COMPILED, SIDE=_SIDE, PART=32 if both else 64, num_warps=4,
     )  # fmt: skip
     return along, across
 

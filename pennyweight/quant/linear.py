@@ -1,4 +1,4 @@
-"""Linears that compute in few bits while they train: all three products in fp8, or a weight that learns to be rounded.
+"""Linears that compute in few bits while they train: all three products in fp8.
 
 Shape letters: N rows (tokens), I input and O output features. A recipe names the format of activations (tiles along I),
 weights and gradients (tiles along O); the weight gradient sums over N, so there both operands are tiled along N.
@@ -13,10 +13,12 @@ torch sums it in float8 and gets nearly everything wrong.
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,11 +30,7 @@ from pennyweight.quant.formats import (
     Coded,
     Format,
     decode,
-    elements,
     encode,
-    over_tiles,
-    spread,
-    stored_scale,
 )
 
 try:
@@ -131,20 +129,42 @@ class LowLinear(nn.Linear):
         # As a plain Linear would, the layer gives what autocast asks for.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
-        product = _OnTensorCores if _on_tensor_cores(self.scheme, device) else _Emulated
+        product = _OnTensorCores if on_tensor_cores(self.scheme, device) else _Emulated
         x, rows = self.seen.coded(input), input.flatten(0, -2)
         return product.apply(rows, self.weight, self.bias, x, self.scheme, dtype).view(*input.shape[:-1], -1)
 
 
-def _on_tensor_cores(scheme: Scheme, device: torch.device) -> bool:
-    return kernels is not None and scheme.of_tensor_cores and kernels.runs_on(device)
+def on_tensor_cores(scheme: Scheme, device: torch.device) -> bool:
+    """Whether a device's tensor cores compute by ``scheme``, rather than an emulation of them."""
+    return kernels is not None and scheme.of_tensor_cores and kernels.runs_on(device) and _agree(device, scheme.pow2)
+
+
+@cache
+def _agree(device: torch.device, pow2: bool) -> bool:
+    """Whether the kernels make there the codes that they should: compilers differ."""
+    along = FORMATS["fp8_act_pow2" if pow2 else "fp8_act"]
+    block = FORMATS["fp8_block_pow2" if pow2 else "fp8_block"]
+    x = torch.randn(2, 200, 272, generator=torch.Generator().manual_seed(0)).prod(0).to(device)
+    try:
+        made = [*kernels.tiles(x, pow2, "of numbers"), kernels.tiles(x, pow2, "of codes")[1]]
+        made += [kernels.blocks(x, pow2), kernels.blocks(x, pow2, turned=True)]
+    except Exception as error:  # no C compiler, too old a Triton: whatever it is, the emulation does the same
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    else:
+        want = encode(x, along), encode(x, _along_rows(along)), encode(decode(encode(x, along)), _along_rows(along))
+        codes = [want[0].codes, want[1].codes.T, want[2].codes.T, encode(x, block).codes, encode(x, block).codes.T]
+        if all(torch.equal(m.codes[: c.shape[0], : c.shape[1]], c) for m, c in zip(made, codes, strict=True)):
+            return True
+        reason = "its casts are not those of the formats"
+    warnings.warn(f"fp8 products are emulated on {device}, which is slow: Triton ({reason})", stacklevel=2)
+    return False
 
 
 def compute_by(scheme: Scheme, *layers: nn.Linear) -> None:
     """Make Linears LowLinears, in place."""
 
     def code(rows: Tensor) -> Any:
-        if _on_tensor_cores(scheme, rows.device):
+        if on_tensor_cores(scheme, rows.device):
             return kernels.tiles(rows, scheme.pow2, "of codes" if torch.is_grad_enabled() else "none")
         return encode(rows, scheme.activation)
 
@@ -253,97 +273,6 @@ def swap(model: nn.Module, scheme: Scheme) -> list[str]:
     swapped = {name: m for name, m in every if not is_router(name)}
     compute_by(scheme, *swapped.values())
     return list(swapped)
-
-
-class RoundedLinear(nn.Linear):
-    """An nn.Linear, of the same parameters, whose weight is rounded to its codes wherever it is used.
-
-    The gradient goes straight through the rounding (Bengio et al., arXiv 1308.3432), so that training moves the weight
-    until its codes do well. Scales are trained, too, as in learned step size quantisation (Esser et al., arXiv
-    1902.08153), unless they are powers of two: ``stretch`` is the logarithm of what each has grown by.
-    """
-
-    start: Coded
-    stretch: nn.Parameter | None
-    rounded: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.rounded
-        if weight is None:
-            weight = _Straight.apply(self.weight, self.stretch, self.start)
-        return nn.functional.linear(input, weight.to(input.dtype), self.bias)
-
-    @torch.no_grad()
-    def pull(self, share: float) -> None:
-        """Move the weight by ``share`` of the way to what it is rounded to."""
-        self.weight.lerp_(decode(self.coded()), share)
-
-    @torch.no_grad()
-    def coded(self) -> Coded:
-        """The weight as it would be written now."""
-        scale = _stretched(self.start, self.stretch)
-        return encode(self.weight, self.start.format, scale=scale, whole=self.start.whole)
-
-
-def _stretched(start: Coded, stretch: Tensor | None) -> Tensor:
-    return start.scale if stretch is None else stored_scale(start.scale * stretch.float().exp(), start.format)
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, stretch: Tensor | None, start: Coded) -> Tensor:
-        f = start.format
-        scale = spread(_stretched(start, stretch) * start.whole, f.tile, weight.shape)
-        ratio = weight.float() / scale
-        values = elements(ratio, f)
-        rounded = values * scale
-        if stretch is not None:  # d rounded / d log scale: what was rounded away, or all of it where it saturates
-            inside = ratio.abs() <= f.largest * (1 + 2.0**-20)  # the largest of a tile is, whichever way it was divided
-            ctx.save_for_backward(torch.where(inside, values - ratio, values).mul_(scale))
-        ctx.tile = f.tile
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (g,) = grads
-        of_scales = over_tiles(g * ctx.saved_tensors[0], ctx.tile, "sum") if ctx.needs_input_grad[1] else None
-        return g, of_scales, None
-
-
-def learn_to_be_rounded(model: nn.Module, starts: dict[str, Coded]) -> dict[str, RoundedLinear]:
-    """Make the named Linears RoundedLinears, in place, with the scales of ``starts``; them by name."""
-    swapped = {}
-    for name, start in starts.items():
-        module = model.get_submodule(name)
-        assert type(module) is nn.Linear, f"{name} is no plain Linear"
-        module.__class__ = RoundedLinear
-        module.start = start  # type: ignore[assignment]
-        fixed = start.format.scale.startswith("pow2")
-        module.register_parameter("stretch", None if fixed else nn.Parameter(torch.zeros_like(start.scale)))
-        swapped[name] = module
-    return swapped
-
-
-@contextmanager
-def rounded_once(model: nn.Module) -> Iterator[None]:
-    """Within it, weights that learn to be rounded are what they are rounded to now, and learn nothing."""
-    layers = [m for m in model.modules() if isinstance(m, RoundedLinear)]
-    for m in layers:
-        m.rounded = decode(m.coded())
-    try:
-        yield
-    finally:
-        for m in layers:
-            m.rounded = None
-
-
-def settled(layers: dict[str, RoundedLinear]) -> dict[str, Coded]:
-    """Codes of what has learnt to be rounded; the layers become plain Linears again, of the weights as they are."""
-    codes = {name: layer.coded() for name, layer in layers.items()}
-    for layer in layers.values():
-        del layer.start, layer.stretch
-        layer.__class__ = nn.Linear  # type: ignore[assignment]
-    return codes
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from pennyweight.model.generate import generate
 from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.export import storage_dtype
 from pennyweight.quant.formats import Coded, Format
-from pennyweight.quant.linear import RoundedLinear, rounded_once
+from pennyweight.quant.learned import RoundedLinear, rounded_once
 from pennyweight.quant.rounding import Recovery, coded_for_storage
 from pennyweight.recipe import KdMethod, SampledTargets, Schedule
 from pennyweight.records import Encoded

@@ -13,7 +13,7 @@ from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.awq import scale_for_rounding
 from pennyweight.quant.calibrate import calibrated
 from pennyweight.quant.formats import Coded, Format, decode, encode
-from pennyweight.quant.linear import learn_to_be_rounded, settled
+from pennyweight.quant.learned import learn_to_be_rounded, settled
 
 METHODS = ("absmax", "nearest", "awq", "gptq")
 

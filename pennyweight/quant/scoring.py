@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.head import Head, head_of
 from pennyweight.model.loaded import refuse_low_bit
-from pennyweight.quant.linear import Seen, is_router, kernels
+from pennyweight.quant.linear import SCHEMES, Seen, is_router, kernels, on_tensor_cores
 
 
 def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
@@ -58,7 +58,7 @@ def check_scoring(model: Any, precision: str) -> None:
             "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
             f"not on this {model.device.type}; leave targets.precision at auto"
         )
-    if precision == "fp8" and (kernels is None or not kernels.runs_on(model.device)):
+    if precision == "fp8" and not on_tensor_cores(SCHEMES["fp8"], model.device):
         raise RecipeError(
             "scoring in fp8 runs with Triton on NVIDIA GPUs with fp8 tensor cores (compute capability 8.9 on) only, "
             f"not on this {model.device.type}; leave targets.precision at auto"
@@ -88,7 +88,7 @@ class Int8Linear(nn.Module):
 
 
 class Fp8Linear(nn.Module):
-    """``x W^T + b`` in E4M3: W (out, in) in blocks, x in tiles, float32 scales; products of 128 summed in float32.
+    """``x W^T + b`` in E4M3: W (out, in) in blocks, x in tiles with scales 2^k; products of 128 summed in float32.
 
     Takes what ``Int8Linear`` takes, on a GPU; the output is of x's dtype.
     """
@@ -152,7 +152,7 @@ def _swapped(model: Any, dtype: torch.dtype, layer: Callable[..., nn.Module], se
 
 
 def _tiles(x: Tensor) -> Any:
-    return kernels.tiles(x, pow2=False)[0]
+    return kernels.tiles(x, pow2=True)[0]
 
 
 def _copy(model: Any, dtype: torch.dtype, kept: set[int]) -> Any:
