@@ -307,6 +307,16 @@ def test_deepseeks_layout_is_opened_again_too(tmp_path, fmt):
     assert type(opened.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_an_opened_copy_can_be_moved_to_another_device(asked, fmt):
+    """compressed-tensors leaves layers that hold on to the device they were read on, and send their inputs there."""
+    quantize(**asked, fmt=fmt, samples=24)
+    moved = load(asked["out"]).model.to("meta")
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
+    ids = torch.zeros((1, 4), dtype=torch.long, device="meta")
+    assert moved(input_ids=ids).logits.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [

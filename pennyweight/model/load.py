@@ -280,8 +280,11 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
             "be random, so copy the model again or correct its config.json"
         )
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:  # at once, not in the first forward pass
+    if compressor is not None:  # at once, not in the first forward pass; and free to be moved to another device
+        from compressed_tensors.offload import remove_dispatch  # takes a second, and most models need none of it
+
         compressor.decompress_model(model)
+        remove_dispatch(model)
     for p in model.parameters():  # some weights of low-bit copies come in bfloat16 whatever is asked for
         p.data = p.data.to(dtype) if dtype and p.is_floating_point() and p.itemsize > 1 else p.data
     return model
