@@ -28,7 +28,7 @@ from typing import Any
 from pennyweight.errors import RecipeError
 from pennyweight.plan.architectures import read_shapes
 from pennyweight.plan.shapes import Block, Shapes
-from pennyweight.quant.footprint import FORMATS, OF_EXPERTS, near_divisor, stored_bytes
+from pennyweight.quant.footprint import OF_EXPERTS, STORED, near_divisor, stored_bytes
 
 ACCURACY = 0.1
 """Share by which activations and peak may be off."""
@@ -162,9 +162,9 @@ def _trained(shapes: Shapes, way: Way, batch: int, length: int, device: str) -> 
 
 def _used(shapes: Shapes, batch: int, length: int) -> tuple[list[Row], list[str]]:
     """Rows of ``bfloat16`` and of each format that a copy can be written in; and what is to be said of them."""
-    copies = {"bfloat16": 2 * shapes.parameters} | {f: n for f in FORMATS if (n := copy_bytes(shapes, f)) is not None}
+    copies = {"bfloat16": 2 * shapes.parameters} | {f: n for f in STORED if (n := copy_bytes(shapes, f)) is not None}
     notes = []
-    if left := [f for f in FORMATS if f not in copies]:
+    if left := [f for f in STORED if f not in copies]:
         why = "their blocks divide none of its widths, or transformers opens no experts in them"
         why = why if shapes.coded else "they are of Linears, of which it has none"
         notes.append(f"left out, since {why}: {', '.join(left)}")
@@ -187,11 +187,11 @@ def copy_bytes(shapes: Shapes, fmt: str) -> int | None:
     """Bytes of the low-bit copy that ``quantize`` writes with its defaults (a mixture of experts in fp8: in DeepSeek's
     layout): Linears in ``fmt`` where its blocks divide them, all else in 16 bits; None where it writes none."""
     sparse, group, scale = shapes.counted("experts") > 0, 32, None
-    if sparse and fmt not in OF_EXPERTS:
+    if sparse and fmt not in (*OF_EXPERTS, "fp8_block"):
         return None
     if sparse:  # one group for all, which divides every width; DeepSeek's scales are float32
         common = near_divisor(math.gcd(*(columns for _, columns, _ in shapes.coded)), group)
-        if common is None and fmt != "fp8_block":
+        if common is None and not fmt.startswith("fp8"):
             return None
         group = common or group
         scale = 4 if fmt == "fp8_block" else None

@@ -24,16 +24,13 @@ from pennyweight.errors import ModelError
 from pennyweight.model.loaded import refuse_low_bit
 from pennyweight.quant import deepseek
 from pennyweight.quant.experts import Experts, as_in_a_checkpoint, in_experts, take_apart
-from pennyweight.quant.footprint import near_divisor
+from pennyweight.quant.footprint import OF_EXPERTS, near_divisor
 from pennyweight.quant.formats import FORMATS, Coded, Format
 from pennyweight.quant.linear import is_router, reading_in_codes
 from pennyweight.quant.packing import scheme_of, storable, tensors_of
 
 PROVENANCE = "pennyweight.json"
 """File of a low-bit copy that says what it was made from, how, and what it was found to be worth."""
-
-OF_EXPERTS = ("int8", "int4", "int3", "ternary", "fp8_row")
-"""Formats in compressed-tensors that transformers opens of a mixture of experts, all in one format."""
 
 LAYOUTS = ("compressed-tensors", "deepseek", "gguf")
 """File layouts: that of the library of this name, DeepSeek's own for fp8, and llama.cpp's (``gguf_file``)."""

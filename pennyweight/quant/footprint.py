@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 
+_ROW = -1
 _STORED: dict[str, tuple[int, tuple[int, int], int, int]] = {
+    "mxfp8": (8, (1, 32), 1, 0),
     "int8": (8, (1, 0), 2, 0),
+    "fp8_row": (8, (1, _ROW), 2, 0),
     "fp8_block": (8, (128, 128), 2, 0),
-    "int4": (4, (1, 0), 2, 0),
     "nvfp4": (4, (1, 16), 1, 4),
+    "int4": (4, (1, 0), 2, 0),
     "mxfp4": (4, (1, 32), 1, 0),
+    "int3": (3, (1, 0), 2, 0),
+    "ternary": (2, (1, 0), 2, 0),
 }
 """Bits of an element; rows and columns that share a scale (0: by ``group``); bytes of a scale, and of one over all."""
 
-FORMATS = tuple(_STORED)
-"""The formats known here: those that engines have kernels for."""
+STORED = tuple(_STORED)
+"""Names of the formats that a copy can be stored in."""
 
-OF_EXPERTS = ("int8", "fp8_block", "int4")
-"""Those of them that transformers opens of a mixture of experts: fp8_block in DeepSeek's layout."""
+OF_EXPERTS = ("int8", "int4", "int3", "ternary", "fp8_row")
+"""Those of them in which transformers opens a mixture of experts; in DeepSeek's layout fp8_block, too."""
 
 
 def near_divisor(columns: int, group: int) -> int | None:
@@ -35,9 +40,9 @@ def stored_bytes(fmt: str, rows: int, columns: int, group: int = 32, scale: int 
     """
     bits, (high, wide), of_scale, over_all = _STORED[fmt]
     of_scale = scale or of_scale
-    if not wide:
-        wide = near_divisor(columns, group) or columns
-        codes = rows * math.ceil(columns * bits / 32) * 4  # each row in whole words
+    if wide <= 0:
+        codes = rows * (columns if wide == _ROW else math.ceil(columns * bits / 32) * 4)  # integers in whole words
+        wide = columns if wide == _ROW else near_divisor(columns, group) or columns
     elif rows % high or columns % wide:
         return None
     else:

@@ -3,7 +3,7 @@
 A format says what an element is, which elements share a scale (a tile of rows x columns), and what a scale is:
 
     int8 int4 int3     symmetric integers; a scale of 16 bits for each group of columns, or row
-    ternary            -1, 0, 1 and a scale, likewise; five to a byte
+    ternary            -1, 0, 1 and a scale, likewise; four to a byte
     fp8_tensor fp8_row E4M3, one float32 scale for all or for each row
     fp8_act fp8_block  E4M3, tiles of 1 x 128 and 128 x 128 with float32 scales: DeepSeek-V3 (arXiv 2412.19437) for
                        activations and for weights; ``_pow2`` with scales 2^k, as in V3.1
@@ -152,10 +152,10 @@ class Format:
         return replace(self, tile=(self.tile[0], columns or 0))
 
     @property
-    def element_bits(self) -> float:
+    def element_bits(self) -> int:
         if isinstance(self.element, Float):
             return self.element.bits
-        return 1.6 if self.element == TERNARY else self.element
+        return 2 if self.element == TERNARY else self.element
 
     @property
     def scale_bytes(self) -> int:

@@ -72,6 +72,7 @@ def number(code, BY_HAND: tl.constexpr):
 
 @triton.jit
 def finite_size(x):
+    """Magnitudes, 0 where a number is not finite."""
     size = tl.abs(x)
     return tl.where(size < float("inf"), size, 0.0)
 

@@ -14,7 +14,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from pennyweight.quant.footprint import near_divisor
-from pennyweight.quant.formats import E2M1, FORMATS, TERNARY, Coded, Format
+from pennyweight.quant.formats import E2M1, FORMATS, Coded, Format
 
 WRITTEN = ("int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4")
 """Formats that compressed-tensors stores."""
@@ -42,7 +42,7 @@ def tensors_of(coded: Coded) -> dict[str, Tensor]:
     f = coded.format
     if isinstance(f.element, int):
         return {
-            "weight_packed": pack_to_int32(coded.codes, _bits(f)).contiguous(),
+            "weight_packed": pack_to_int32(coded.codes, f.element_bits).contiguous(),
             "weight_scale": coded.scale.to(getattr(torch, f.scale)).contiguous(),
             "weight_shape": torch.tensor(coded.codes.shape),
         }
@@ -65,18 +65,13 @@ def _stored_scale(coded: Coded) -> Tensor:
     return coded.scale.to(dtype).contiguous()
 
 
-def _bits(f: Format) -> int:
-    """Bits of an integer in the file; a ternary one takes 2."""
-    return 2 if f.element == TERNARY else int(f.element_bits)
-
-
 def scheme_of(f: Format, names: list[str]) -> dict[str, Any]:
     """A config group: the Linears of these names are stored in format ``f``."""
     weights: dict[str, Any] = {"symmetric": True, "dynamic": False, "observer": "minmax"}
     activations = None
     if isinstance(f.element, int):
         kind = "pack-quantized"
-        weights |= {"num_bits": _bits(f), "type": "int"} | _along_columns(f)
+        weights |= {"num_bits": f.element_bits, "type": "int"} | _along_columns(f)
     elif f.element is E2M1:
         by_group = "tensor_group" if f.scale == "e4m3" else "group"
         kind = "nvfp4-pack-quantized" if f.scale == "e4m3" else "mxfp4-pack-quantized"
