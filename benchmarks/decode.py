@@ -23,9 +23,10 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bars import Bars, machine, real
+from benchmarks.exports import coded_for_gguf
 from pennyweight.model.load import load, save
 from pennyweight.quant.export import export, formats_of
-from pennyweight.quant.gguf_file import code_embeddings, write_gguf
+from pennyweight.quant.gguf_file import write_gguf
 from pennyweight.quant.rounding import coded_for_storage
 
 PROMPT, NEW, ROUNDS = 16, 48, 5
@@ -96,9 +97,7 @@ def ways(folder: Path) -> dict[str, tuple[Callable[[list[int]], None], int]]:
     made["int4, transformers"] = (by_torch(load(str(folder / "copy"), dtype=torch.bfloat16).model), 2 * weights)
     for fmt, bits in (("bf16", 16), ("int8", 8.5), ("int4", 4.5)):
         low = a_model()
-        formats = formats_of(low, fmt, 32, "gguf") if fmt != "bf16" else {}
-        codes = coded_for_storage(low, formats, torch.bfloat16, "absmax", vectors=torch.float32)
-        codes |= code_embeddings(low) if codes else {}
+        codes = coded_for_gguf(low, fmt, "absmax")
         file = folder / f"{fmt}.gguf"
         write_gguf(low, tokenizer, codes, file, fmt, fmt, {})
         head = low.lm_head.weight.numel() * (8.5 if codes else 16)

@@ -26,6 +26,7 @@ from pennyweight.model.load import load
 from pennyweight.model.loaded import Loaded
 from pennyweight.quant import gguf_check
 from pennyweight.quant.export import as_transformers_reads, export, formats_of
+from pennyweight.quant.formats import Coded
 from pennyweight.quant.gguf_file import code_embeddings
 from pennyweight.quant.rounding import coded_for_storage
 from pennyweight.teacher.local import LocalTeacher
@@ -123,13 +124,18 @@ def of_llama_cpp(bars: Bars) -> None:
     heads()
     for fmt in ("bf16", "int8", "int4"):
         side = a_model()
-        formats = formats_of(side.model, fmt, 32, "gguf") if fmt != "bf16" else {}
-        codes = coded_for_storage(side.model, formats, torch.bfloat16, vectors=torch.float32)
-        if codes:
-            codes |= code_embeddings(side.model)
+        codes = coded_for_gguf(side.model, fmt, "nearest")
         with tempfile.TemporaryDirectory() as folder:
             file, _ = gguf_check.written(side, codes, Path(folder) / "copy", fmt)
             told(bars, f"{fmt} by llama.cpp", side, given, ours(side, given), by_llama_cpp(str(file), given), IN_8_BITS)
+
+
+@torch.no_grad()
+def coded_for_gguf(model: Any, fmt: str, method: str) -> dict[str, Coded]:
+    """Codes of a GGUF in int8, int4 or bf16 (none); the model becomes what they stand for."""
+    formats = formats_of(model, fmt, 32, "gguf") if fmt != "bf16" else {}
+    codes = coded_for_storage(model, formats, torch.bfloat16, method, vectors=torch.float32)
+    return codes | code_embeddings(model) if codes else codes
 
 
 def main(*parts: str) -> None:

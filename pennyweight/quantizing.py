@@ -36,7 +36,7 @@ from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.gguf_file import code_embeddings
 from pennyweight.quant.kv_cache import low_cache
 from pennyweight.quant.parity import check_same
-from pennyweight.quant.planning import OF_A_MIXTURE, bytes_of, candidates, planned
+from pennyweight.quant.planning import IN_A_MIXTURE, bytes_of, candidates, planned
 from pennyweight.quant.recovery import low_bit
 from pennyweight.quant.sensitivity import costs
 from pennyweight.recipe import FileData, Responses, Schedule, TeacherSamples, Tripwires
@@ -101,7 +101,7 @@ def quantize(
     opened = lambda path: load(str(path), device=compute.device, trust_remote_code=trust_remote_code)  # noqa: E731
     parent = opened(model)
     _check_parent(parent, asked)
-    labels = OF_A_MIXTURE if fmt == MIXED else (fmt,)
+    labels = IN_A_MIXTURE if fmt == MIXED else {fmt: (fmt, 1.0)}
     wanted = {} if fmt == "bf16" else candidates(parent.model, labels, asked.group, asked.layout)
     made_from = {"model": parent.identity, "compute": compute.name, "given": asked.data and content_hash(asked.data)}
     with _work(out, {**asdict(asked), **made_from}) as work:

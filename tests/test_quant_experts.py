@@ -19,7 +19,7 @@ from pennyweight.quant.experts import Experts, take_apart
 from pennyweight.quant.export import as_transformers_reads, export, formats_of, linears_of
 from pennyweight.quant.formats import FORMATS, decode, encode
 from pennyweight.quant.linear import SCHEMES, LowLinear, swap
-from pennyweight.quant.planning import candidates
+from pennyweight.quant.planning import IN_A_MIXTURE, candidates
 from pennyweight.quant.rounding import coded_for_storage
 
 MIXTURES = ("mixtral-experts", "qwen3-moe", "deepseek-v3")
@@ -147,7 +147,7 @@ def test_what_cannot_be_coded_or_opened_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ModelError, match=r"no group from 16 to 64 divides every width of this mixture .*\(20, 136\)"):
         formats_of(wide({"hidden_size": 34 * 4, "intermediate_size": 20, "num_local_experts": 2}), "int4", 32)
     with pytest.raises(ModelError, match="in one format only; give a --format other than mixed"):
-        candidates(make("mixtral-experts"), ("int8", "int4"), 32, "compressed-tensors")
+        candidates(make("mixtral-experts"), IN_A_MIXTURE, 32, "compressed-tensors")
 
 
 def test_a_copy_is_no_parent_of_another(tmp_path):

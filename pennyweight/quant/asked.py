@@ -23,7 +23,7 @@ class Asked:
     """How a copy is made, in full: one in progress is gone on with only for the same.
 
     Attributes:
-        fmt: a row of ``WRITTEN``, or ``mixed`` with a ``budget``: int8, int4, int3 or 16 bits, for each Linear.
+        fmt: a row of ``WRITTEN``, or ``mixed`` with a ``budget``: ``planning.IN_A_MIXTURE`` or 16 bits, for each.
         layout: ``compressed-tensors``; ``deepseek`` for fp8_block and fp8_block_pow2; ``gguf`` for int8, int4, bf16.
         group: weights that share a scale, in int and ternary.
         method: ``absmax``, ``nearest``, ``awq`` or ``gptq``.

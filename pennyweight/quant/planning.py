@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,11 +17,23 @@ from pennyweight.quant.sensitivity import Costs, cheapest
 
 _ENTRY = 75  # bytes of a tensor's dtype, shape and place in the header of a safetensors file
 
-OF_A_MIXTURE = ("int8", "int4", "int3")
+IN_A_MIXTURE = {
+    "int8": ("int8", 1.0),
+    "int4 in half groups": ("int4", 0.5),
+    "int4": ("int4", 1.0),
+    "int4 in double groups": ("int4", 2.0),
+    "int3": ("int3", 1.0),
+}
+"""What each Linear may get in a mixture: a format, and its group as a share of the one asked for."""
 
 
-def candidates(model: nn.Module, labels: tuple[str, ...], group: int, layout: str) -> dict[str, dict[str, Format]]:
+def candidates(
+    model: nn.Module, labels: Mapping[str, tuple[str, float]], group: int, layout: str
+) -> dict[str, dict[str, Format]]:
     """For each Linear the formats that it may get, by label.
+
+    Args:
+        labels: as ``IN_A_MIXTURE``.
 
     Raises:
         ModelError: a format fits none of them, or several are asked for of a mixture of experts.
@@ -31,7 +43,7 @@ def candidates(model: nn.Module, labels: tuple[str, ...], group: int, layout: st
             f"a {type(model).__name__} is a mixture of experts, of which transformers opens copies in one format only; "
             "give a --format other than mixed"
         )
-    of = {label: formats_of(model, label, group, layout) for label in labels}
+    of = {label: formats_of(model, fmt, max(1, int(share * group)), layout) for label, (fmt, share) in labels.items()}
     return {name: {label: of[label][name] for label in labels if name in of[label]} for name in linears_of(model)}
 
 

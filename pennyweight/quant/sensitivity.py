@@ -66,8 +66,8 @@ def costs(
         seed: of the labels that are drawn from the model.
     """
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in formats}
-    changes = {
-        (name, label): decode(encode(linears[name].weight, f, search=True)).sub_(linears[name].weight.detach())
+    changes = {  # in two bytes, since there are as many of them as formats
+        (name, label): decode(encode(m := linears[name].weight, f, search=True)).sub_(m.detach()).bfloat16()
         for name, of_name in formats.items()
         for label, f in of_name.items()
     }
