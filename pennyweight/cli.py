@@ -220,6 +220,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    kv_cache: opt.ChatCache = None,
     device: opt.Device = "auto",
     trust_remote_code: opt.Remote = False,
 ) -> None:
@@ -231,9 +232,8 @@ def chat(
     """
     import pennyweight.commands as commands
 
-    writing: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    talk = commands.Chat(model, **writing, device=device, trust_remote_code=trust_remote_code)
-    commands.converse(talk, prompt)
+    writing: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed, "kv_cache": kv_cache}
+    commands.converse(commands.Chat(model, **writing, device=device, trust_remote_code=trust_remote_code), prompt)
 
 
 @app.command()

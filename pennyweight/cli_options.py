@@ -35,6 +35,7 @@ Budget = Annotated[str | None, typer.Option(help="Most bytes, for --format mixed
 Recover = Annotated[int, typer.Option(min=0, help="Steps in which the model teaches its copy what it lost.")]
 Targets = Annotated[str, typer.Option(help="live: the model stays beside its copy; kept: it labels beforehand.")]
 OnPolicy = Annotated[float, typer.Option(help="Share of the steps on texts that the copy writes; the model is live.")]
+ChatCache = Annotated[str | None, typer.Option(help="Keep keys and values in int8 or fp8: half the memory.")]
 KvCache = Annotated[str | None, typer.Option(help="Also measure with keys and values kept in int8 or fp8.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per step.")]
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples per forward pass. Default: all.")]

@@ -15,12 +15,14 @@ from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.store import Ledger, Verification
+from pennyweight.model.cache import NewCache, whole_cache
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream
 from pennyweight.model.load import load, open_tokenizer, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting, say
+from pennyweight.quant.kv_cache import low_cache
 from pennyweight.recipe import FolderTeacher
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Message, Sample
@@ -125,11 +127,14 @@ class Chat:
         temperature: float = 0.7,
         max_tokens: int = 256,
         seed: int = 0,
+        kv_cache: str | None = None,
         device: str = "auto",
         trust_remote_code: bool = False,
     ):
         self.loaded, _ = _open(model, device, 0, trust_remote_code)
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self.new_cache: NewCache = whole_cache if kv_cache is None else lambda config: low_cache(config, kv_cache)
+        self.new_cache(self.loaded.model.config)  # so that what it cannot keep is said before anything is typed
         self.turns: list[Message] = []
 
     def say(self, text: str) -> Iterator[str]:
@@ -147,6 +152,7 @@ class Chat:
             eos_ids=self.loaded.eos_ids,
             seed=self.seed + len(self.turns),
             context=self.loaded.context,
+            new_cache=self.new_cache,
         )
         for token in pieces:
             ids.append(token)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import MAKERS, V, make
+from architectures import MAKERS, V, make, save_with_tokenizer
 from transformers import DynamicCache, MambaConfig
 from truth import fresh
 
+from pennyweight import commands
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.generate import generate, stream
 from pennyweight.model.head import forward_hidden
@@ -66,3 +67,14 @@ def test_what_is_no_format_or_no_cache_of_keys_is_refused():
         low_cache(make("llama").config, "int4")
     with pytest.raises(ModelError, match="a mamba remembers more than keys and values"):
         low_cache(MambaConfig(num_hidden_layers=2), "int8")
+
+
+def test_a_conversation_goes_through_one(tmp_path, monkeypatch):
+    folder = save_with_tokenizer(make("llama"), tmp_path / "model")
+    made = []
+    monkeypatch.setattr(commands, "low_cache", lambda *a: made.append(low_cache(*a)) or made[-1])
+    talk = commands.Chat(str(folder), temperature=0.0, max_tokens=6, kv_cache="int8")
+    "".join(talk.say("the thing"))
+    assert bytes_of(made[-1]) > 0 and all(layer.keys.dtype == torch.uint8 for layer in made[-1].layers)
+    with pytest.raises(RecipeError, match="no format of a KV cache is named 'int4'"):
+        commands.Chat(str(folder), kv_cache="int4")

@@ -30,7 +30,7 @@ COMMANDS = {
     },
     "memory": {"model", "batch", "length", "device", "out", "as_json"},
     "convert": {"model", "to", "out", "as_json"},
-    "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "device", "trust_remote_code"},
+    "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "kv_cache", "device", "trust_remote_code"},
     "report": {"folder"},
     "show": {"folder", "sample", "as_json"},
     "ledger": set(),
