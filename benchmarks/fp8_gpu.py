@@ -119,7 +119,7 @@ def linear(bars: Bars) -> None:
 def parts(x: Tensor, w: Tensor) -> None:
     """What the time is made of: casts, and products by cuBLAS and by our own kernel."""
     (rows, columns), as_is = kernels.tiles(x, True, "of numbers"), kernels.blocks(w, True)
-    chosen = kernels._cublas_has_it
+    chosen = kernels.by_cublas
     try:
         sides: dict[str, Callable[[], object]] = {
             "product in bfloat16": lambda: x @ w.T,
@@ -132,10 +132,10 @@ def parts(x: Tensor, w: Tensor) -> None:
             "blocks, turned": lambda: kernels.blocks(w, True, turned=True),
         }
         took = milliseconds(sides)
-        kernels._cublas_has_it = lambda device: False  # type: ignore[assignment]
+        kernels.by_cublas = lambda device: False  # type: ignore[assignment]
         took |= milliseconds({"product, tiles by blocks, our kernel": lambda: kernels.product(rows, as_is, BFLOAT16)})
     finally:
-        kernels._cublas_has_it = chosen
+        kernels.by_cublas = chosen
     for name, ms in took.items():
         flop = 2 * w.shape[1] ** 2 * len(x) if "by tiles" in name else 2 * x.numel() * len(w)
         rate = f"{flop / ms / 1e9:>8.0f}" if "product" in name else f"{'':>8}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -60,23 +61,23 @@ def test_codes_and_scales_are_those_of_the_formats(pow2, n, c):
     across, block = replace(along, tile=(128, 1)), FORMATS["fp8_block_pow2" if pow2 else "fp8_block"]
     for x in (*(drawn(n, c, *case) for case in CASES), every_magnitude(n, c)):
         rows, columns = kernels.tiles(x, pow2, "of numbers")
-        for got, x_or_turned, want in (
+        for got, turned, want in (
             (rows, False, encode(x, along)),
             (kernels.tiles(x, pow2)[0], False, encode(x, along)),
             (columns, True, encode(x, across)),
             (kernels.tiles(x, pow2, "of codes")[1], True, encode(decode(encode(x, along)), across)),
         ):
-            same_codes(got.codes[:, :n] if x_or_turned else got.codes[:n], want.codes.T if x_or_turned else want.codes)
-            scale = got.scale if x_or_turned else got.scale[:n]
-            assert torch.equal(scale, want.scale.T if x_or_turned else want.scale)
-            filled = got.codes[:, n:] if x_or_turned else got.codes[n:]
+            same_codes(got.codes[:, :n] if turned else got.codes[:n], want.codes.T if turned else want.codes)
+            scale = got.scale if turned else got.scale[:n]
+            assert torch.equal(scale, want.scale.T if turned else want.scale)
+            filled = got.codes[:, n:] if turned else got.codes[n:]
             assert not filled.any()
-        as_is, turned = kernels.blocks(x, pow2), kernels.blocks(x, pow2, turned=True)
+        as_is, over = kernels.blocks(x, pow2), kernels.blocks(x, pow2, turned=True)
         want = encode(x, block)
         same_codes(as_is.codes, want.codes)
-        same_codes(turned.codes, want.codes.T)
+        same_codes(over.codes, want.codes.T)
         assert torch.equal(as_is.scale[: want.scale.shape[1]], want.scale.T)
-        assert torch.equal(turned.scale[: want.scale.shape[0]], want.scale)
+        assert torch.equal(over.scale[: want.scale.shape[0]], want.scale)
 
 
 def test_rows_need_not_lie_side_by_side():
@@ -87,11 +88,17 @@ def test_rows_need_not_lie_side_by_side():
             assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["ours", "as chosen"])
+def test_hopper_multiplies_by_cublas():
+    if INTERPRETED or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9")
+    assert kernels.by_cublas(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("own", [True] if INTERPRETED else [True, False])
 @pytest.mark.parametrize(("m", "k", "n"), [(128, 128, 128), (384, 640, 256), (200, 272, 144), (130, 77, 33)])
 def test_products_are_those_of_what_the_codes_stand_for(own, m, k, n, monkeypatch):
     if own:
-        monkeypatch.setattr(kernels, "_cublas_has_it", lambda device: False)
+        monkeypatch.setattr(kernels, "by_cublas", lambda device: False)
     a, b = drawn(m, k), drawn(n, k, size=0.02)
     x, _ = kernels.tiles(a, True)
     left = decode(encode(a, FORMATS["fp8_act_pow2"])).double()
@@ -144,3 +151,58 @@ def test_scoring_multiplies_what_the_codes_stand_for():
     most = left.double().abs() @ right.double().abs().T + bias.double().abs()
     want = left.double() @ right.double().T + bias
     assert got.shape == (2, 3, 144) and bool(((got.view(6, 144) - want).abs() <= SUMMED * most).all())
+
+
+def test_what_several_read_is_coded_once_and_anew_when_it_changes():
+    """Query, key and value in bfloat16, one of them frozen; first without gradients, then with, then written to."""
+    layers = [nn.Linear(128, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+    alone = copy.deepcopy(layers)
+    compute_by(SCHEMES["fp8"], *layers)
+    for layer in alone:
+        compute_by(SCHEMES["fp8"], layer)
+    layers[2].weight.requires_grad_(False)
+    x = drawn(12, 128, torch.bfloat16).view(3, 4, 128)
+    x, y = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.no_grad():
+        got = [layer(x) for layer in layers]
+        assert all(torch.equal(g, layer(y)) for g, layer in zip(got, alone, strict=True))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        sum(layer(x) for layer in layers).square().sum().backward()
+    sum(layer(y) for layer in alone).square().sum().backward()
+    assert len({t.data_ptr() for t in kept if t.dtype == torch.uint8}) == 1
+    assert torch.equal(x.grad, y.grad) and layers[2].weight.grad is None
+    assert all(torch.equal(a.weight.grad, b.weight.grad) for a, b in zip(layers[:2], alone, strict=False))
+    with torch.no_grad():
+        x.mul_(2)
+        y.mul_(2)
+        assert torch.equal(layers[0](x), alone[0](y))
+    assert layers[0](x[:0]).shape == (0, 4, 128)
+
+
+def test_a_layer_can_be_copied_and_stored_after_it_was_used():
+    layer = nn.Linear(128, 128, device=DEVICE)
+    compute_by(SCHEMES["fp8"], layer)
+    x = drawn(4, 128)
+    out = layer(x)
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert made.seen._last is None and torch.equal(made(x), out)
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch):
+    assert linear.agree(DEVICE)
+    for broken in ("tiles", "blocks", "product"):
+        right = getattr(kernels, broken)
+
+        def wrong(*args, right=right):
+            made = right(*args)
+            if isinstance(made, tuple):
+                return tuple(replace(o, scale=2 * o.scale) for o in made)
+            return 2 * made if isinstance(made, torch.Tensor) else replace(made, codes=made.codes ^ 1)
+
+        with monkeypatch.context() as m:
+            m.setattr(kernels, broken, lambda *a, **k: wrong(*a, *k.values()))
+            with pytest.warns(
+                UserWarning, match=r"does not make fp8 products .*its (tiles|blocks|products) are not those"
+            ):
+                assert not linear.agree.__wrapped__(DEVICE)

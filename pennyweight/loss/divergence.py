@@ -170,3 +170,10 @@ def hidden_error(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """Squared distance of hidden states relative to the teacher's squared length, (N,); autograd takes its gradient."""
     teacher = teacher_ND.to(student_ND.dtype)
     return (student_ND - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
+
+
+def sums_of_rows(row: Tensor, x: Tensor, n: int) -> Tensor:
+    """(n,) sums of x (E,) over its rows, ``row`` (E,) int64, which are in order. On a GPU ``index_add_`` adds in any
+    order, so that no run would equal another."""
+    ends = torch.searchsorted(row, torch.arange(n + 1, device=row.device))
+    return torch.segment_reduce(x, "sum", offsets=ends, unsafe=True, initial=0.0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pennyweight.loss.divergence import DIVERGENCES, Divergence
+from pennyweight.loss.divergence import DIVERGENCES, Divergence, sums_of_rows
 
 try:
     from pennyweight.loss import kernels
@@ -138,7 +138,7 @@ def sampled_(
     """Forward KL from an unbiased sample of the teacher's distribution, as ``signals.Sparse.loss``; see ``dense_``.
 
     Args:
-        sample: as ``Sparse`` has them, row (E,) int64 in order, ids (E,) int64, weights (E,), entropy (n,) float32.
+        sample: as ``Sparse`` has them, row (E,) int64 in order, ids (E,) int64, weights (E,) and entropy (n,) float32.
 
     Raises:
         ValueError: another divergence was asked for, or as ``dense_``.
@@ -148,7 +148,7 @@ def sampled_(
         raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
     _check(student)
     (row, ids, w, of_teacher), t, n = sample, spec.temperature, len(student)
-    total = _of_rows(row, w, n)
+    total = sums_of_rows(row, w, n)
     flat, place = student.view(-1), row * student.shape[1] + ids
     logit, picked = flat[place], None if text is None else _picked(student, text)
     scale, beside = kd_weight * total * t, None
@@ -162,18 +162,12 @@ def sampled_(
     if beside is not None:
         student.add_(beside)
     flat.index_add_(0, place, kd_weight[row] * w * slope.at(logit), alpha=-t)
-    value = (total * log_mass).sub_(_of_rows(row, w * logit / t, n)).sub_(of_teacher).mul_(t * t)
+    value = (total * log_mass).sub_(sums_of_rows(row, w * logit / t, n)).sub_(of_teacher).mul_(t * t)
     if text is None or picked is None:
         return Losses(value, None, None)
     _off_labels(student, text, picked, slope)
     ce, entropy = (log_mass, its_entropy) if ce is None else (ce, entropy)
     return Losses(value, ce - picked, entropy)
-
-
-def _of_rows(row: Tensor, x: Tensor, n: int) -> Tensor:
-    """(n,) sums of x (E,) by row. A GPU's ``index_add_`` adds in any order, so that no run would equal another."""
-    ends = torch.searchsorted(row, torch.arange(n + 1, device=row.device))
-    return torch.segment_reduce(x, "sum", offsets=ends, unsafe=True, initial=0.0)
 
 
 def _softmax(logits: Tensor, out: Tensor, weight: Tensor, t: float, slope: Slope) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pennyweight.loss.divergence import Divergence, divergence
+from pennyweight.loss.divergence import Divergence, divergence, sums_of_rows
 
 Rows = slice | Tensor
 
@@ -134,11 +134,11 @@ class Sparse:
         if spec.kind != "forward_kl":
             raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
         t, w = spec.temperature, self.weights.to(student.dtype)
-        total = torch.zeros(len(student), dtype=student.dtype, device=student.device).index_add_(0, self.row, w)
+        total = sums_of_rows(self.row, w, len(student))
         place = self.row * student.shape[-1] + self.ids
         picked = student.view(-1)[place] / t
         gradient, log_mass = softmax_(student, t, total.unsqueeze(-1))
-        value = (total * log_mass).index_add_(0, self.row, w * picked, alpha=-1.0) - self.entropy
+        value = total * log_mass - sums_of_rows(self.row, w * picked, len(student)) - self.entropy
         gradient.view(-1).index_add_(0, place, w, alpha=-1.0)
         return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
 

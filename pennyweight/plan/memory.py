@@ -285,7 +285,8 @@ def _read(width: int, linears: int, others: int, way: Way) -> int:
         return 4 * width
     cast = way.weight == 4
     if way.fp8:
-        return width + linears * math.ceil(width / _SCALED) + 2 * width * (others if cast else min(1, others))
+        codes = width * min(1, linears) + linears * math.ceil(width / _SCALED)
+        return codes + 2 * width * (others if cast else min(1, others))
     return 2 * width * (linears + others if cast else 1)
 
 

@@ -27,8 +27,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_EXPONENT = 0x7F800000  # of a float32
-
 
 @dataclass(frozen=True, slots=True)
 class Float:
@@ -63,7 +61,7 @@ def rounded(x: Tensor, to: Float, noise: Tensor | None = None) -> Tensor:
         noise: uniform in [0, 1), of x's shape: then rounded up with the probability that makes the expectation x.
     """
     x = x.float().clamp(-to.largest, to.largest)
-    power = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=to.smallest_normal)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=to.smallest_normal)
     step = power.mul_(2.0**-to.mantissa)
     steps = x / step  # exact, as is the way back: both are scalings by a power of two
     steps = steps.round_() if noise is None else _by_chance(steps, noise)
@@ -291,8 +289,9 @@ def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor
 
 
 def _whole(amax: Tensor, to: Format) -> float:
-    most = amax.max() if to.scale == "e4m3" and amax.numel() else amax.new_zeros(())
-    whole = float(most / most.new_tensor(to.largest * E4M3.largest))
+    if to.scale != "e4m3" or not amax.numel():
+        return 1.0
+    whole = float(amax.max() / amax.new_tensor(to.largest * E4M3.largest))
     return max(whole, 2.0**-127) if whole else 1.0  # so that times the least scale it is not 0, and 1 / whole is finite
 
 
@@ -300,7 +299,8 @@ def _scales(amax: Tensor, to: Format, whole: float) -> Tensor:
     if to.scale.startswith("pow2"):
         assert isinstance(to.element, Float)
         return torch.ldexp(torch.ones_like(amax), power_exponent(amax, to.element, up=to.scale == "pow2"))
-    return stored_scale(amax / amax.new_tensor(to.largest) / amax.new_tensor(whole), to)
+    scale = amax / amax.new_tensor(to.largest)  # a tensor: with a number a GPU multiplies by its reciprocal
+    return stored_scale(scale if whole == 1.0 else scale / amax.new_tensor(whole), to)
 
 
 def stored_scale(scale: Tensor, to: Format) -> Tensor:

@@ -1,9 +1,9 @@
 """Casts to E4M3 tiles, and their products, on a GPU: the numbers of ``quant/formats.py``, code for code.
 
-Shape letters: N rows, Q rows filled up to whole tiles of 128, C columns, K what a product sums over. A program works on
-128 x 128 numbers. Scales lie as cuBLAS reads them: those of rows by tile, then row; those of blocks filled up to 4
-along K. Chips round to E4M3 themselves, to nearest even and saturating; BY_HAND does it in integer arithmetic, for the
-interpreter.
+Shape letters: N (of a weight R) rows, Q rows filled up to whole tiles of 128, C columns; of a product M rows and N
+columns, K what it sums over. A program works on 128 x 128 numbers. Scales lie as cuBLAS reads them: those of rows by
+tile, then row; those of blocks filled up to 4 along K. Chips round to E4M3 themselves, to nearest even and saturating;
+BY_HAND does it in integer arithmetic, for the interpreter.
 
 Products go to cuBLAS where it has this scaling (torch.nn.functional.scaled_mm; compute capability 9.0) and otherwise to
 a kernel here. Both sum 128 products in the tensor core and add them, scaled, to float32 (DeepSeek-V3, arXiv 2412.19437,
@@ -14,6 +14,7 @@ section 3.3).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -146,7 +147,7 @@ def blocks_kernel(
 
 @triton.jit
 def product_kernel(
-    a, b, a_scale, b_scale, out, M, N, K, high,
+    a, b, a_scale, b_scale, out, M, N, K, wide,
     BLOCKS: tl.constexpr, BY_HAND: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """128 x 128 of a (M, K) times b (N, K) turned. a has a scale for each row and 128 of K; b too, or one for each
@@ -167,7 +168,7 @@ def product_kernel(
             part = tl.dot(x.to(tl.float8e4nv, bitcast=True), y.to(tl.float8e4nv, bitcast=True))
         per_row = tl.load(a_scale + at // SIDE * M + row, mask=row < M, other=0.0)
         if BLOCKS:
-            total += part * (per_row * tl.load(b_scale + tl.program_id(1) * high + at // SIDE))[:, None]
+            total += part * (per_row * tl.load(b_scale + tl.program_id(1) * wide + at // SIDE))[:, None]
         else:
             per_column = tl.load(b_scale + at // SIDE * N + column, mask=column < N, other=0.0)
             total += part * per_row[:, None] * per_column[None, :]
@@ -179,6 +180,7 @@ COMPILED = isinstance(product_kernel, triton.runtime.JITFunction)
 """False under Triton's interpreter: TRITON_INTERPRET was set when it was imported."""
 
 _SIDE = 128
+_FLAGS = {"BY_HAND": not COMPILED, "SIDE": _SIDE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +216,11 @@ def tiles(
     across = along
     if both:
         across = Operand(x.new_empty((c, q), dtype=torch.uint8), x.new_empty((high, c), dtype=torch.float32).T)
-    tiles_kernel[high, wide](
-        x, along.codes, along.scale, across.codes, across.scale, n, q, c, x.stride(0), COLUMNS=columns, POW2=pow2,
-        BY_HAND=not COMPILED, SIDE=_SIDE, PART=32 if both else 64, num_warps=4,
-    )  # fmt: skip
+    flags = {"COLUMNS": columns, "POW2": pow2, "PART": 32 if both else 64, **_FLAGS}
+    with torch.cuda.device_of(x):
+        tiles_kernel[high, wide](
+            x, along.codes, along.scale, across.codes, across.scale, n, q, c, x.stride(0), **flags, num_warps=4
+        )
     return along, across
 
 
@@ -229,40 +232,48 @@ def blocks(w: Tensor, pow2: bool, turned: bool = False) -> Operand:
     fill = w.new_zeros if inner % 4 else w.new_empty
     scale = fill((outer, -(-inner // 4) * 4), dtype=torch.float32)
     codes = w.new_empty((c, r) if turned else (r, c), dtype=torch.uint8)
-    flags = {"TURNED": turned, "POW2": pow2, "BY_HAND": not COMPILED, "SIDE": _SIDE}
-    blocks_kernel[high, wide](w, codes, scale, r, c, w.stride(0), scale.shape[1], **flags, num_warps=8)
+    flags = {"TURNED": turned, "POW2": pow2, **_FLAGS}
+    with torch.cuda.device_of(w):
+        blocks_kernel[high, wide](w, codes, scale, r, c, w.stride(0), scale.shape[1], **flags, num_warps=8)
     return Operand(codes, scale.T, blocks=True)
 
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """a (M, K) times b (N, K) turned -> (M, N) of ``dtype``, summed in float32. Only b may be in blocks."""
-    if _cublas_has_it(a.codes.device) and not any(s % 16 for s in (*a.codes.shape, len(b.codes))):
-        from torch.nn.functional import ScalingType, scaled_mm
-
-        e4m3_, kind = torch.float8_e4m3fn, (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
-        x, y = a.codes.view(e4m3_), b.codes.view(e4m3_).T
-        return scaled_mm(x, y, a.scale, kind[0], b.scale, kind[b.blocks], output_dtype=dtype)
+    assert not a.blocks
+    if by_cublas(a.codes.device) and not any(s % 16 for s in (*a.codes.shape, len(b.codes))):
+        return _by_cublas(a, b, dtype)
     (m, k), n = a.codes.shape, len(b.codes)
     out = a.codes.new_empty((m, n), dtype=dtype)
-    flags = {"BLOCKS": b.blocks, "BY_HAND": not COMPILED, "SIDE": _SIDE}
     grid = (-(-m // _SIDE), -(-n // _SIDE))
-    product_kernel[grid](a.codes, b.codes, a.scale, b.scale, out, m, n, k, len(b.scale), **flags, num_warps=8)
+    with torch.cuda.device_of(out):
+        product_kernel[grid](
+            a.codes, b.codes, a.scale, b.scale, out, m, n, k, len(b.scale), BLOCKS=b.blocks, **_FLAGS, num_warps=8
+        )
     return out
 
 
+def _by_cublas(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    from torch.nn.functional import ScalingType, scaled_mm  # not in every torch
+
+    kind = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    x, y = a.codes.view(torch.float8_e4m3fn), b.codes.view(torch.float8_e4m3fn).T
+    return scaled_mm(x, y, a.scale, kind[0], b.scale, kind[b.blocks], output_dtype=dtype)
+
+
 @cache
-def _cublas_has_it(device: torch.device) -> bool:
-    """Tried, on a small product: the versions of torch and cuBLAS that have it are not all known."""
+def by_cublas(device: torch.device) -> bool:
+    """Whether products go to cuBLAS: on compute capability 9 (Hopper), where small ones do, which is tried; a warning
+    says why not. Ours is slower than bfloat16 is there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     one = torch.ones(128, 128, device=device)
-    x, y = tiles(one, True)[0], blocks(one, True)
+    x = tiles(one, True)[0]
     try:
-        from torch.nn.functional import ScalingType, scaled_mm
-
-        kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        codes = (o.codes.view(torch.float8_e4m3fn) for o in (x, y))
-        scaled_mm(next(codes), next(codes).T, x.scale, kinds[0], y.scale, kinds[1])
-    except (ImportError, RuntimeError, ValueError, NotImplementedError):
+        for y in (blocks(one, True), x):
+            _by_cublas(x, y, torch.bfloat16)
+    except (ImportError, RuntimeError, ValueError) as error:
+        told = (str(error).strip() or repr(error)).splitlines()[0]
+        warnings.warn(f"cuBLAS multiplies no fp8 blocks on {device} ({told}); a slower kernel does", stacklevel=2)
         return False
     return True

@@ -60,8 +60,9 @@ class Scheme:
     @property
     def of_tensor_cores(self) -> bool:
         """Whether ``quant/kernels.py`` has it."""
-        formats = self.activation, self.weight, self.gradient
-        return self.cached and [f.tile for f in formats] == [(1, 128), (128, 128), (1, 128)]
+        formats = [f.name for f in (self.activation, self.weight, self.gradient)]
+        known = [[f"fp8_act{p}", f"fp8_block{p}", f"fp8_act{p}"] for p in ("", "_pow2")]
+        return self.cached and not self.noisy and formats in known
 
     @property
     def pow2(self) -> bool:
@@ -97,20 +98,26 @@ def is_router(name: str) -> bool:
 
 
 class Seen:
-    """The codes of the tensor that was coded last: query, key and value read the same one, which is coded once."""
+    """The codes of the tensor that was coded last: query, key and value read the same one, which is coded once.
+
+    It goes by the tensor and its version: what is written past autograd (``x.data``, a shared array) is not seen.
+    """
 
     _last: tuple[weakref.ref[Tensor], tuple[int, bool], Any] | None = None
 
     def __init__(self, code: Callable[[Tensor], Any]):
         self._code = code
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_code": self._code}  # a copy sees for itself
+
     def coded(self, x: Tensor) -> Any:
         """What ``code`` makes of x as rows (N, features)."""
         if x.is_inference():  # which does not tell whether it was written to
-            return self._code(x.flatten(0, -2))
+            return self._code(x.reshape(-1, x.shape[-1]))
         now = x._version, torch.is_grad_enabled()
         if self._last is None or self._last[0]() is not x or self._last[1] != now:
-            self._last = weakref.ref(x, self._forget), now, self._code(x.detach().flatten(0, -2))
+            self._last = weakref.ref(x, self._forget), now, self._code(x.detach().reshape(-1, x.shape[-1]))
         return self._last[2]
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
@@ -130,45 +137,70 @@ class LowLinear(nn.Linear):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
         product = _OnTensorCores if on_tensor_cores(self.scheme, device) else _Emulated
-        x, rows = self.seen.coded(input), input.flatten(0, -2)
-        return product.apply(rows, self.weight, self.bias, x, self.scheme, dtype).view(*input.shape[:-1], -1)
+        x, rows = self.seen.coded(input), input.reshape(-1, input.shape[-1])
+        out = product.apply(rows, self.weight, self.bias, x, self.scheme, dtype)
+        return out.view(*input.shape[:-1], self.out_features)
 
 
 def on_tensor_cores(scheme: Scheme, device: torch.device) -> bool:
     """Whether a device's tensor cores compute by ``scheme``, rather than an emulation of them."""
-    return kernels is not None and scheme.of_tensor_cores and kernels.runs_on(device) and _agree(device, scheme.pow2)
+    return kernels is not None and scheme.of_tensor_cores and kernels.runs_on(device) and agree(device)
 
 
 @cache
-def _agree(device: torch.device, pow2: bool) -> bool:
-    """Whether the kernels make there the codes that they should: compilers differ."""
-    along = FORMATS["fp8_act_pow2" if pow2 else "fp8_act"]
-    block = FORMATS["fp8_block_pow2" if pow2 else "fp8_block"]
-    x = torch.randn(2, 200, 272, generator=torch.Generator().manual_seed(0)).prod(0).to(device)
+def agree(device: torch.device) -> bool:
+    """Whether the kernels make there the codes and products that they should: compilers differ."""
     try:
-        made = [*kernels.tiles(x, pow2, "of numbers"), kernels.tiles(x, pow2, "of codes")[1]]
-        made += [kernels.blocks(x, pow2), kernels.blocks(x, pow2, turned=True)]
+        wrong = _differs(torch.randn(2, 200, 272, generator=torch.Generator().manual_seed(0)).prod(0).to(device))
     except Exception as error:  # no C compiler, too old a Triton: whatever it is, the emulation does the same
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-    else:
-        want = encode(x, along), encode(x, _along_rows(along)), encode(decode(encode(x, along)), _along_rows(along))
-        codes = [want[0].codes, want[1].codes.T, want[2].codes.T, encode(x, block).codes, encode(x, block).codes.T]
-        if all(torch.equal(m.codes[: c.shape[0], : c.shape[1]], c) for m, c in zip(made, codes, strict=True)):
-            return True
-        reason = "its casts are not those of the formats"
-    warnings.warn(f"fp8 products are emulated on {device}, which is slow: Triton ({reason})", stacklevel=2)
-    return False
+        wrong = (str(error).strip() or repr(error)).splitlines()[0]
+    if wrong:
+        told = f"Triton does not make fp8 products on {device} ({wrong}); they are emulated, which is slow"
+        warnings.warn(f"{told}; try another version of Triton, or train.precision=full", stacklevel=2)
+    return not wrong
+
+
+def _differs(x: Tensor) -> str | None:
+    """What the kernels make of x that is not what the formats make of it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = x.to(dtype)
+        for pow2, suffix in ((True, "_pow2"), (False, "")):
+            along, block = FORMATS[f"fp8_act{suffix}"], encode(x, FORMATS[f"fp8_block{suffix}"])
+            rows, columns = encode(x, along), encode(x, _along_rows(along))
+            again = encode(decode(rows), _along_rows(along))
+            plain, turned = kernels.blocks(x, pow2), kernels.blocks(x, pow2, turned=True)
+            for what, made, codes, scale in (
+                ("tiles", kernels.tiles(x, pow2)[0], rows.codes, rows.scale),
+                ("tiles along columns", kernels.tiles(x, pow2, "of numbers")[1], columns.codes.T, columns.scale.T),
+                ("tiles of codes", kernels.tiles(x, pow2, "of codes")[1], again.codes.T, again.scale.T),
+                ("blocks", plain, block.codes, block.scale.T),
+                ("turned blocks", turned, block.codes.T, block.scale),
+            ):
+                same = torch.equal(made.codes[: codes.shape[0], : codes.shape[1]], codes)
+                if not same or not torch.equal(made.scale[: scale.shape[0], : scale.shape[1]], scale):
+                    return f"its {what} are not those of the formats"
+            got = kernels.product(kernels.tiles(x, pow2)[0], plain, torch.float32)[: len(x)]
+            want = decode(rows) @ decode(block).T
+            if not bool((got - want).norm() < 1e-3 * want.norm()):
+                return "its products are not those of the codes"
+    return None
+
+
+@dataclass(frozen=True)
+class _Coder:
+    """What a LowLinear of ``scheme`` keeps of what it reads."""
+
+    scheme: Scheme
+
+    def __call__(self, rows: Tensor) -> Any:
+        if on_tensor_cores(self.scheme, rows.device):
+            return kernels.tiles(rows, self.scheme.pow2, "of codes" if torch.is_grad_enabled() else "none")
+        return encode(rows, self.scheme.activation)
 
 
 def compute_by(scheme: Scheme, *layers: nn.Linear) -> None:
     """Make Linears LowLinears, in place."""
-
-    def code(rows: Tensor) -> Any:
-        if on_tensor_cores(scheme, rows.device):
-            return kernels.tiles(rows, scheme.pow2, "of codes" if torch.is_grad_enabled() else "none")
-        return encode(rows, scheme.activation)
-
-    seen = Seen(code)
+    seen = Seen(_Coder(scheme))
     for layer in layers:
         layer.__class__, layer.scheme, layer.seen = LowLinear, scheme, seen  # type: ignore[assignment]
 
@@ -209,7 +241,8 @@ class _OnTensorCores(torch.autograd.Function):
     ) -> Tensor:
         rows, columns = x
         ctx.pow2, ctx.dtype, ctx.rows = scheme.pow2, x_NI.dtype, len(x_NI)
-        ctx.save_for_backward(columns.codes, columns.scale, weight_OI)
+        kept = (columns.codes, columns.scale) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*kept, weight_OI)
         out = kernels.product(rows, kernels.blocks(weight_OI, scheme.pow2), dtype)[: len(x_NI)]
         return out if bias is None else out + bias.to(dtype)
 

@@ -12,6 +12,7 @@ from torch import nn
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.quant.experts import take_apart
 from pennyweight.quant.export import formats_of, linears_of
+from pennyweight.quant.footprint import near_divisor
 from pennyweight.quant.formats import Format
 from pennyweight.quant.sensitivity import Costs, cheapest
 
@@ -24,7 +25,8 @@ IN_A_MIXTURE = {
     "int4 in double groups": ("int4", 2.0),
     "int3": ("int3", 1.0),
 }
-"""What each Linear may get in a mixture: a format, and its group as a share of the one asked for."""
+"""What each Linear may get in a mixture: a format, and its group as a share of the one asked for, where that divides
+its width."""
 
 
 def candidates(
@@ -43,8 +45,15 @@ def candidates(
             f"a {type(model).__name__} is a mixture of experts, of which transformers opens copies in one format only; "
             "give a --format other than mixed"
         )
-    of = {label: formats_of(model, fmt, max(1, int(share * group)), layout) for label, (fmt, share) in labels.items()}
-    return {name: {label: of[label][name] for label in labels if name in of[label]} for name in linears_of(model)}
+    of = {label: formats_of(model, fmt, group, layout) for label, (fmt, share) in labels.items() if share == 1.0}
+    found = {name: {label: f[name] for label, f in of.items() if name in f} for name in linears_of(model)}
+    for label, (fmt, share) in labels.items():
+        for name, m in linears_of(model).items() if share != 1.0 else ():
+            like = found[name].get(fmt)
+            wide = like and near_divisor(m.in_features, max(1, int(share * group)))
+            if like and wide and wide != like.tile[1]:
+                found[name][label] = like.grouped(wide)
+    return found
 
 
 def planned(

@@ -31,10 +31,11 @@ def for_scoring(model: Any, precision: str) -> tuple[Any, Head]:
 
     The given model is not changed, and is itself returned where it has that precision already. A copy is in evaluation
     mode, for use outside autocast, and shares what need not differ: int8 and fp8 add one byte for each weight of a
-    Linear, bfloat16 two for each parameter. Its embedding and output layer are not coded; the head is, in int8.
+    Linear, bfloat16 two for each parameter. Its embedding, output layer and routers are not coded; the head is, in
+    int8. Whether fp8 is faster depends on the widths: at 2,048 and below it may not be.
 
     Raises:
-        RecipeError: no such precision, or int8 or fp8 where it would not be faster.
+        RecipeError: no such precision, or int8 or fp8 on a device that has no fast products of it.
         ModelError: int8 or fp8, and the model is a low-bit copy already or has no layer that could be coded.
     """
     check_scoring(model, precision)
@@ -58,9 +59,9 @@ def check_scoring(model: Any, precision: str) -> None:
             "scoring in int8 runs on CPUs with int8 instructions (AVX-512 VNNI) only, "
             f"not on this {model.device.type}; leave targets.precision at auto"
         )
-    if precision == "fp8" and not on_tensor_cores(SCHEMES["fp8"], model.device):
+    if precision == "fp8" and not (on_tensor_cores(SCHEMES["fp8"], model.device) and kernels.by_cublas(model.device)):
         raise RecipeError(
-            "scoring in fp8 runs with Triton on NVIDIA GPUs with fp8 tensor cores (compute capability 8.9 on) only, "
+            "scoring in fp8 runs on NVIDIA Hopper GPUs with Triton and a cuBLAS that multiplies fp8 blocks only, "
             f"not on this {model.device.type}; leave targets.precision at auto"
         )
 

@@ -28,7 +28,7 @@ ENTROPY_STEP = 1 / 16
 class Keep:
     """What to keep: ``sampled`` with a threshold, ``top_k`` with k, or the last ``hidden`` states; at a temperature.
 
-    ``precision`` is that of the forward pass that makes it: as the run computes, float32, bfloat16 or int8.
+    ``precision`` is that of the forward pass that makes it: as the run computes, float32, bfloat16, int8 or fp8.
     """
 
     kind: str = "sampled"
