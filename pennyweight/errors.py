@@ -101,3 +101,10 @@ def _of_the_system(e: OSError) -> str:
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write or read{where} ({e.strerror}); choose another --out, or change its permissions"
     return f"the system refused{where}: {e.strerror or e}; check the path, then run the same command again"
+
+
+def first_line(e: Exception) -> str:
+    """The first line of what an exception says, at most 200 characters of it."""
+    if isinstance(e, KeyError):
+        return f"{e} is missing in it"
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]

@@ -144,7 +144,7 @@ def test_activations_of_other_architectures(name):
     config = MODELS[name]()
     for way in WAYS[:4]:
         if not way.fp8 or "gpt2" not in name:
-            assert abs(off(config, way, 192)) < 0.03 < ACCURACY, way.name
+            assert abs(off(config, way, 192)) < (0.005 if name == "mixtral" else 0.03) < ACCURACY, way.name
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: w.name)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pennyweight.errors import first_line
 from pennyweight.loss.divergence import DIVERGENCES, Divergence, sums_of_rows
 
 try:
@@ -73,7 +74,7 @@ def available(device: torch.device) -> bool:
         one = torch.zeros(1, device=device)
         text_(torch.zeros((1, 8), device=device), Text(one.long(), one))
     except Exception as error:  # no C compiler, too old a chip: whatever it is, the eager loss does the same
-        told = (str(error).strip() or repr(error)).splitlines()[0]
+        told = first_line(error)
         warnings.warn(f"Triton does not run on {device} ({told}); the loss works without, but slower", stacklevel=2)
         return False
     return True

@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
-from pennyweight.errors import ModelError
+from pennyweight.errors import ModelError, first_line
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.head import check_head
 from pennyweight.model.loaded import Loaded
@@ -212,7 +212,7 @@ def _config(folder: Path, path: str, trust_remote_code: bool) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
         raise ModelError(
-            f"transformers does not understand {file}: {_line(e)}; check it, or update transformers"
+            f"transformers does not understand {file}: {first_line(e)}; check it, or update transformers"
         ) from None
 
 
@@ -254,7 +254,8 @@ def _check_readable(file: Path) -> None:
         with safe_open(file, framework="pt") as f:
             f.keys()
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{file} is not a whole safetensors file ({_line(e)}); copy or download it again") from None
+        told = first_line(e)
+        raise ModelError(f"{file} is not a whole safetensors file ({told}); copy or download it again") from None
 
 
 def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
@@ -270,7 +271,7 @@ def _open_model(folder: Path, path: str, dtype: torch.dtype | None, trust_remote
         )
     except Exception as e:
         raise ModelError(
-            f"transformers could not open {path} as a causal language model: {_line(e)}; check the folder"
+            f"transformers could not open {path} as a causal language model: {first_line(e)}; check the folder"
         ) from None
     model, info = opened
     missing = sorted(info.get("missing_keys") or ()) + sorted(str(k) for k in info.get("mismatched_keys") or ())
@@ -304,14 +305,7 @@ def _open_tokenizer(folder: Path, path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ModelError(f"the tokenizer of {path} cannot be opened: {_line(e)}; copy its files again") from None
-
-
-def _line(e: Exception) -> str:
-    """The first line of an error, short."""
-    if isinstance(e, KeyError):
-        return f"{e} is missing in it"
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise ModelError(f"the tokenizer of {path} cannot be opened: {first_line(e)}; copy its files again") from None
 
 
 @contextmanager

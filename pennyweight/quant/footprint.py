@@ -40,9 +40,11 @@ def stored_bytes(fmt: str, rows: int, columns: int, group: int = 32, scale: int 
     """
     bits, (high, wide), of_scale, over_all = _STORED[fmt]
     of_scale = scale or of_scale
-    if wide <= 0:
-        codes = rows * (columns if wide == _ROW else math.ceil(columns * bits / 32) * 4)  # integers in whole words
-        wide = columns if wide == _ROW else near_divisor(columns, group) or columns
+    if wide == 0:  # integers
+        wide = near_divisor(columns, group) or columns
+        codes = rows * math.ceil(columns * bits / 32) * 4  # each row in whole words
+    elif wide == _ROW:
+        wide, codes = columns, rows * columns * bits // 8
     elif rows % high or columns % wide:
         return None
     else:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.errors import first_line
 from pennyweight.quant.formats import (
     E4M3,
     FORMATS,
@@ -153,7 +154,7 @@ def agree(device: torch.device) -> bool:
     try:
         wrong = _differs(torch.randn(2, 200, 272, generator=torch.Generator().manual_seed(0)).prod(0).to(device))
     except Exception as error:  # no C compiler, too old a Triton: whatever it is, the emulation does the same
-        wrong = (str(error).strip() or repr(error)).splitlines()[0]
+        wrong = first_line(error)
     if wrong:
         told = f"Triton does not make fp8 products on {device} ({wrong}); they are emulated, which is slow"
         warnings.warn(f"{told}; try another version of Triton, or train.precision=full", stacklevel=2)
