@@ -1,14 +1,14 @@
 """Training in fp8, emulated on a CPU: error of every product, bytes kept for the backward pass, and the loss.
 
-    python -m benchmarks.fp8 [products|training ...]
+    python -m benchmarks.fp8 [products|training|fresh ...]
 
 products: 1,024 x 1,024 x 1,024; Gaussian operands, and ones with three outlier channels (x 100) and gradients that
 differ between tokens by orders of magnitude. Signal to noise in dB against float64, of the whole product and, for the
 input gradient, of its worst row. "blocks" has gradients in blocks of 128 x 128: the design that diverged in
 DeepSeek-V3's trials.
 
-training: 150 steps, 3 seeds, of stories260K cut to 2 layers on its own samples, and of the quickstart's teacher from
-nothing. Loss gap: mean loss of the second half of the steps over that of bfloat16 on the same seed, same data order.
+training: 150 steps, 3 seeds, of stories260K cut to 2 layers on its own samples; fresh: of the quickstart's teacher
+from nothing. Loss gap: mean loss of the second half of the steps over that of bfloat16 on the same seed, same data order.
 float32 beside it says how far two runs part that differ in rounding only. A forward pass in fp8 costs a model something
 whether it was trained in it or not, a small one more; so the weights that came out are also read in bfloat16, on the
 batches of eight steps more: that gap is what training itself was made worse by.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -181,31 +181,36 @@ def training(bars: Bars) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = ["train.steps=1", "quantize.formats=[]", "evaluate.samples=0", "data.source.count=1200"]
         pennyweight.distill(str(real("stories260K")), cut="layers=2", seeds=1, settings=settings, out=folder)
-        cases = {"stories260K": lambda seed: cut_from_a_real_one(folder, seed), "quickstart_teacher": from_nothing}
-        heads = f"{'mean loss':>10} {'gap to bfloat16, %':>19} {'least':>8} {'most':>8} {'read in bfloat16':>17}"
-        print(f"\n{'model':<19} {'computes in':<12} {heads} {'gap, %':>7}")
-        for name, make in cases.items():
-            half: dict[str, list[float]] = {}
-            after: dict[str, list[float]] = {}
-            ways: dict[str, Scheme | None] = {"bfloat16": None, "float32": None, **SCHEMES}
-            for way, scheme in ways.items():
-                for seed in range(SEEDS):
-                    found = losses(make(seed), scheme, "float32" if way == "float32" else "bfloat16")
-                    half.setdefault(way, []).append(found[0])
-                    after.setdefault(way, []).append(found[1])
-                gaps, left = (
-                    [100 * (a / b - 1) for a, b in zip(x[way], x["bfloat16"], strict=True)] for x in (half, after)
-                )
-                cells = f"{mean(half[way]):>10.4f} {mean(gaps):>+19.3f} {min(gaps):>+8.3f} {max(gaps):>+8.3f}"
-                cells += f" {mean(after[way]):>17.4f} {mean(left):>+7.3f}"
-                print(f"{name:<19} {way:<12} {cells}", flush=True)
-                if way == "fp8":
-                    bars.check(f"fp8.{name}.loss_gap_percent", mean(gaps), "<=0.1", mean(gaps) <= 0.1)
-                    bars.check(f"fp8.{name}.gap_read_in_bfloat16_percent", mean(left), "<=0.1", mean(left) <= 0.1)
+        compared(bars, "stories260K", lambda seed: cut_from_a_real_one(folder, seed), SCHEMES)
+
+
+def fresh(bars: Bars) -> None:
+    compared(bars, "quickstart_teacher", from_nothing, {"fp8": SCHEMES["fp8"]})
+
+
+def compared(bars: Bars, name: str, make: Callable[[int], Any], schemes: Mapping[str, Scheme]) -> None:
+    """A model trained in bfloat16, in float32 and by each of ``schemes``, seed by seed."""
+    heads = f"{'mean loss':>10} {'gap to bfloat16, %':>19} {'least':>8} {'most':>8} {'read in bfloat16':>17}"
+    print(f"\n{'model':<19} {'computes in':<12} {heads} {'gap, %':>7}")
+    half: dict[str, list[float]] = {}
+    after: dict[str, list[float]] = {}
+    ways: dict[str, Scheme | None] = {"bfloat16": None, "float32": None, **schemes}
+    for way, scheme in ways.items():
+        for seed in range(SEEDS):
+            found = losses(make(seed), scheme, "float32" if way == "float32" else "bfloat16")
+            half.setdefault(way, []).append(found[0])
+            after.setdefault(way, []).append(found[1])
+        gaps, left = ([100 * (a / b - 1) for a, b in zip(x[way], x["bfloat16"], strict=True)] for x in (half, after))
+        cells = f"{mean(half[way]):>10.4f} {mean(gaps):>+19.3f} {min(gaps):>+8.3f} {max(gaps):>+8.3f}"
+        cells += f" {mean(after[way]):>17.4f} {mean(left):>+7.3f}"
+        print(f"{name:<19} {way:<12} {cells}", flush=True)
+        if way == "fp8":
+            bars.check(f"fp8.{name}.loss_gap_percent", mean(gaps), "<=0.1", mean(gaps) <= 0.1)
+            bars.check(f"fp8.{name}.gap_read_in_bfloat16_percent", mean(left), "<=0.1", mean(left) <= 0.1)
 
 
 def main(*parts: str) -> None:
-    known: dict[str, Callable[[Bars], None]] = {"products": products, "training": training}
+    known: dict[str, Callable[[Bars], None]] = {"products": products, "training": training, "fresh": fresh}
     torch.set_num_threads(1)
     run_parts(known, parts)
 
