@@ -7,8 +7,8 @@ differ between tokens by orders of magnitude. Signal to noise in dB against floa
 input gradient, of its worst row. "blocks" has gradients in blocks of 128 x 128: the design that diverged in
 DeepSeek-V3's trials.
 
-training: 150 steps, 3 seeds, of stories260K cut to 2 layers on its own samples; fresh: of the quickstart's teacher
-from nothing. Loss gap: mean loss of the second half of the steps over that of bfloat16 on the same seed, same data order.
+training: 150 steps, 3 seeds, of stories260K cut to 2 layers on its own samples; fresh: of the quickstart's teacher from
+nothing. Loss gap: mean loss of the second half of the steps over that of bfloat16 on the same seed, same data order.
 float32 beside it says how far two runs part that differ in rounding only. A forward pass in fp8 costs a model something
 whether it was trained in it or not, a small one more; so the weights that came out are also read in bfloat16, on the
 batches of eight steps more: that gap is what training itself was made worse by.
