@@ -30,13 +30,21 @@ def run(*command: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
-@needs_triton
-@pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreter", "gpu"])
-def test_the_kernels_are_right(interpret):
+on_both = pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreter", "gpu"])
+
+
+def run_checks(file: str, interpret: str) -> None:
+    """A file of this folder's tests, under Triton's interpreter ("1") or on a GPU ("0")."""
     if interpret == "0" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     quiet = ("-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
-    run("-m", "pytest", *quiet, str(HERE / "fused_checks.py"), TRITON_INTERPRET=interpret)
+    run("-m", "pytest", *quiet, str(HERE / file), TRITON_INTERPRET=interpret)
+
+
+@needs_triton
+@on_both
+def test_the_kernels_are_right(interpret):
+    run_checks("fused_checks.py", interpret)
 
 
 def test_without_triton_there_is_only_the_eager_loss():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
-from test_loss_fused import HERE, needs_triton, run
+from test_loss_fused import needs_triton, on_both, run, run_checks
 
 SHARED = {"SIDE": 128, "BY_HAND": False}
 FLAGS = {
@@ -25,12 +24,9 @@ POINTERS = {
 
 
 @needs_triton
-@pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreter", "gpu"])
+@on_both
 def test_the_kernels_are_right(interpret):
-    if interpret == "0" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    quiet = ("-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
-    run("-m", "pytest", *quiet, str(HERE / "tile_checks.py"), TRITON_INTERPRET=interpret)
+    run_checks("tile_checks.py", interpret)
 
 
 def test_without_triton_products_are_emulated():
