@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from benchmarks.bars import Bars, machine, real
 from benchmarks.exports import coded_for_gguf
+from pennyweight.model.cache import cache_argument
 from pennyweight.model.load import load, save
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.gguf_file import write_gguf
@@ -51,7 +52,7 @@ def by_torch(model: Any) -> Callable[[list[int]], None]:
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([prompt])
         for _ in range(NEW):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
 
     return decode

@@ -247,9 +247,9 @@ def test_the_kv_cache_is_what_transformers_keeps(name):
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     for length in (6, 7):  # below their windows of 8, of which transformers keeps one less
         with torch.no_grad():
-            cache = model(torch.randint(0, V, (3, length)), use_cache=True).past_key_values
-            low = low_cache(config, "fp8")
-            model(torch.randint(0, V, (3, length)), use_cache=True, **{cache_argument(model): low})
+            cache, low = tf.DynamicCache(config=config), low_cache(config, "fp8")
+            for one in (cache, low):
+                model(torch.randint(0, V, (3, length)), use_cache=True, **{cache_argument(model): one})
         assert cache_bytes(shapes(config), 3, length, 16) == bytes_of(cache) / 2  # which is in float32
         assert cache_bytes(shapes(config), 3, length, 8) == bytes_of(low)
     assert cache_bytes(shapes(config), 3, 100, 16) <= 100 / 7 * cache_bytes(shapes(config), 3, 7, 16)
