@@ -241,9 +241,11 @@ def blocks(w: Tensor, pow2: bool, turned: bool = False) -> Operand:
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """a (M, K) times b (N, K) turned -> (M, N) of ``dtype``, summed in float32. Only b may be in blocks."""
     assert not a.blocks
-    if by_cublas(a.codes.device) and not any(s % 16 for s in (*a.codes.shape, len(b.codes))):
-        return _by_cublas(a, b, dtype)
     (m, k), n = a.codes.shape, len(b.codes)
+    if not m * k:
+        return a.codes.new_zeros((m, n), dtype=dtype)
+    if by_cublas(a.codes.device) and not any(s % 16 for s in (m, k, n)):
+        return _by_cublas(a, b, dtype)
     out = a.codes.new_empty((m, n), dtype=dtype)
     grid = (-(-m // _SIDE), -(-n // _SIDE))
     with torch.cuda.device_of(out):

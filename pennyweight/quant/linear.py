@@ -181,7 +181,7 @@ def _differs(x: Tensor) -> str | None:
                 if not same or not torch.equal(made.scale[: scale.shape[0], : scale.shape[1]], scale):
                     return f"its {what} are not those of the formats"
             got = kernels.product(kernels.tiles(x, pow2)[0], plain, torch.float32)[: len(x)]
-            want = decode(rows) @ decode(block).T
+            want = _multiply(decode(rows), decode(block).T, torch.float32)
             if not bool((got - want).norm() < 1e-3 * want.norm()):
                 return "its products are not those of the codes"
     return None
