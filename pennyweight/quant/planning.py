@@ -46,12 +46,13 @@ def candidates(
             "give a --format other than mixed"
         )
     of = {label: formats_of(model, fmt, group, layout) for label, (fmt, share) in labels.items() if share == 1.0}
-    found = {name: {label: f[name] for label, f in of.items() if name in f} for name in linears_of(model)}
-    for label, (fmt, share) in labels.items():
-        for name, m in linears_of(model).items() if share != 1.0 else ():
-            like = found[name].get(fmt)
-            wide = like and near_divisor(m.in_features, max(1, int(share * group)))
-            if like and wide and wide != like.tile[1]:
+    linears = linears_of(model)
+    found = {name: {label: f[name] for label, f in of.items() if name in f} for name in linears}
+    others = [(label, fmt, max(1, int(share * group))) for label, (fmt, share) in labels.items() if share != 1.0]
+    for label, fmt, near in others:
+        for name, like in of[fmt].items():
+            wide = near_divisor(linears[name].in_features, near)
+            if wide and wide != like.tile[1]:
                 found[name][label] = like.grouped(wide)
     return found
 
