@@ -39,10 +39,11 @@ from pennyweight.quant.parity import check_same
 from pennyweight.quant.planning import IN_A_MIXTURE, bytes_of, candidates, planned
 from pennyweight.quant.recovery import low_bit
 from pennyweight.quant.sensitivity import costs
-from pennyweight.recipe import FileData, Responses, Schedule, TeacherSamples, Tripwires
+from pennyweight.recipe import FileData, Responses, TeacherSamples
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Interval
 from pennyweight.run_folder import write_json
+from pennyweight.settings import Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train

@@ -90,6 +90,7 @@ def test_every_public_function_and_class_says_what_it_is():
     "module",
     [
         "recipe",
+        "settings",
         "plan.memory",
         "ledger.store",
         "ledger.environment",

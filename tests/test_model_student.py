@@ -10,7 +10,8 @@ from pennyweight.errors import RecipeError
 from pennyweight.model.head import check_head
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.model.tokenizer import train_tokenizer
-from pennyweight.recipe import CutStudent, Shape
+from pennyweight.recipe import CutStudent
+from pennyweight.settings import Shape
 
 
 def logits(model, ids):

@@ -289,7 +289,7 @@ def test_what_cannot_be_done_is_left_out_and_said():
 
 
 def test_the_settings_are_a_recipes():
-    from pennyweight.recipe import Compute, Schedule
+    from pennyweight.settings import Compute, Schedule
 
     tables = {"compute": Compute, "train": Schedule}
     for way in WAYS:

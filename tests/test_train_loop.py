@@ -13,8 +13,8 @@ from pennyweight.loss.signals import Dense
 from pennyweight.model.device import choose
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.projection import attach, detach
-from pennyweight.recipe import Schedule, Tripwires
 from pennyweight.records import Encoded
+from pennyweight.settings import Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import batch_loss, train
 

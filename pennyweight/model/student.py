@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight.errors import RecipeError
 from pennyweight.model.loaded import blocks_of, refuse_low_bit
-from pennyweight.recipe import CutStudent, Shape
+from pennyweight.recipe import CutStudent
+from pennyweight.settings import Shape
 
 
 def from_shape(

@@ -28,8 +28,9 @@ from pennyweight.quant.export import storage_dtype
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.learned import RoundedLinear, rounded_once
 from pennyweight.quant.rounding import Recovery, coded_for_storage
-from pennyweight.recipe import KdMethod, SampledTargets, Schedule
+from pennyweight.recipe import KdMethod, SampledTargets
 from pennyweight.records import Encoded
+from pennyweight.settings import Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep

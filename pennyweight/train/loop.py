@@ -21,7 +21,7 @@ from pennyweight.loss.divergence import hidden_error
 from pennyweight.model.device import Compute
 from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.projection import projected
-from pennyweight.recipe import Schedule, Tripwires
+from pennyweight.settings import Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.optim import adamw, lr_at
 from pennyweight.train.tripwire import Tripwire

@@ -1,0 +1,107 @@
+"""Settings that name neither a teacher nor data: where to compute, how big, how to train, round and measure.
+
+``recipe.py`` puts them together with the rest. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Base of every table of a recipe: unknown keys refused, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Compute(Settings):
+    """Where and in which precision to compute."""
+
+    device: str = Field(default="auto", description="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="arithmetic of training and teacher: auto is bfloat16 where the processor has it"
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 is one per core")
+
+
+class Shape(Settings):
+    """Size of a Llama-architecture model made from nothing."""
+
+    hidden: int = Field(ge=8)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1, description="default: as many as heads")
+    intermediate: int = Field(ge=8)
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> Shape:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden={self.hidden} must be heads={self.heads} times an even head width")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        return self
+
+
+class Schedule(Settings):
+    """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
+
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=32, ge=1, le=1_000_000, description="samples per step, over all micro-batches")
+    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; default: the whole batch")
+    pack: bool = Field(default=False, description="several samples in one row of `context` tokens, blind to each other")
+    lr: float = Field(default=1e-3, gt=0)
+    shape: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of the steps that decay, at the end")
+    floor: float = Field(default=0.02, ge=0, le=1, description="last learning rate as a share of the highest")
+    weight_decay: float = Field(default=0.05, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    precision: Literal["full", "fp8", "fp8_v3", "fp8_tensor", "mxfp8", "nvfp4"] = Field(
+        default="full", description="of Linears' products and kept inputs; full: compute.dtype"
+    )
+    moments: Literal["float32", "bfloat16", "fp8"] = Field(default="float32", description="the optimizer's, as stored")
+    weights: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: rounded stochastically")
+    checkpoint_every: int = Field(default=100, ge=1, description="steps")
+
+
+class Tripwires(Settings):
+    """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
+
+    loss_spike: float = Field(default=3.0, gt=1, description="loss above this many times its running mean")
+    entropy_low: float = Field(default=0.02, ge=0, description="entropy below this share of the cross-entropy")
+    entropy_high: float = Field(default=50.0, gt=1, description="entropy above this many times the cross-entropy")
+    patience: int = Field(default=5, ge=1)
+
+
+LowBit = Literal["int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4"]
+
+
+class Quantize(Settings):
+    """Low-bit copies of the student."""
+
+    formats: list[LowBit] = Field(default_factory=lambda: ["int8", "int4"])
+    group: int = Field(default=32, ge=8, description="weights that share a scale, where a format leaves that open")
+    method: Literal["absmax", "nearest", "awq", "gptq"] = Field(
+        default="gptq", description="gptq makes up for each rounding by the next"
+    )
+    recover: float = Field(default=0.1, ge=0, le=1, description="share of train.steps that copies below 8 bits learn")
+    lr: float | None = Field(default=None, gt=0, description="of the recovery; default: by the step of the codes")
+
+
+class Evaluate(Settings):
+    """What is measured on held-out samples."""
+
+    problems: int = Field(default=300, ge=1, description="held-out problems with a verifier, at most")
+    samples: int = Field(default=4, ge=0, description="samples per problem for pass@k; 0 leaves pass@k out")
+    temperature: float = Field(default=1.0, gt=0, description="of the pass@k samples")
+    max_tokens: int = Field(default=256, ge=1)
+    text: str | None = Field(default=None, description="a text file for bits per byte; default: the held-out samples")
+    shown: int = Field(default=4, ge=0, description="sample outputs shown side by side in the report")
