@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from architectures import MAKERS, V, make
 
 from pennyweight.errors import DataError
-from pennyweight.model.generate import _pick, generate, stream
+from pennyweight.model.cache import AnyRows, prefilled, whole_cache
+from pennyweight.model.generate import generate, stream
+from pennyweight.model.llama import LlamaRows
+from pennyweight.model.sampling import Choice, before_stop, draws, pick, row_keys, stop_at
 
 PROMPTS = [[5, 9, 11], [7], [3, 3, 8, 20, 40, 41, 17], [100, 90]]
 
@@ -71,7 +75,8 @@ def test_tokens_are_drawn_from_the_distribution(temperature, top_p):
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(12, generator=g) * 1.5
     n = 40_000
-    token, _ = _pick(logits.expand(n, 12), temperature, top_p, g)
+    u = draws(row_keys(seed, n), np.zeros(n, np.int64))
+    token, _ = pick(logits.expand(n, 12), Choice(temperature, top_p), u)
     p = torch.softmax(logits.double() / temperature, -1)
     ranked, order = p.sort(descending=True)
     inside = torch.zeros(12, dtype=torch.bool)
@@ -97,3 +102,134 @@ def test_the_context_is_never_left():
     for bad in ([], list(range(10)), [V - 1] * 11):
         with pytest.raises(DataError, match=r"prompt 0 (has 1\d tokens|is empty)"):
             generate(model, [bad], max_tokens=5, temperature=0, eos_ids={2}, pad_id=0, seed=0, context=10)
+
+
+LIKE_LLAMA = {"llama", "llama-tied", "qwen2-biases", "qwen3-head-norms"}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_built_like_a_llama_is_decoded_as_one_and_nothing_else(name):
+    model = make(name, 5)
+    rows = LlamaRows.of(model, lambda ids: prefilled(model, ids), 4)
+    assert (rows is not None) == (name in LIKE_LLAMA)
+
+
+def test_what_only_looks_like_a_llama_is_left_to_transformers():
+    """A layer that computes something else, one that would do so beyond its window only, and one that is watched."""
+    odd = make("llama", 5)
+    odd.model.layers[1].self_attn.scaling *= 2
+    windowed = make("qwen2-biases", 5)
+    windowed.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    hooked = make("llama", 5)
+    hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda *given: given[-1])
+    for model in (odd, windowed, hooked):
+        assert LlamaRows.of(model, lambda ids, m=model: prefilled(m, ids), 4) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-biases", "qwen3-head-norms", "gpt2", "mixtral-experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_logits_are_the_models_own_at_every_step(name, dtype):
+    """Rows that come and go between steps, beyond the room the cache begins with, against whole forward passes."""
+    seed = torch.seed() % 10**6
+    g = torch.Generator().manual_seed(seed)
+    model = make(name, seed).to(dtype)
+    made = LlamaRows.of(model, lambda ids: prefilled(model, ids), 3) or AnyRows(model, 0, whole_cache)
+    texts = [torch.randint(3, V, (n,), generator=g).tolist() for n in (1, 40, 7)]
+    late = torch.randint(3, V, (20,), generator=g).tolist()
+    made.admit(texts)
+    for step in range(60):
+        got = made.step(torch.tensor([t[-1] for t in texts]), np.zeros(len(texts), bool))
+        if step % 12 == 0:
+            for text, row in zip(texts, got, strict=True):
+                want = model(input_ids=torch.tensor([text])).logits[0, -1].float()
+                error = float((row - want).norm() / want.norm())
+                assert error < (1e-5 if dtype == torch.float32 else 0.05), (
+                    f"seed {seed}, step {step}, {len(text)} tokens"
+                )
+        if step == 30:
+            order = np.array([2, 1])  # the first has ended, the last takes its place
+            made.keep(order)
+            texts, got = [texts[i] for i in order], got[order]
+        if step == 31 and made.mixes:
+            made.admit([late])
+            texts, got = (
+                [*texts, late[:-1]],
+                torch.cat([got, got.new_zeros(1, V).index_fill(1, torch.tensor(late[-1]), 1.0)]),
+            )
+        texts = [[*t, int(row.argmax())] for t, row in zip(texts, got, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompts_text_is_the_same_whatever_the_batch(name, temperature):
+    model, seed = make(name, 2), torch.seed() % 10**6
+    g = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, V, (int(n),), generator=g).tolist() for n in torch.randint(1, 30, (21,), generator=g)]
+    rooms = torch.randint(1, 90, (21,), generator=g).tolist()
+    settings = {"temperature": temperature, "top_p": 0.9, "eos_ids": set(range(5)), "pad_id": 0, "seed": seed}
+    settings["context"] = 100
+    made = [
+        [(m.ids, m.end) for m in generate(model, prompts, max_tokens=rooms, batch=batch, **settings)]
+        for batch in (21, 8, 3, 1)
+    ]
+    assert made[0] == made[1] == made[2] == made[3], f"seed {seed}"
+    assert all(len(ids) + (end is not None) <= room for (ids, end), room in zip(made[0], rooms, strict=True))
+    assert len({len(ids) for ids, _ in made[0]}) > 3
+    first = {**settings, "max_tokens": rooms[0]}
+    assert tuple(stream(model, prompts[0], **{k: v for k, v in first.items() if k != "pad_id"})) == made[0][0][0]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (3, 1.0), (2000, 1.0), (2000, 0.99), (0, 0.9999), (1500, 0.2)])
+def test_top_k_and_top_p_keep_what_a_plain_sort_keeps(top_k, top_p):
+    """Wide vocabularies are ranked in part; a flat row needs all of it."""
+    seed = torch.seed() % 10**6
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn((64, 6000), generator=g) * torch.tensor([5.0, 0.1]).repeat(32).unsqueeze(1)
+    u = torch.rand(64, generator=g, dtype=torch.float64)
+    token, _ = pick(logits, Choice(1.0, top_p, top_k), u)
+    ranked, ids = torch.softmax(logits, -1).sort(-1, descending=True)
+    outside = ranked.cumsum(-1) - ranked >= top_p
+    outside[:, top_k or 6000 :] = True
+    kept = torch.zeros_like(ranked).scatter_(-1, ids, ranked.masked_fill(outside, 0.0)).double()
+    below = (kept.cumsum(-1) < u.unsqueeze(1) * kept.sum(-1, keepdim=True) - 1e-9).sum(-1)
+    above = (kept.cumsum(-1) < u.unsqueeze(1) * kept.sum(-1, keepdim=True) + 1e-9).sum(-1)
+    assert ((below <= token) & (token <= above)).all() and (kept.gather(1, token.unsqueeze(1)) > 0).all(), (
+        f"seed {seed}"
+    )
+
+
+def test_draws_are_uniform_and_each_streams_own():
+    seed = torch.seed() % 10**6
+    keys = row_keys(seed, 400)
+    u = torch.stack([draws(keys, np.full(400, i)) for i in range(250)])
+    assert len(set(u.flatten().tolist())) == u.numel() and float(u.min()) >= 0 and float(u.max()) < 1
+    assert torch.equal(u[7, 30:31], draws(keys[30:31], np.array([7])))
+    counts = torch.histc(u.float(), 100, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 170.8, f"seed {seed}"  # 1 - 1e-5 of chi-square with 99 degrees
+    centred = u - 0.5
+    for product in (centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1]):  # next in a stream, same in the next
+        assert abs(float(product.mean())) * 12 * product.numel() ** 0.5 < 4.5, f"seed {seed}"
+
+
+def test_a_stop_string_ends_a_row(tmp_path):
+    from pennyweight.model.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["the cat sat on the mat. END the dog 안녕하세요"] * 9, 300, 64)
+    ends = stop_at(tokenizer, ["END", "녕하"])
+    for text in ("the cat END the", "a 안녕하세요", "the dog"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        first = next((i for i in range(1, len(ids) + 1) if ends(ids[:i])), None)
+        cut = before_stop(text, ["END", "녕하"])
+        if first is None:
+            assert text == cut == "the dog"
+        else:
+            assert cut != text and before_stop(tokenizer.decode(ids[:first]), ["END", "녕하"]) == cut
+            assert not any(s in tokenizer.decode(ids[: first - 1]) for s in ("END", "녕하"))
+    model = make("llama", 2)
+    settings = {"max_tokens": 30, "temperature": 0, "eos_ids": set(), "pad_id": 0, "seed": 0}
+    whole = generate(model, PROMPTS, **settings)
+    third = whole[1].ids[2]
+    cut = generate(model, PROMPTS, **settings, stops=lambda ids: ids[-1] == third)
+    assert cut[1].ids == whole[1].ids[: whole[1].ids.index(third) + 1] and cut[1].stopped and cut[1].end is None
+    assert all(c.stopped == (third in w.ids) for c, w in zip(cut, whole, strict=True))

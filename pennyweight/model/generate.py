@@ -1,27 +1,35 @@
-"""Batched sampling with log-probabilities, on a key-value cache; and token by token for a conversation."""
+"""Batched sampling with log-probabilities on a key-value cache: rows leave when they end, new ones take their place."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from pennyweight.errors import DataError
-from pennyweight.model.cache import NewCache, cache_argument, whole_cache
+from pennyweight.model.cache import AnyRows, NewCache, prefilled, whole_cache
+from pennyweight.model.llama import LlamaRows
+from pennyweight.model.sampling import Choice, Ends, draws, pick, row_keys
+
+_LITTLE = 4_000_000  # multiplications a step: up to here a second thread costs more than it does
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """New tokens of one prompt, without the end token; the token the model ended with, or None when it was cut off;
-    and the log-probability of each token under the model's own distribution (temperature 1, nothing cut), in nats."""
+    """New tokens of one prompt, without the end token; the token the model ended with, or None when it was cut off or
+    came to a stop string (``stopped``); and the log-probability of each token under the model's own distribution
+    (temperature 1, nothing cut), in nats."""
 
     ids: tuple[int, ...]
     end: int | None
     logprobs: tuple[float, ...]
+    stopped: bool = False
 
 
 @torch.inference_mode()
@@ -29,12 +37,14 @@ def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     temperature: float,
     eos_ids: set[int],
     pad_id: int,
     seed: int,
     top_p: float = 1.0,
+    top_k: int = 0,
+    stops: Ends | None = None,
     batch: int = 64,
     context: int | None = None,
     new_cache: NewCache = whole_cache,
@@ -42,18 +52,136 @@ def generate(
 ) -> list[Generated]:
     """Write on from each prompt; results come in the order of the prompts.
 
-    Prompts go in batches of like length. Each batch draws from a generator of its own, seeded by ``seed`` and the
-    number of the batch, so the text depends on the prompts, the seed and ``batch``, and on nothing else.
+    Prompt i draws from a stream of its own, which ``seed`` and i decide; what is written does not depend on ``batch``.
 
     Args:
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens with at least this mass (Holtzman et al., arXiv 1904.09751).
+        max_tokens: of each response, or of each in the order of the prompts.
+        temperature, top_p, top_k: see ``sampling.Choice``.
+        stops: asked with a row's new tokens after each of them; True ends the row (``sampling.stop_at``).
+        batch: most rows at once.
         context: prompt and response together never grow longer.
         new_cache: makes a batch's key-value cache.
+        progress: called with the number of responses that have ended.
 
     Raises:
         DataError: a prompt is empty or leaves no room in the context.
     """
+    if not prompts:
+        return []
+    live = _Live(_rooms(prompts, max_tokens, context), eos_ids, stops)
+    choice, keys = Choice(temperature, top_p, top_k), row_keys(seed, len(prompts))
+    out: dict[int, Generated] = {}
+    most = min(batch, len(prompts), _fitting(model, int(max(live.rooms + [len(p) for p in prompts]))))
+    rows = _rows_of(model, pad_id, new_cache, most)
+    # Taken from the end: the longest first, so that few are left over; like lengths together, so that little is padded.
+    first = [len(p) for p in prompts] if not rows.mixes else live.rooms
+    waiting = sorted(range(len(prompts)), key=lambda i: (first[i], len(prompts[i])), reverse=not rows.mixes)
+    with _threads(rows, most):
+        while waiting or len(live):
+            free = most - len(live)
+            if waiting and (not len(live) or (rows.mixes and free >= max(1, most // 8))):
+                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                rows.admit([prompts[i] for i in new])
+                live.admit(new, [prompts[i][-1] for i in new])
+            logits = rows.step(torch.from_numpy(live.tokens).to(_device(model)), live.done)
+            live.take(*pick(logits, choice, draws(keys[live.prompt], live.made) if temperature else None))
+            if live.done.all() or (live.done.any() and (rows.mixes or 2 * live.done.sum() >= len(live))):
+                ended, order = live.let_go()
+                out |= ended
+                rows.keep(order)
+                progress(len(ended))
+    return [out[i] for i in range(len(prompts))]
+
+
+class _Live:
+    """The rows being written: which prompt each answers, its tokens so far, and whether it has ended."""
+
+    def __init__(self, rooms: np.ndarray, eos_ids: set[int], stops: Ends | None):
+        self.rooms, self.stops, self.eos_ids = rooms, stops, np.array(sorted(eos_ids) or [-1])
+        self.prompt = self.made = self.tokens = np.zeros(0, np.int64)
+        self.done = self.stopped = np.zeros(0, bool)
+        self.ids, self.logprobs = np.zeros((0, 64), np.int64), np.zeros((0, 64), np.float32)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def admit(self, prompts: list[int], last: list[int]) -> None:
+        """Rows for these prompts, behind the others; ``last`` are the tokens they go on from."""
+        none = np.zeros(len(prompts), np.int64)
+        self.prompt, self.tokens = np.append(self.prompt, prompts), np.append(self.tokens, last)
+        self.made, self.done = np.append(self.made, none), np.append(self.done, none.astype(bool))
+        self.stopped = np.append(self.stopped, none.astype(bool))
+        self.ids, self.logprobs = (np.pad(x, ((0, len(prompts)), (0, 0))) for x in (self.ids, self.logprobs))
+
+    def take(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """One token more for each row that has not ended."""
+        self.tokens = tokens.cpu().numpy()
+        at = np.flatnonzero(~self.done)
+        if self.made.max() >= self.ids.shape[1]:
+            self.ids, self.logprobs = (np.pad(x, ((0, 0), (0, x.shape[1]))) for x in (self.ids, self.logprobs))
+        self.ids[at, self.made[at]] = self.tokens[at]
+        self.logprobs[at, self.made[at]] = logprobs.cpu().numpy()[at]
+        self.made[at] += 1
+        if self.stops:
+            self.stopped[at] = [self.stops(self.ids[i, : self.made[i]].tolist()) for i in at]
+        self.done |= (
+            (self.tokens[:, None] == self.eos_ids).any(1) | self.stopped | (self.made >= self.rooms[self.prompt])
+        )
+
+    def let_go(self) -> tuple[dict[int, Generated], np.ndarray]:
+        """What the rows that have ended wrote, by prompt; and the others in their new order: the last ones take the
+        places that have become free."""
+        ended = {int(self.prompt[i]): self._written(int(i)) for i in np.flatnonzero(self.done)}
+        order = np.arange(int((~self.done).sum()))
+        order[self.done[: len(order)]] = np.flatnonzero(~self.done[len(order) :]) + len(order)
+        for name in ("prompt", "made", "tokens", "done", "stopped", "ids", "logprobs"):
+            setattr(self, name, getattr(self, name)[order])
+        return ended, order
+
+    def _written(self, i: int) -> Generated:
+        ids = self.ids[i, : self.made[i]].tolist()
+        end = ids.pop() if ids and ids[-1] in self.eos_ids else None
+        return Generated(tuple(ids), end, tuple(self.logprobs[i, : len(ids)].tolist()), bool(self.stopped[i]))
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _fitting(model: Any, tokens: int) -> int:
+    """Rows of so many tokens, at least one, whose keys and values take no more than half of a GPU's free memory, or a
+    quarter of the machine's."""
+    config, device = model.config.get_text_config(), _device(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * tokens * next(model.parameters()).element_size()
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] // 2
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return max(1, room // row)
+
+
+def _rows_of(model: Any, pad_id: int, new_cache: NewCache, rows: int) -> LlamaRows | AnyRows:
+    """The quickest there is for a model."""
+    quick = LlamaRows.of(model, lambda ids: prefilled(model, ids), rows) if new_cache is whole_cache else None
+    return quick or AnyRows(model, pad_id, new_cache)
+
+
+@contextmanager
+def _threads(rows: LlamaRows | AnyRows, n: int) -> Iterator[None]:
+    """One thread where a step is so little work that a second costs more than it does."""
+    before = torch.get_num_threads()
+    if isinstance(rows, LlamaRows) and rows.plain and rows.work * n <= _LITTLE:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rooms(prompts: Sequence[Sequence[int]], max_tokens: int | Sequence[int], context: int | None) -> np.ndarray:
+    """(P,) most tokens that each prompt may be answered with."""
     for i, prompt in enumerate(prompts):
         if not prompt or (context and len(prompt) >= context):
             raise DataError(
@@ -61,96 +189,8 @@ def generate(
                 if prompt
                 else f"prompt {i} is empty; a prompt needs at least one token"
             )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    out: list[Generated | None] = [None] * len(prompts)
-    for number, a in enumerate(range(0, len(order), batch)):
-        chosen = order[a : a + batch]
-        random = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 62))
-        rows = [list(prompts[i]) for i in chosen]
-        rooms = [max_tokens if context is None else min(max_tokens, context - len(r)) for r in rows]
-        written = _batch(model, rows, rooms, temperature, top_p, eos_ids, pad_id, random, new_cache(model.config))
-        for i, made in zip(chosen, written, strict=True):
-            out[i] = made
-        progress(len(chosen))
-    return [g for g in out if g is not None]
-
-
-def _batch(
-    model: Any,
-    rows: list[list[int]],
-    rooms: list[int],
-    temperature: float,
-    top_p: float,
-    eos_ids: set[int],
-    pad_id: int,
-    random: torch.Generator,
-    cache: DynamicCache,
-) -> list[Generated]:
-    """One batch, left-padded; row i gets at most ``rooms[i]`` tokens. Rows that have ended leave once they are half."""
-    device = next(model.parameters()).device
-    room, limits = max(rooms), torch.tensor(rooms, device=device)
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    ends = torch.tensor(sorted(eos_ids) or [-1], device=device)
-    tokens = torch.full((len(rows), room), -1, device=device)
-    logprobs = torch.zeros((len(rows), room), device=device)
-    live = torch.arange(len(rows), device=device)
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    step_ids, positions = ids, (mask.cumsum(-1) - 1).clamp(min=0)
-    for step in range(room):
-        logits = _next_logits(model, step_ids, mask, positions, cache)
-        token, logprob = _pick(logits, temperature, top_p, random)
-        open_rows = ~done[live]
-        tokens[live[open_rows], step] = token[open_rows]
-        logprobs[live[open_rows], step] = logprob[open_rows]
-        done[live] |= torch.isin(token, ends) | (limits[live] <= step + 1)
-        remaining = int((~done).sum())
-        if remaining == 0:
-            break
-        if remaining <= len(live) // 2:
-            keep = (~done[live]).nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            live, token, mask, positions = live[keep], token[keep], mask[keep], positions[keep]
-        step_ids = token.unsqueeze(-1)
-        mask = torch.cat([mask, torch.ones_like(step_ids)], -1)
-        # An ended row stays where it is, so that it never leaves the context while it waits to leave the batch.
-        positions = positions[:, -1:] + (~done[live]).long().unsqueeze(-1)
-    return _collect(tokens, logprobs, eos_ids)
-
-
-def _next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_argument(model): cache}
-    return model(**given, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-
-
-def _pick(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows,) chosen tokens and their log-probabilities at temperature 1."""
-    log_p = torch.log_softmax(logits, -1)
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        p = torch.softmax(logits / temperature, -1)
-        if top_p < 1:
-            ranked, ids = p.sort(-1, descending=True)
-            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-            p = torch.zeros_like(p).scatter_(-1, ids, ranked)
-        # Drawn on the CPU, where the generator lives, by inverting the cumulated probabilities: one draw a row.
-        wide = torch.float32 if p.device.type == "mps" else torch.float64
-        u = torch.rand((len(p), 1), generator=random, dtype=torch.float64).to(p.device, wide)
-        reach = p.to(wide).cumsum(-1)
-        token = torch.searchsorted(reach, u * reach[:, -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
-    return token, log_p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-
-
-def _collect(tokens: Tensor, logprobs: Tensor, eos_ids: set[int]) -> list[Generated]:
-    out = []
-    for ids, values in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-        new = ids[: ids.index(-1)] if -1 in ids else ids
-        end = new[-1] if new and new[-1] in eos_ids else None
-        new = new if end is None else new[:-1]
-        out.append(Generated(tuple(new), end, tuple(values[: len(new)])))
-    return out
+    asked = np.broadcast_to(np.asarray(max_tokens, np.int64), len(prompts))
+    return asked if context is None else np.minimum(asked, context - np.array([len(p) for p in prompts], np.int64))
 
 
 @torch.inference_mode()
@@ -163,25 +203,21 @@ def stream(
     eos_ids: set[int],
     seed: int,
     top_p: float = 1.0,
+    top_k: int = 0,
     context: int | None = None,
     new_cache: NewCache = whole_cache,
 ) -> Iterator[int]:
-    """The tokens of one response, each as soon as it is chosen; the end token is not given."""
+    """The tokens of one response, each as soon as it is chosen; the end token is not given. They are those that
+    ``generate`` gives for the same seed and this prompt alone."""
     if context and len(prompt) >= context:
         raise DataError(
             f"the prompt has {len(prompt):,} tokens and the context is {context:,}; shorten it, or start anew"
         )
-    device = next(model.parameters()).device
-    random = torch.Generator().manual_seed(seed)
-    cache = new_cache(model.config)
-    ids = torch.tensor([list(prompt)], device=device)
-    seen = 0
-    for _ in range(min(max_tokens, context - len(prompt)) if context else max_tokens):
-        positions = torch.arange(seen, seen + ids.shape[1], device=device).unsqueeze(0)
-        seen += ids.shape[1]
-        logits = _next_logits(model, ids, torch.ones((1, seen), dtype=torch.long, device=device), positions, cache)
-        token, _ = _pick(logits, temperature, top_p, random)
+    rows, choice, key = _rows_of(model, 0, new_cache, 1), Choice(temperature, top_p, top_k), row_keys(seed, 1)
+    rows.admit([prompt])
+    token, is_done = torch.tensor(prompt[-1:], device=_device(model)), np.zeros(1, bool)
+    for made in range(min(max_tokens, context - len(prompt)) if context else max_tokens):
+        token, _ = pick(rows.step(token, is_done), choice, draws(key, np.array([made])) if temperature else None)
         if int(token) in eos_ids:
             return
         yield int(token)
-        ids = token.unsqueeze(0)

@@ -1,0 +1,249 @@
+"""Decoding of Llama-like models in few operations: what a step costs beyond its arithmetic is what small models and
+small batches pay for.
+
+Rows lie in slots of a cache that grows, and each begins at its own position 0: a row is computed the same whatever lies
+beside it, and rows come and go at any step. transformers works through the prompts; what it leaves in its cache is
+taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Prefill = Callable[[Tensor], Any]
+"""(k, T) token ids, padded on the right -> transformers' cache after them"""
+
+_FUSED = 1 << 30  # bytes: larger models keep their weights as they are, since copies would double them
+_EVEN = 8  # rows of a product go in multiples of this: a CPU's kernels then add up each row in the same order
+_WINDOW = 32  # tokens of the cache that are looked at go in multiples of this, for the same reason
+_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
+_AHEAD = 8192  # prompt tokens worked through at once
+
+
+class LlamaRows:
+    """Rows of a Llama-like model in decoding. Make one with ``of``.
+
+    Shape letters: n rows, H heads, K key-value heads, D width of a head.
+    """
+
+    mixes = True
+
+    def __init__(self, model: Any, prefill: Prefill, rows: int):
+        trunk, config = model.get_decoder(), model.config.get_text_config()
+        attention = trunk.layers[0].self_attn
+        self.d, self.prefill, self.rows = attention.head_dim, prefill, rows
+        self.h, self.k = (x.out_features // self.d for x in (attention.q_proj, attention.k_proj))
+        self.embedding, self.scale = trunk.embed_tokens.weight, attention.scaling
+        # In float32 on a CPU a product per head beats the fused attention, three times on 128 rows.
+        self.plain = self.embedding.device.type == "cpu" and self.embedding.dtype == torch.float32
+        size = sum(p.numel() * p.element_size() for p in trunk.layers.parameters())
+        self.blocks = [_Block(layer, size <= _FUSED, self.plain) for layer in trunk.layers]
+        self.norm, self.head = _Norm(trunk.norm, False), _Product([model.lm_head], False)
+        self.cos, self.sin = _angles(trunk.rotary_emb, config.max_position_embeddings, self.embedding)
+        self.work = sum(p.numel() for p in trunk.layers.parameters()) + model.lm_head.weight.numel()
+        self.lengths, self.room = torch.zeros(0, dtype=torch.long), 0
+        self._make_room(2 * _WINDOW)
+
+    @staticmethod
+    @torch.inference_mode()
+    def of(model: Any, prefill: Prefill, rows: int) -> LlamaRows | None:
+        """For up to ``rows`` rows; None where the model is not built like a Llama, or computes anything else."""
+        if not _is_alike(model):
+            return None
+        made = LlamaRows(model, prefill, rows)
+        return made if made._agrees(model) else None
+
+    def admit(self, prompts: Sequence[Sequence[int]]) -> None:
+        """New rows behind the others: all but the last token of each prompt goes into the cache."""
+        first = len(self.lengths)
+        self.lengths = torch.cat([self.lengths, torch.tensor([len(p) - 1 for p in prompts])])
+        self._make_room(int(self.lengths.max()) + 1)
+        device, size = self.embedding.device, self.lengths[first:].to(self.embedding.device)
+        known = torch.arange(self.room, device=device) < size.view(-1, 1, 1, 1)
+        slots = slice(first, first + len(prompts))
+        self.bias[slots] = torch.where(known, 0.0, -torch.inf).to(self.bias.dtype)
+        start = 0
+        while start < len(prompts):
+            some = prompts[start : start + max(1, _AHEAD // max(map(len, prompts[start:])))]
+            width = max(map(len, some)) - 1
+            if width:
+                ids = torch.tensor([[*p[:-1], *[0] * (width + 1 - len(p))] for p in some], device=device)
+                slots = slice(first + start, first + start + len(some))
+                for (keys, values), made in zip(self.cache, self.prefill(ids).layers, strict=True):
+                    keys[slots, :, :width], values[slots, :, :width] = made.keys, made.values
+            start += len(some)
+
+    def keep(self, order: np.ndarray) -> None:
+        """The rows are now these of the old ones; none takes the place of one that is still to be moved."""
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        if len(moved):
+            to, i = (torch.from_numpy(x).to(self.embedding.device) for x in (moved, order[moved]))
+            for stored in (self.bias, *(t for pair in self.cache for t in pair)):
+                stored[to] = stored[i]
+        self.lengths = self.lengths[torch.from_numpy(order)]
+
+    def step(self, tokens: Tensor, is_done: Any = None) -> Tensor:
+        """(n,) tokens that the rows go on with -> (n, V) float32 logits of the next ones."""
+        n, at = len(tokens), self.lengths.to(tokens.device)
+        longest = int(self.lengths.max()) + 1
+        self._make_room(longest)
+        self._look_at(n, min(self.room, -(-longest // _WINDOW) * _WINDOW))
+        self.bias[:n].scatter_(-1, at.view(n, 1, 1, 1).expand(n, self.bias.shape[1], 1, 1), 0.0)
+        places = (self.places[:n] + at.view(n, 1)).view(-1)
+        cos, sin = self.cos[at].unsqueeze(1), self.sin[at].unsqueeze(1)
+        x = F.embedding(F.pad(tokens, (0, -n % _EVEN)), self.embedding)
+        for block, stored, seen in zip(self.blocks, self.cache, self.views, strict=True):
+            qkv = block.qkv(block.norm(x))[:n].view(n, -1, self.d)
+            qk = block.heads_normed(qkv, self.h, self.k)
+            qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)
+            for kept, new in zip(stored, (qk[:, self.h :], qkv[:, self.h + self.k :]), strict=True):
+                kept.view(-1, self.d).index_copy_(0, places, new.reshape(-1, self.d))
+            self._attend(qk[:, : self.h].reshape(n, self.k, -1, self.d), *seen)
+            x = block.out(self.mixed, x)
+            x = block.mlp(x)
+        self.lengths = self.lengths + 1
+        return self.head(self.norm(x))[:n].float()
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Each row's (n, K, H/K, D) queries over what it has in its slot; the result lies in ``mixed``."""
+        if self.plain:
+            scores = torch.baddbmm(self.hidden, q.flatten(0, 1), keys, alpha=self.scale)
+            torch.bmm(torch.softmax(scores, -1), values, out=self.into)
+        else:
+            made = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.hidden, scale=self.scale)
+            self.into.copy_(made)
+
+    def _look_at(self, n: int, window: int) -> None:
+        """Views of the first ``window`` tokens of ``n`` slots; made anew only when they change."""
+        if (n, window) == self.looked_at:
+            return
+        self.looked_at = (n, window)
+        self.mixed = self.embedding.new_zeros((n + -n % _EVEN, self.h * self.d))
+        self.into, self.hidden = self.mixed[:n].view(n, self.k, -1, self.d), self.bias[:n, :, :, :window]
+        self.views = [(keys[:n, :, :window], values[:n, :, :window]) for keys, values in self.cache]
+        if self.plain:
+            self.into, self.hidden = self.into.flatten(0, 1), self.hidden.flatten(0, 1)
+            self.views = [(keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)) for keys, values in self.views]
+
+    def _make_room(self, tokens: int) -> None:
+        """At least so many tokens a row; room doubles, so that few copies are made."""
+        old = self.room
+        if tokens <= old:
+            return
+        self.room = max(-(-tokens // _WINDOW) * _WINDOW, 2 * old)
+        like, shape = self.embedding, (self.rows, self.k, self.room, self.d)
+        stored = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+        bias = like.new_full((self.rows, self.k if self.plain else 1, 1, self.room), -torch.inf)
+        if old:
+            bias[..., :old] = self.bias
+            for new, before in zip(stored, self.cache, strict=True):
+                for to, of in zip(new, before, strict=True):
+                    to[:, :, :old] = of
+        self.cache, self.bias, self.looked_at = stored, bias, (0, 0)
+        self.places = torch.arange(self.rows * self.k, device=like.device).view(self.rows, -1) * self.room
+
+    def _agrees(self, model: Any) -> bool:
+        """Whether a prompt and two steps give the model's own logits."""
+        ids = torch.arange(3, 13, device=self.embedding.device) % len(self.embedding)
+        want = model(input_ids=ids.unsqueeze(0), use_cache=False).logits.float()[0, -2:]
+        self.admit([ids[:-1].tolist()])
+        got = torch.cat([self.step(i) for i in ids[-2:].split(1)])
+        self.keep(np.zeros(0, np.int64))
+        return bool((got - want).norm() <= (1e-4 if self.embedding.dtype == torch.float32 else 0.05) * want.norm())
+
+
+class _Block:
+    """The weights of one block: query, key and value side by side, gate and up likewise."""
+
+    def __init__(self, layer: Any, fuse: bool, fold: bool):
+        a, m = layer.self_attn, layer.mlp
+        fold = fuse and fold
+        self.norm, self.norm_mlp = _Norm(layer.input_layernorm, fold), _Norm(layer.post_attention_layernorm, fold)
+        self.qkv = _Product([a.q_proj, a.k_proj, a.v_proj], fuse, layer.input_layernorm.weight if fold else None)
+        self.gate_up = _Product([m.gate_proj, m.up_proj], fuse, layer.post_attention_layernorm.weight if fold else None)
+        self.out, self.down = _Product([a.o_proj], fold), _Product([m.down_proj], fold)
+        self.act = F.silu if m.act_fn(torch.ones(1)) == F.silu(torch.ones(1)) else m.act_fn
+        self.norms_qk = (_Norm(a.q_norm, False), _Norm(a.k_norm, False)) if hasattr(a, "q_norm") else None
+
+    def heads_normed(self, qkv: Tensor, h: int, k: int) -> Tensor:
+        """(n, H + K, D) queries and keys of (n, H + 2 K, D), each head normed where the model does so."""
+        if self.norms_qk is None:
+            return qkv[:, : h + k]
+        return torch.cat([self.norms_qk[0](qkv[:, :h]), self.norms_qk[1](qkv[:, h : h + k])], 1)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
+        return self.down(self.act(gate).mul_(up), x)
+
+
+class _Norm:
+    """A root-mean-square norm; its weight may have been folded into the product that follows."""
+
+    def __init__(self, norm: Any, folded: bool):
+        self.weight, self.eps, self.folded = norm.weight, norm.variance_epsilon, folded
+        self.epsilon = torch.tensor(self.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.folded:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()
+
+
+class _Product:
+    """Linears of one input, their outputs side by side; ``weight`` of a norm before them may be folded in."""
+
+    def __init__(self, layers: list[nn.Linear], fuse: bool, weight: Tensor | None = None):
+        self.parts: list[tuple[Tensor, Tensor | None]] = [(x.weight.T, x.bias) for x in layers]
+        if fuse:
+            biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in layers]
+            whole = torch.cat([x.weight if weight is None else x.weight * weight for x in layers])
+            self.parts = [
+                (whole.T.contiguous(), torch.cat(biases) if any(x.bias is not None for x in layers) else None)
+            ]
+
+    def __call__(self, x: Tensor, added_to: Tensor | None = None) -> Tensor:
+        """x W^T + b, and ``added_to`` besides."""
+        made = [torch.mm(x, w) if b is None else torch.addmm(b, x, w) for w, b in self.parts[1:]]
+        w, b = self.parts[0]
+        if b is None:
+            first = torch.mm(x, w) if added_to is None else torch.addmm(added_to, x, w)
+        else:
+            first = torch.addmm(b, x, w) if added_to is None else torch.addmm(added_to, x, w).add_(b)
+        return torch.cat([first, *made], -1) if made else first
+
+
+def _angles(rotary: Any, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, D) cosines and sines of every position, the first half of the sines negative: x cos + (x rolled by half) sin
+    turns pairs of numbers half a head apart."""
+    cos, sin = (x[0] for x in rotary(like.new_zeros(1), torch.arange(positions, device=like.device).unsqueeze(0)))
+    sin[:, : sin.shape[1] // 2].neg_()
+    return cos, sin
+
+
+def _is_alike(model: Any) -> bool:
+    """Whether a model has a Llama's parts, and nothing known that would make it compute otherwise further on."""
+    try:
+        trunk, config = model.get_decoder(), model.config.get_text_config()
+        for layer in trunk.layers:
+            a, m = layer.self_attn, layer.mlp
+            linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj, model.lm_head)
+            if any(type(x) is not nn.Linear or x._forward_pre_hooks or x._forward_hooks for x in linears):
+                return False
+            norms = (layer.input_layernorm, layer.post_attention_layernorm, trunk.norm)
+            norms += (a.q_norm, a.k_norm) if hasattr(a, "q_norm") else ()
+            if not all(x.weight.ndim == 1 and x.variance_epsilon for x in norms) or not (a.scaling and m.act_fn):
+                return False
+        kinds = set(getattr(config, "layer_types", None) or [])
+        windows = not kinds and bool(getattr(config, "sliding_window", None))
+        rope = (config.rope_parameters or {}).get("rope_type", "default")
+        whole = trunk.rotary_emb.inv_freq.numel() * 2 == trunk.layers[0].self_attn.head_dim
+        return not (kinds - {"full_attention"} or windows) and rope in _ROPES and whole
+    except (AttributeError, IndexError):
+        return False
