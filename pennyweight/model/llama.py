@@ -35,7 +35,7 @@ class LlamaRows:
     mixes = True
 
     def __init__(self, model: Any, prefill: Prefill, rows: int):
-        trunk, config = model.get_decoder(), model.config.get_text_config()
+        trunk = model.get_decoder()
         attention = trunk.layers[0].self_attn
         self.d, self.prefill, self.rows = attention.head_dim, prefill, rows
         self.h, self.k = (x.out_features // self.d for x in (attention.q_proj, attention.k_proj))
@@ -45,7 +45,7 @@ class LlamaRows:
         size = sum(p.numel() * p.element_size() for p in trunk.layers.parameters())
         self.blocks = [_Block(layer, size <= _FUSED, self.plain) for layer in trunk.layers]
         self.norm, self.head = _Norm(trunk.norm, False), _Product([model.lm_head], False)
-        self.cos, self.sin = _angles(trunk.rotary_emb, config.max_position_embeddings, self.embedding)
+        self.rotary = trunk.rotary_emb
         self.work = sum(p.numel() for p in trunk.layers.parameters()) + model.lm_head.weight.numel()
         self.lengths, self.room = torch.zeros(0, dtype=torch.long), 0
         self._make_room(2 * _WINDOW)
@@ -63,21 +63,19 @@ class LlamaRows:
         """New rows behind the others: all but the last token of each prompt goes into the cache."""
         first = len(self.lengths)
         self.lengths = torch.cat([self.lengths, torch.tensor([len(p) - 1 for p in prompts])])
-        self._make_room(int(self.lengths.max()) + 1)
+        self._make_room(int(self.lengths.max()) + _WINDOW)
         device, size = self.embedding.device, self.lengths[first:].to(self.embedding.device)
         known = torch.arange(self.room, device=device) < size.view(-1, 1, 1, 1)
         slots = slice(first, first + len(prompts))
         self.bias[slots] = torch.where(known, 0.0, -torch.inf).to(self.bias.dtype)
-        start = 0
-        while start < len(prompts):
-            some = prompts[start : start + max(1, _AHEAD // max(map(len, prompts[start:])))]
-            width = max(map(len, some)) - 1
-            if width:
-                ids = torch.tensor([[*p[:-1], *[0] * (width + 1 - len(p))] for p in some], device=device)
-                slots = slice(first + start, first + start + len(some))
-                for (keys, values), made in zip(self.cache, self.prefill(ids).layers, strict=True):
+        widths = [-(-(len(p) - 1) // _WINDOW) * _WINDOW for p in prompts]  # a row's own, whatever comes with it
+        for width in sorted(set(widths) - {0}):
+            alike = [i for i, w in enumerate(widths) if w == width]
+            for some in (alike[a : a + max(1, _AHEAD // width)] for a in range(0, len(alike), max(1, _AHEAD // width))):
+                ids = torch.tensor([[*prompts[i][:-1], *[0] * (width + 1 - len(prompts[i]))] for i in some])
+                slots = torch.tensor(some, device=device) + first
+                for (keys, values), made in zip(self.cache, self.prefill(ids.to(device)).layers, strict=True):
                     keys[slots, :, :width], values[slots, :, :width] = made.keys, made.values
-            start += len(some)
 
     def keep(self, order: np.ndarray) -> None:
         """The rows are now these of the old ones; none takes the place of one that is still to be moved."""
@@ -146,6 +144,7 @@ class LlamaRows:
                 for to, of in zip(new, before, strict=True):
                     to[:, :, :old] = of
         self.cache, self.bias, self.looked_at = stored, bias, (0, 0)
+        self.cos, self.sin = _angles(self.rotary, self.room, like)
         self.places = torch.arange(self.rows * self.k, device=like.device).view(self.rows, -1) * self.room
 
     def _agrees(self, model: Any) -> bool:
