@@ -199,7 +199,8 @@ def _gap(view: View) -> Html | None:
 def _recovered(found: Mapping[str, Any]) -> Any:
     mean = finite(found.get("mean"))
     if mean is None:
-        return _cell("not defined", "the control has no gap")
+        unknown = found.get("how") == "the teacher was not measured"
+        return _cell("not defined", "the teacher was not measured" if unknown else "the control has no gap")
     if abs(mean) > 10:
         return _cell("not telling", "the gap is next to nothing")
     low, high = finite(found.get("low")), finite(found.get("high"))
