@@ -263,8 +263,8 @@ class Bench:
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
         tokens = sum(len(e.loss_positions) for e in self.encoded)
-        kind = self.recipe.targets.kind
-        if self.recipe.method.kind == "sft" or kind == "dense":
+        kind = "text" if self.recipe.method.kind == "sft" else self.recipe.targets.kind
+        if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
         budget = getattr(self.recipe.targets, "budget", math.inf)

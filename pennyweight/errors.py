@@ -40,14 +40,14 @@ class ModelError(PennyweightError):
 
 
 class EndpointError(PennyweightError):
-    """A server refuses, cannot be reached, or does not give what is asked of it; ``status`` is HTTP's, if there is one.
+    """A server refuses, cannot be reached, or does not give what is asked of it.
 
-    The message never holds the key.
+    ``status`` is HTTP's and ``said`` what came with it, if there was an answer. Neither holds the key.
     """
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, said: str = ""):
         super().__init__(message)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class MethodError(PennyweightError):

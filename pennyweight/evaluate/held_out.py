@@ -47,15 +47,15 @@ def hold_out(
     asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < context]
     problems, prompts = [s for s, _ in asked[: wanted.problems]], [ids for _, ids in asked[: wanted.problems]]
     asked_of = {s.id: s.prompt[-1].content for s in samples if s.prompt}
-    begun = [(x.id, _opening(x)) for x in encoded[: wanted.shown]]
+    begun = [(x.id, _opening(x, x.id in asked_of)) for x in encoded[: wanted.shown]]
     openings = [(ids, asked_of.get(i) or tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in begun]
     return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
 
 
-def _opening(sample: Encoded) -> list[int]:
-    """A sample up to its first learnt token, and of a text (learnt from the start) a few tokens more."""
+def _opening(sample: Encoded, has_prompt: bool) -> list[int]:
+    """A sample up to its first learnt token, and of a text, which is learnt from its start, a few tokens."""
     first = sample.mask.index(True) if True in sample.mask else len(sample.ids)
-    return list(sample.ids[: first if first > 1 else 1 + min(12, len(sample.ids) // 2)])
+    return list(sample.ids[: first if has_prompt else 1 + min(12, len(sample.ids) // 2)])
 
 
 def windows(path: str | Path, tokenizer: Any, context: int) -> list[Encoded]:

@@ -85,6 +85,9 @@ def _who_is_who(view: View) -> Html:
             "Before training is the student as it started. " if view.find("base") else None,
             f"{seeds} seeds of each arm were trained; its numbers are means over them. " if seeds > 1 else None,
             "One seed of each arm was trained. " if seeds == 1 else None,
+            "The teacher was not measured: it is behind a server, which shows too little of it. "
+            if view.teacher and not view.teacher.facts.get("params")
+            else None,
         ]
     )
 

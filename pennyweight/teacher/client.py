@@ -141,7 +141,7 @@ class Client:
                         e.status,
                     ) from None
                 if not left:
-                    raise EndpointError(self._gave_up(e, retries + 1), e.status) from None
+                    raise EndpointError(self._gave_up(e, retries + 1), e.status, str(e)) from None
                 if e.wait is not None:  # for everybody: who asks meanwhile is only turned away as well
                     self._open_at = max(self._open_at, time.monotonic() + e.wait)
                 await _sleep(wait * random.uniform(0.5, 1.0), ended)
@@ -165,13 +165,14 @@ class Client:
         if status in _AGAIN or status >= 500:
             raise _Trouble(_said(status, text, key), status, wait_of(response.headers.get("retry-after")))
         if not 200 <= status < 300:
-            raise EndpointError(self._refused(status, text, key, request), status)
+            said = _said(status, text, key)
+            raise EndpointError(self._refused(status, said, key, request), status, said)
         try:
             return read(json.loads(text))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise _Trouble("its answers cannot be read as an OpenAI-compatible server's") from None
 
-    def _refused(self, status: int, text: str, key: str, request: Request) -> str:
+    def _refused(self, status: int, said: str, key: str, request: Request) -> str:
         if status in (401, 403):  # what it says may hold a part of the key, so it is not repeated
             if key:
                 return f"{self.host} refuses the key ({status}); put a valid one in the environment as {self.key_env}"
@@ -186,7 +187,7 @@ class Client:
         cure = "correct what it names, and the same command goes on"
         if status in (404, 405):
             cure = "check teacher.url, which mostly ends in /v1, and teacher.model"
-        return f"{self.host} refuses {request.path} ({_said(status, text, key)}); {cure}"
+        return f"{self.host} refuses {request.path} ({said}); {cure}"
 
     def _gave_up(self, e: _Trouble, tries: int) -> str:
         cure = "start the server or correct teacher.url" if "nothing answers" in str(e) else "see to the server"

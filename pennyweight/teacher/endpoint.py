@@ -264,7 +264,7 @@ class ServedTeacher:
         except EndpointError as e:
             if e.status in _NOT_THE_FORM:
                 raise
-            return str(e)
+            return e.said
 
     @cached_property
     def _spelling(self) -> Spelling:
