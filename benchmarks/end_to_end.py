@@ -40,6 +40,7 @@ from benchmarks.bars import Bars, machine, real
 from pennyweight.bench import Bench
 from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.intervals import over_seeds, ratio
+from pennyweight.model.device import peak
 from pennyweight.recipe import Recipe
 from pennyweight.recipe_file import distillation
 from pennyweight.records import Encoded, Interval
@@ -106,7 +107,7 @@ def prepare(folder: Path, seeds: int) -> None:
     """Teacher, untouched student and data: what every side starts from."""
     recipe = recipe_of(1, seeds)
     bench = Bench(recipe, folder)
-    with Run(folder, recipe, bench.device_peak) as run, Line(run, bench) as line:
+    with Run(folder, recipe, partial(peak, bench.compute.device)) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         the_starts(line, teacher)
         the_data(line, teacher)
@@ -126,7 +127,7 @@ def ours(
     shutil.copytree(prepared, place)
     recipe = recipe_of(steps, seeds, dtype, targets)
     bench = Bench(recipe, place)
-    with Run(place, recipe, bench.device_peak) as run, Line(run, bench) as line:
+    with Run(place, recipe, partial(peak, bench.compute.device)) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         start, data = the_starts(line, teacher)[seed], the_data(line, teacher)
         with spending() as labelling:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import pennyweight
 from benchmarks.bars import Bars, real, run_parts
-from pennyweight.bench import Bench, packer
+from pennyweight.bench import Bench
+from pennyweight.data.pack import packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
 from pennyweight.methods import METHODS

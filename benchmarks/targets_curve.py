@@ -82,7 +82,7 @@ class Labelled:
 
 def _logits(b: Bench, samples: list[Encoded]) -> Tensor:
     """(N, V) of the teacher at the samples' loss positions."""
-    return b.answering.head.logits(b.answering.hidden(collate([[e] for e in samples], b.teacher.pad_id)))
+    return b.local.head.logits(b.local.hidden(collate([[e] for e in samples], b.teacher.pad_id)))
 
 
 @cache
@@ -99,7 +99,7 @@ def final_kl(folder: str, way: str, setting: Any, seed: int, steps: int) -> tupl
     if way == "sft":
         weigh = lambda x: METHODS["sft"].apply(x, SftMethod(), None)  # noqa: E731
     else:
-        given = b.answering.dense
+        given = b.local.dense
         if way != "dense":
             kept = labelled(folder, way, setting)
             given, size = kept.signal, kept.bytes_per_token

@@ -10,41 +10,43 @@ from typing import Any
 
 import torch
 
-from pennyweight.data.files import documents, read_text
-from pennyweight.data.pack import Batch, Packer
-from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, windows
-from pennyweight.data.split import overlap
+from pennyweight.data.files import read_text
+from pennyweight.data.pack import Batch, Packer, packer
+from pennyweight.data.render import encode_all
 from pennyweight.data.store import read_samples
 from pennyweight.errors import ModelError, RecipeError
-from pennyweight.evaluate.held_out import HeldOut
+from pennyweight.evaluate.held_out import HeldOut, hold_out
 from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
-from pennyweight.model.load import load, same_tokenizer, stored_dtype
-from pennyweight.model.loaded import Loaded, refuse_low_bit
+from pennyweight.model.load import language_of, load, open_tokenizer, same_tokenizer, stored_dtype
+from pennyweight.model.loaded import Language, Loaded, refuse_low_bit
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
 from pennyweight.quant.export import export, formats_of
-from pennyweight.quant.formats import FORMATS
-from pennyweight.quant.rounding import Recovery, rounded_to
+from pennyweight.quant.rounding import Recovery, recovery_of, rounded_to
 from pennyweight.quant.scoring import check_scoring, for_scoring
 from pennyweight.recipe import (
     DenseTargets,
+    EndpointTeacher,
+    FolderStudent,
     FolderTeacher,
     HiddenTargets,
     Recipe,
     SampledTargets,
     Schedule,
-    StudentChoice,
-    TeacherChoice,
     TeacherSamples,
     TopKTargets,
 )
 from pennyweight.records import ROUNDED, Encoded, Sample, sha256_json
 from pennyweight.teacher.cache import CacheFacts, TargetCache, settled
+from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep, threshold_within
+
+ANSWERS = "answers.jsonl"
+"""File of a RUN folder: every answer of an endpoint, as it was paid for."""
 
 LABELLED_AS = "labelling.json"
 """File of a RUN folder: the threshold that was settled on, and what it was found from."""
@@ -67,20 +69,24 @@ class Bench:
 
     @cached_property
     def teacher_path(self) -> str:
+        """The folder of the teacher, or its address."""
         t = self.recipe.teacher
+        if isinstance(t, EndpointTeacher):
+            return t.url
         return t.path if isinstance(t, FolderTeacher) else str(self.folder / "teacher")
 
     @cached_property
     def teacher(self) -> Loaded:
-        """The teacher: on a GPU as it is stored, since it only reads; elsewhere in float32."""
+        """The teacher in this process: on a GPU as it is stored, since it only reads; elsewhere in float32."""
         dtype = None if self.compute.device.type == "cuda" else torch.float32
-        trust = _trusted(self.recipe.teacher)
+        trust = getattr(self.recipe.teacher, "trust_remote_code", False)
         return load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
 
     def opened(self, path: str | Path) -> Loaded:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
         r = self.recipe
-        return self._opened(path, _trusted(r.teacher) if r.student.kind == "cut" else _trusted(r.student))
+        came_with = r.teacher if r.student.kind == "cut" else r.student
+        return self._opened(path, getattr(came_with, "trust_remote_code", False))
 
     def to_train(self, path: str | Path, seed: int) -> Loaded:
         """A student's start, with a map to the teacher's hidden width where the method matches hidden states."""
@@ -96,42 +102,75 @@ class Bench:
         return load(str(path), device=self.compute.device, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
     @cached_property
-    def context(self) -> int:
-        return min(self.recipe.data.context, self.teacher.context)
+    def language(self) -> Language:
+        """Of all models of the run: the teacher's; with an endpoint the student's, or that of the tokenizer named."""
+        t, s = self.recipe.teacher, self.recipe.student
+        if not isinstance(t, EndpointTeacher):
+            return self.teacher.language
+        if isinstance(s, FolderStudent):
+            return language_of(s.path, s.trust_remote_code)
+        tokenizer = open_tokenizer(t.tokenizer or "")
+        return Language(tokenizer, len(tokenizer), self.recipe.data.context)
 
     @cached_property
-    def answering(self) -> LocalTeacher:
-        """The teacher as it answers prompts."""
+    def context(self) -> int:
+        return min(self.recipe.data.context, self.language.context)
+
+    @cached_property
+    def served(self) -> ServedTeacher | None:
+        """The teacher at an endpoint, if it is one, as it answers prompts; its answers are kept in the RUN folder."""
+        t, r = self.recipe.teacher, self.recipe.data.responses
+        if not isinstance(t, EndpointTeacher):
+            return None
+        tokenizer = open_tokenizer(t.tokenizer) if t.tokenizer else None
+        how = (r.temperature, r.top_p, r.max_tokens)
+        return ServedTeacher(endpoint_of(t, self.folder / ANSWERS), t.api, tokenizer, *how)
+
+    @cached_property
+    def local(self) -> LocalTeacher:
+        """The teacher in this process as it answers prompts."""
         r = self.recipe.data.responses
         return self._writing(r.temperature, r.top_p, r.max_tokens)
 
+    @property
+    def answering(self) -> LocalTeacher | ServedTeacher:
+        return self.served or self.local
+
     @cached_property
     def labelling(self) -> LocalTeacher:
-        """The teacher as it labels: as it answers, or a copy in the precision that was asked for."""
+        """The teacher in this process as it labels: as it answers, or a copy in the precision that was asked for."""
         precision = getattr(self.recipe.targets, "precision", "auto")
         if precision == "auto":
-            return self.answering
+            return self.local
         model, head = for_scoring(self.teacher.model, precision)
         plain = replace(self.compute, autocast=None)
-        return replace(self.answering, loaded=replace(self.teacher, model=model), compute=plain, output=head)
+        return replace(self.local, loaded=replace(self.teacher, model=model), compute=plain, output=head)
 
-    def sampling(self, source: TeacherSamples) -> LocalTeacher:
+    def sampling(self, source: TeacherSamples) -> LocalTeacher | ServedTeacher:
         """The teacher as it writes from nothing."""
-        return self._writing(source.temperature, 1.0, source.max_tokens)
+        how = (source.temperature, 1.0, source.max_tokens)
+        return self.served.from_nothing(*how) if self.served else self._writing(*how)
 
     def _writing(self, temperature: float, top_p: float, max_tokens: int) -> LocalTeacher:
-        return LocalTeacher(
-            self.teacher,
-            self.compute,
-            rows=128,
-            write_temperature=temperature,
-            write_top_p=top_p,
-            write_tokens=max_tokens,
-            context=self.context,
-        )
+        return LocalTeacher(self.teacher, self.compute, 128, temperature, top_p, max_tokens, self.context)
 
     def encode(self, samples: list[Sample]) -> list[Encoded]:
-        return encode_all(samples, self.teacher.tokenizer, self.context, self.recipe.data.too_long)
+        encoded = encode_all(samples, self.language.tokenizer, self.context, self.recipe.data.too_long)
+        return (
+            [e for e in (e.learnt_from(self.untold) for e in encoded) if e.loss_positions] if self.untold else encoded
+        )
+
+    @cached_property
+    def untold(self) -> int:
+        """First tokens of a text that are not learnt, because a server that labels tells nothing of them."""
+        t = self.recipe.targets
+        if not self.served or self.recipe.method.kind == "sft" or not isinstance(t, TopKTargets):
+            return 0
+        return 2 if self.served.telling(t.k).silent_first else 0
+
+    def asked(self) -> dict[str, Any]:
+        """What a server was asked for, as it counts, and the first tokens of a text that are not learnt."""
+        return {"untold": self.untold, "usage": self.served.endpoint.paid.usage} if self.served else {}
 
     @cached_property
     def encoded(self) -> list[Encoded]:
@@ -140,14 +179,15 @@ class Bench:
 
     def batches(self, schedule: Schedule, seed: int) -> Packer:
         """The training samples in the order of ``seed``."""
-        return packer(self.encoded, schedule, seed, self.teacher.pad_id, self.context)
+        return packer(self.encoded, schedule, seed, self.language.pad_id, self.context)
 
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
         student = self._first_student(seed)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        if self.recipe.train.pack and not (keeps_samples_apart(student) and keeps_samples_apart(self.teacher.model)):
+        both = (student, *(() if self.served else (self.teacher.model,)))
+        if self.recipe.train.pack and not all(keeps_samples_apart(m) for m in both):
             raise RecipeError(
                 f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
                 "train.pack=false"
@@ -158,9 +198,12 @@ class Bench:
         if self.recipe.method.kind == "sft":
             return  # which uses none
         t, precision = self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
-        if isinstance(t, TopKTargets) and t.k > self.teacher.vocabulary:
-            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.teacher.vocabulary:,}")
-        if precision != "auto":
+        if isinstance(t, TopKTargets) and t.k > self.language.vocabulary:
+            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.language.vocabulary:,}")
+        if self.served and isinstance(t, TopKTargets):
+            same_tokenizer(self.served.tokenizer, self.language.tokenizer)
+            self.served.telling(t.k)
+        elif precision != "auto":
             check_scoring(self.teacher.model, precision)
 
     @property
@@ -180,11 +223,8 @@ class Bench:
         return [*formats, *(f"{fmt}{ROUNDED}" for fmt in formats if self.recovery(fmt))]
 
     def recovery(self, name: str) -> Recovery | None:
-        """How a copy of this name is taught; None where it is not: 8 bits lose next to nothing."""
-        s, q = self.recipe.train, self.recipe.quantize
-        taught = not name.endswith(ROUNDED) and FORMATS[name].element_bits < 8
-        steps = round(q.recover * s.steps) if taught else 0
-        return Recovery(steps, s.batch, s.micro_batch, q.lr, self.recipe.seeds[0]) if steps else None
+        """How a copy of this name is taught; None where it is not."""
+        return recovery_of(name, self.recipe.quantize, self.recipe.train, self.recipe.seeds[0])
 
     def check_copies(self, student: Path, work: Path) -> None:
         """Write a low-bit copy of the untouched student and open it, since not every architecture takes one."""
@@ -202,27 +242,29 @@ class Bench:
     def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
         if s.kind == "shape":
-            return from_shape(s.shape, self.teacher.tokenizer, self.context, seed, self.teacher.vocabulary)
+            return from_shape(s.shape, self.language.tokenizer, self.context, seed, self.language.vocabulary)
         if s.kind == "cut":
             return cut(self.teacher.model, s).float()
         given = self._opened(s.path, s.trust_remote_code)
         refuse_low_bit(given.model)
-        same_tokenizer(self.teacher.tokenizer, given.tokenizer)
+        same_tokenizer(self.language.tokenizer, given.tokenizer)
         if given.context < self.context:
             raise RecipeError(
                 f"the student {s.path} takes {given.context:,} tokens and data.context is {self.context:,}; set "
                 f"data.context={given.context}"
             )
         before = given.vocabulary
-        if align_vocabulary(given.model, self.teacher.vocabulary):
-            say(f"the student's vocabulary of {before:,} is set to the teacher's {self.teacher.vocabulary:,} (padding)")
+        if align_vocabulary(given.model, self.language.vocabulary):
+            say(
+                f"the student's vocabulary of {before:,} is set to the teacher's {self.language.vocabulary:,} (padding)"
+            )
         return given.model
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
         tokens = sum(len(e.loss_positions) for e in self.encoded)
-        kind = self.recipe.targets.kind
-        if self.recipe.method.kind == "sft" or kind == "dense":
+        kind = "text" if self.recipe.method.kind == "sft" else self.recipe.targets.kind
+        if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
         budget = getattr(self.recipe.targets, "budget", math.inf)
@@ -231,11 +273,7 @@ class Bench:
                 f"targets take {made.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples "
                 "have few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
             )
-        facts: dict[str, Any] = {"bytes": made.bytes, "bytes_per_token": made.bytes_per_token}
-        facts["entries_per_token"] = made.entries / max(1, made.tokens) if kind != "hidden" else None
-        if kind == "sampled":
-            facts["threshold"] = self.cache.keep.threshold
-        return {"kind": kind, "tokens": tokens, **facts}, made.damaged
+        return {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}, made.damaged
 
     def fill_cache(self, own: bool = True) -> CacheFacts:
         """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
@@ -247,10 +285,10 @@ class Bench:
     def signal(self, batch: Batch):
         """The teacher at a batch's loss positions, live or from the cache."""
         if self.recipe.targets.kind == "dense":
-            return self.answering.dense(batch)
+            return self.local.dense(batch)
         if not self.cache.filled:
             self.fill_cache()
-        return self.cache.signal(batch, self.compute.device, lambda: self.answering.head)
+        return self.cache.signal(batch, self.compute.device, lambda: self.local.head)
 
     @cached_property
     def cache(self) -> TargetCache:
@@ -262,11 +300,11 @@ class Bench:
         keep = replace(keep, threshold=self._threshold(t, keep))
         return TargetCache(
             self.folder / "targets",
-            f"{self.teacher.fingerprint} on {self.compute.name}",
+            f"{self.answering.fingerprint} on {self.compute.name}",
             keep,
-            self.teacher.vocabulary,
+            self.language.vocabulary,
             t.shard,
-            lambda samples, keep: self.labelling.targets(samples, keep),
+            lambda samples, keep: (self.served or self.labelling).targets(samples, keep),
         )
 
     def _threshold(self, t: SampledTargets | TopKTargets | HiddenTargets, keep: Keep) -> float:
@@ -276,7 +314,7 @@ class Bench:
         """
         some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
         made_from = {
-            "teacher": self.teacher.fingerprint,
+            "teacher": self.answering.fingerprint,
             "compute": self.compute.name,
             "keep": asdict(keep),
             "asked": t.model_dump(mode="json"),
@@ -294,51 +332,15 @@ class Bench:
     @cached_property
     def held_out(self) -> HeldOut:
         """Held-out samples and problems; the recipe's text, where it names one, in place of the samples."""
-        e, tokenizer = self.recipe.evaluate, self.teacher.tokenizer
         samples = read_samples(self.folder / "data" / "eval.jsonl")
-        encoded = windows(e.text, tokenizer, self.context) if e.text else self.encode(samples)
-        asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < self.context]
-        problems, prompts = [s for s, _ in asked[: e.problems]], [ids for _, ids in asked[: e.problems]]
-        asked_of = {s.id: s.prompt[-1].content for s in samples if s.prompt}
-        begun = [(x.id, _opening(x)) for x in encoded[: e.shown]]
-        openings = [(ids, asked_of.get(i) or tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in begun]
-        return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
+        return hold_out(samples, self.recipe.evaluate, self.language.tokenizer, self.context, self.encode)
 
-    def device_peak(self, anew: bool) -> int | None:
-        """Most bytes that tensors took on a CUDA device since the count was last started anew."""
-        if self.compute.device.type != "cuda":
-            return None
-        if anew:
-            torch.cuda.reset_peak_memory_stats(self.compute.device)
-        return torch.cuda.max_memory_allocated(self.compute.device)
-
-    def text_overlap(self) -> dict[str, Any]:
-        """How much of the evaluation text is in the training samples; nothing where there is no such text."""
-        path = self.recipe.evaluate.text
-        if not path:
-            return {}
-        texts = documents(read_text(Path(path).expanduser(), path), by_paragraph=False)
-        found = overlap(read_samples(self.folder / "data" / "train.jsonl"), [Sample((), t, path) for t in texts])
-        return {"text_overlap": {k: found[k] for k in ("eval", "normalised", "ngram")}}
+    @property
+    def reference(self) -> Loaded | None:
+        """The teacher that models are measured against; None where it is behind a server, which shows too little."""
+        return None if self.served else self.teacher
 
     @property
     def measuring(self) -> Compute:
         """How evaluation computes: as training does on a GPU, in float32 elsewhere."""
         return self.compute if self.compute.device.type == "cuda" else replace(self.compute, autocast=None)
-
-
-def _trusted(choice: TeacherChoice | StudentChoice) -> bool:
-    """Whether the recipe lets the code that comes with this model run."""
-    return getattr(choice, "trust_remote_code", False)
-
-
-def packer(samples: list[Encoded], schedule: Schedule, seed: int, pad_id: int, context: int) -> Packer:
-    """Batches as a schedule wants them."""
-    s = schedule
-    return Packer(samples, s.batch, s.micro_batch or s.batch, seed, pad_id, s.pack, context)
-
-
-def _opening(sample: Encoded) -> list[int]:
-    """A sample up to its first learnt token, and of a text (learnt from the start) a few tokens more."""
-    first = sample.mask.index(True) if True in sample.mask else len(sample.ids)
-    return list(sample.ids[: first if first > 1 else 1 + min(12, len(sample.ids) // 2)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,14 +59,15 @@ def run(
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
-    settings = [w for w in words if "=" in w] + _logged(log)
+    settings = [w for w in words if "=" in w] + opt.logged(log)
     recipe = load(files[0] if files else None, settings)
     _line(recipe, out, as_json)
 
 
 @app.command()
 def distill(
-    teacher: Annotated[str, typer.Option(help="Hugging Face folder or hub id.")],
+    teacher: Annotated[str, typer.Option(help="Hugging Face folder, hub id, or a server: http://HOST:PORT/v1.")],
+    teacher_model: opt.TeacherModel = None,
     data: Annotated[str | None, typer.Option(help="JSONL, CSV, Parquet, text, dataset folder or hub name.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder of a student with the teacher's tokenizer.")] = None,
     cut: Annotated[str | None, typer.Option(help="Cut from the teacher: layers=N[,hidden=N][,intermediate=N].")] = None,
@@ -91,12 +91,15 @@ def distill(
         pennyweight distill --teacher ./llama --cut layers=8
 
         pennyweight distill --teacher ./llama --data pairs.jsonl --student ./tiny-llama --steps 1000 --out runs/mine
+
+        pennyweight distill --teacher http://127.0.0.1:8000/v1 --data prompts.jsonl --student ./tiny-llama --method sft
     """
     from pennyweight.recipe_file import distillation
 
     asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "trust_remote_code": trust_remote_code}
     asked |= {"method": method, "steps": steps, "batch": batch, "lr": lr, "seeds": seeds}
-    recipe = distillation(teacher=teacher, settings=[*(settings or []), *_logged(log)], **asked)
+    asked["teacher_model"] = teacher_model
+    recipe = distillation(teacher=teacher, settings=[*(settings or []), *opt.logged(log)], **asked)
     _line(recipe, out, as_json)
 
 
@@ -308,11 +311,6 @@ def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 
 
 app.command()(memory)
-
-
-def _logged(log: list[str] | None) -> list[str]:
-    """The recipe setting behind ``--log``."""
-    return [f"log={json.dumps(log)}"] if log else []
 
 
 def _line(recipe: Any, out: Path | None, as_json: bool) -> None:

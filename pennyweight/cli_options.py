@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -17,10 +18,16 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def logged(log: list[str] | None) -> list[str]:
+    """The recipe setting behind ``--log``."""
+    return [f"log={json.dumps(log)}"] if log else []
+
+
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+TeacherModel = Annotated[str | None, typer.Option(help="The server's name of the teacher.")]
 Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]
 
 Format = Annotated[str, typer.Option("--format", help=_FORMATS)]

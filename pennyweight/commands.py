@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown, windows
+from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError, RunError
 from pennyweight.evaluate.agreement import as_scorer, score
-from pennyweight.evaluate.held_out import HeldOut
+from pennyweight.evaluate.held_out import HeldOut, windows
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.store import Ledger, Verification
 from pennyweight.model.cache import NewCache, whole_cache
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream
-from pennyweight.model.load import load, open_tokenizer, same_tokenizer
+from pennyweight.model.load import language_of, load, same_tokenizer
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import align_vocabulary
 from pennyweight.progress import counting, say
 from pennyweight.quant.kv_cache import low_cache
-from pennyweight.recipe import FolderTeacher
+from pennyweight.recipe import CutStudent
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Message, Sample
 from pennyweight.report.draw import draw
@@ -199,12 +199,15 @@ def show_sample(folder: str, number: int, as_json: bool = False) -> str:
     if not 0 <= number < len(samples):
         raise RunError(f"{root} has training samples 0 to {len(samples) - 1}, not {number}; choose one of them")
     recipe = recipe_of(root)
-    teacher = recipe.teacher.path if isinstance(recipe.teacher, FolderTeacher) else str(root / "teacher")
-    tokenizer = open_tokenizer(teacher, getattr(recipe.teacher, "trust_remote_code", False))
+    chosen = recipe.teacher if isinstance(recipe.student, CutStudent) else recipe.student
+    student = str(root / "arms" / f"base-{recipe.seeds[0]}")
+    shared = language_of(student, getattr(chosen, "trust_remote_code", False))
+    tokenizer = shared.tokenizer
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
-        facts = (ledger.stage_finished("teacher") or {"facts": {}})["facts"]
-    context = min(recipe.data.context, facts.get("context", recipe.data.context))
-    streams = encode_all([samples[number]], tokenizer, context, recipe.data.too_long)
+        teacher, data = ((ledger.stage_finished(name) or {"facts": {}})["facts"] for name in ("teacher", "data"))
+    context = min(recipe.data.context, teacher.get("context") or shared.context, shared.context)
+    encoded = encode_all([samples[number]], tokenizer, context, recipe.data.too_long)
+    streams = [e.learnt_from(data.get("untold", 0)) for e in encoded]
     if not as_json:
         return "\n\n".join(shown(e, tokenizer) for e in streams)
     names = tokenizer.convert_ids_to_tokens

@@ -4,6 +4,7 @@
     ├── RecipeError             a recipe that cannot be read, or asks for what cannot be done
     ├── DataError               rows, files or prompts that cannot be used
     ├── ModelError              a model folder or tokenizer that cannot be used
+    ├── EndpointError           a server that refuses, cannot be reached, or does not give what is asked of it
     ├── MethodError             a method asked of a teacher signal that cannot carry it
     ├── QualityError            a low-bit copy that is worse than was asked for; nothing is left of it
     ├── RunError                a RUN folder that is taken, foreign, or cannot be written
@@ -36,6 +37,17 @@ class DataError(PennyweightError):
 
 class ModelError(PennyweightError):
     """A model folder or tokenizer that cannot be used."""
+
+
+class EndpointError(PennyweightError):
+    """A server refuses, cannot be reached, or does not give what is asked of it.
+
+    ``status`` is HTTP's and ``said`` what came with it, if there was an answer. Neither holds the key.
+    """
+
+    def __init__(self, message: str, status: int | None = None, said: str = ""):
+        super().__init__(message)
+        self.status, self.said = status, said
 
 
 class MethodError(PennyweightError):

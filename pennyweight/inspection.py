@@ -46,9 +46,14 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
             teacher.
     """
     root, bench = _bench(folder)
+    if bench.served:
+        raise RunError(
+            f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "
+            "whose teacher is a folder"
+        )
     batches = _batches(bench, min(tokens, max(64, _ENTRIES // bench.teacher.vocabulary)))
-    whole, labelled = _logits(bench.answering, batches), None
-    if bench.labelling is not bench.answering:
+    whole, labelled = _logits(bench.local, batches), None
+    if bench.labelling is not bench.local:
         labelled = _logits(bench.labelling, batches)
     temperature = getattr(bench.recipe.method, "temperature", 1.0)
     students = _students(bench, root)
@@ -126,7 +131,7 @@ def _batches(bench: Bench, tokens: int) -> list[Batch]:
         group.append(sample)
         count += len(sample.loss_positions)
         seen += len(sample.ids)
-    return [collate([[s] for s in g], bench.teacher.pad_id) for g in (*batches, group)]
+    return [collate([[s] for s in g], bench.language.pad_id) for g in (*batches, group)]
 
 
 @torch.no_grad()
@@ -178,7 +183,7 @@ def _ways(
         ways += [(top_k(logits, k, tail), tail and k == getattr(t, "k", None)) for k in sorted(ks)]
     ways += [(drawn(logits, n, _DRAWS), False) for n in (12, 25, 50, 100)]
     states = torch.cat([bench.labelling.hidden(b) for b in batches])
-    return [*ways, (hidden_states(states, bench.answering.head.logits), kind == "hidden")]
+    return [*ways, (hidden_states(states, bench.local.head.logits), kind == "hidden")]
 
 
 def _threshold(bench: Bench, root: Path) -> float:

@@ -73,15 +73,18 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function True; the second one interrupts."""
+def stoppable(after: str = "this step") -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function True; the second one interrupts.
+
+    ``after`` is what is still finished, for people.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        say("stopping after this step (Ctrl-C again to stop at once)")
+        say(f"stopping after {after} (Ctrl-C again to stop at once)")
 
     try:
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

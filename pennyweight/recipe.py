@@ -6,9 +6,11 @@ recommendation. ``recipe_file`` reads them from TOML. This file imports no torch
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Union
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, model_validator
+from pydantic import Discriminator, Field, field_validator, model_validator
 
 from pennyweight.records import sha256_json
 from pennyweight.settings import Compute, Evaluate, Quantize, Schedule, Seed, Settings, Shape, Tripwires
@@ -122,7 +124,44 @@ class TrainedTeacher(Settings):
     licence: str = "Apache-2.0"
 
 
-TeacherChoice = Annotated[Union[FolderTeacher, TrainedTeacher], Discriminator("kind")]  # noqa: UP007
+class EndpointTeacher(Settings):
+    """A model behind an OpenAI-compatible server: it writes, and it labels where the server tells log-probabilities."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str = Field(description="what paths like /chat/completions are put behind; mostly ends in /v1")
+    model: str | None = Field(default=None, min_length=1, description="the server's name of it; default: the only one")
+    api: Literal["auto", "chat", "completions"] = Field(default="auto", description="auto: chat, where there is one")
+    key_env: str | None = Field(default=None, description="name of the environment variable that holds the key")
+    concurrency: int = Field(default=8, ge=1, le=1024, description="requests at a time")
+    timeout: float = Field(default=300.0, gt=0, description="seconds to wait for a whole answer")
+    retries: int = Field(default=8, ge=0, description="tries of a request after its first")
+    tokenizer: str | None = Field(default=None, description="folder or hub id that holds the model's tokenizer")
+    licence: str = "undeclared"
+
+    @field_validator("url")
+    @classmethod
+    def _an_address(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            whole, parts = False, urlsplit("")
+        if not whole:
+            raise ValueError("must be an address like http://127.0.0.1:8000/v1")
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError("must hold no user name, password, query or key; name a variable with teacher.key_env")
+        return url.rstrip("/")
+
+    @field_validator("key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError("must be the name of an environment variable in capitals, never a key itself")
+        return name
+
+
+_Teachers = FolderTeacher | TrainedTeacher | EndpointTeacher
+TeacherChoice = Annotated[_Teachers, Discriminator("kind")]
 
 
 class FolderStudent(Settings):
@@ -248,6 +287,8 @@ class Recipe(Settings):
         return self
 
     def hash_of(self, *sections: str) -> str:
-        """SHA-256 of the named parts, as a stage depends on them; how often it saves changes no result."""
-        whole = self.model_dump(mode="json", exclude={"train": {"checkpoint_every"}})
+        """SHA-256 of the named parts, as a stage depends on them; how often it saves, and with what patience a server
+        is asked, changes no result."""
+        patience = {"key_env", "concurrency", "timeout", "retries"}
+        whole = self.model_dump(mode="json", exclude={"train": {"checkpoint_every"}, "teacher": patience})
         return sha256_json({s: whole[s] for s in sections})

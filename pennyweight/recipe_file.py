@@ -60,6 +60,7 @@ def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
 def distillation(
     *,
     teacher: str,
+    teacher_model: str | None = None,
     data: str | None = None,
     student: str | None = None,
     cut: str | None = None,
@@ -76,6 +77,9 @@ def distillation(
     Raises:
         RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
     """
+    is_endpoint = teacher.startswith(("http://", "https://"))
+    if teacher_model is not None and not is_endpoint:
+        raise RecipeError("--teacher-model names a model of a server; give its address with --teacher, or leave it out")
     if data == "":
         raise RecipeError(
             "--data is empty; give a file, a folder or a hub name, or leave it out for the teacher's samples"
@@ -84,11 +88,14 @@ def distillation(
         raise RecipeError(
             "say which student: --student FOLDER, or --cut layers=N to cut one from the teacher; not both"
         )
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(teacher.rstrip("/")).name).strip("-.") or "teacher"
+    called = (teacher_model or "endpoint") if is_endpoint else teacher  # an address that is refused may hold a password
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(called.rstrip("/")).name).strip("-.") or "teacher"
     table: dict[str, Any] = {
         "name": f"distill-{name}"[:100],
         "seeds": list(range(seeds)),
-        "teacher": {"kind": "folder", "path": teacher, "trust_remote_code": trust_remote_code},
+        "teacher": {"kind": "endpoint", "url": teacher, "model": teacher_model}
+        if is_endpoint
+        else {"kind": "folder", "path": teacher, "trust_remote_code": trust_remote_code},
         "data": {"source": {"kind": "files", "path": data} if data is not None else {"kind": "teacher_samples"}},
         "student": {"kind": "folder", "path": student, "trust_remote_code": trust_remote_code}
         if student is not None
@@ -162,11 +169,25 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name} is missing; add it"
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+    secret = where[-1:] in (["url"], ["key_env"])  # which may hold a key that was put in the wrong place
+    got = "" if secret or isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
     return f"{name}: {message}{got}; correct that value"
 
 
-_TAGS = {"folder", "trained", "shape", "cut", "sft", "kd", "dense", "sampled", "files", "tasks", "teacher_samples"}
+_TAGS = {
+    "folder",
+    "trained",
+    "endpoint",
+    "shape",
+    "cut",
+    "sft",
+    "kd",
+    "dense",
+    "sampled",
+    "files",
+    "tasks",
+    "teacher_samples",
+}
 
 
 def _plain(where: list[str]) -> list[str]:

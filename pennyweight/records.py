@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -128,6 +128,16 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a teacher is to answer, in the forms that one or another takes: the turns; the text they make, less what a
+    tokenizer puts in front of a text by itself; and its token ids. A text begun from nothing has no turns."""
+
+    messages: tuple[Message, ...]
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A sample as token ids. ``mask[i]`` is True where token i is to be learnt (predicted from the ones before)."""
 
@@ -140,6 +150,12 @@ class Encoded:
     def loss_positions(self) -> list[int]:
         """Positions t whose *next* token is learnt: the ones a target is kept for, in order."""
         return [t for t in range(len(self.ids) - 1) if self.mask[t + 1]]
+
+    def learnt_from(self, first: int) -> Encoded:
+        """The same tokens, of which those before ``first`` are not learnt."""
+        if True not in self.mask[:first]:
+            return self
+        return replace(self, mask=tuple(m and t >= first for t, m in enumerate(self.mask)))
 
     @property
     def token_hash(self) -> str:
@@ -193,7 +209,9 @@ class Verifier(Protocol):
 class Teacher(Protocol):
     """A model that can be asked.
 
-    ``fingerprint`` is the SHA-256 of its weights; ``name`` is for people.
+    ``fingerprint`` is the SHA-256 of its weights, or of what is known of them; ``name`` is for people; ``keeps`` says
+    whether it keeps what it has written by itself, so that nobody else needs to, and takes all prompts at once;
+    ``tokenizer`` is its own, None where that is not known.
     """
 
     @property
@@ -202,8 +220,14 @@ class Teacher(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[str, bool]]:
-        """Responses to prompts of token ids: (text, whether it ended by itself)."""
+    @property
+    def keeps(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def write(self, prompts: Sequence[Prompt], seed: int, progress: Callable[[int], None]) -> list[tuple[str, bool]]:
+        """Responses: (text, whether it ended by itself). ``progress`` is told how many more are written."""
         ...
 
     def targets(self, samples: Sequence[Encoded], keep: Any) -> list[Any]:

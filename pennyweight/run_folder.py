@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pennyweight.ledger.store import Ledger
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import sha256_json
+from pennyweight.version import __version__
 
 _FORMAT = 2  # goes into every stage key: raise it when a stage's output changes meaning
 
@@ -163,6 +165,13 @@ class Run:
             told = ("seconds", "tokens", "peak_memory_bytes", "peak_device_memory_bytes")
             out[name] = {k: body.get(k) for k in told}
         return out
+
+    def account(self) -> dict[str, Any]:
+        """When, by which version and by which stages the run was finished, and what its ledger comes to."""
+        seq, head = self.ledger.head
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        ledger = {**self.ledger.counts(), "seq": seq, "head": head}
+        return {"version": __version__, "finished": at, "stages": self.stages(), "ledger": ledger}
 
     def _intact(self, artifacts: list[dict[str, Any]]) -> bool:
         try:

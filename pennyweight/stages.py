@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pennyweight.bench import Bench, packer
-from pennyweight.data.prepare import Writer, facts, gather, prepare, settle, told
+from pennyweight.bench import Bench
+from pennyweight.data.pack import packer
+from pennyweight.data.prepare import Writer, both_sides, gather, told
 from pennyweight.data.render import encode_all
 from pennyweight.data.sources import read_tasks
-from pennyweight.data.split import is_held_out, split
+from pennyweight.data.split import is_held_out
 from pennyweight.data.store import write_samples
+from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
+from pennyweight.model.device import peak
 from pennyweight.model.load import fingerprint_of, identity_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
@@ -30,13 +33,13 @@ from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.recovery import low_bit
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
-from pennyweight.records import ROUNDED, sha256_json
+from pennyweight.records import ROUNDED, Teacher, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.run_folder import Done, Made, Run, read_json, write_json
 from pennyweight.teacher import store
-from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
@@ -47,8 +50,9 @@ from pennyweight.version import __version__
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
+    check_teacher(recipe)
     bench = Bench(recipe, out)
-    with Run(out, recipe, bench.device_peak) as run, Line(run, bench) as line:
+    with Run(out, recipe, partial(peak, bench.compute.device)) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -96,12 +100,13 @@ class Line:
 
 
 def the_teacher(line: Line) -> Done:
-    """A given folder as it is; or one trained from nothing on worked solutions, kept for the next run."""
+    """A folder or a server as it is; or one trained from nothing on worked solutions, kept for the next run."""
     recipe = line.recipe
-    if isinstance(recipe.teacher, FolderTeacher):
-        identity = identity_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
-        depends = {"teacher": recipe.hash_of("teacher"), "identity": identity}
-        return line.run.stage("teacher", depends, lambda work: Made(line.bench.teacher.facts()))
+    if not isinstance(recipe.teacher, TrainedTeacher):
+        depends = {"teacher": recipe.hash_of("teacher")}
+        if isinstance(recipe.teacher, FolderTeacher):
+            depends["identity"] = identity_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
+        return line.run.stage("teacher", depends, lambda work: Made(line.bench.answering.facts()))
     held_out = recipe.data.eval_fraction
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
     key = sha256_json([depends, __version__])
@@ -160,21 +165,19 @@ def the_data(line: Line, teacher: Done) -> Done:
 def _data(line: Line, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
-    def writer(teacher: LocalTeacher | None = None) -> Writer:
+    def writer(teacher: Teacher | None = None) -> Writer:
         room, speaker = (line.bench.context, d.too_long), teacher or line.bench.answering
-        return Writer(speaker, line.bench.teacher.tokenizer, work, recipe.seed, counting, *room)
+        tokenizer = speaker.tokenizer or line.bench.language.tokenizer
+        return Writer(speaker, tokenizer, work, recipe.seed, counting, *room)
 
     own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
-    parts = split(gather(d.source, own, recipe.teacher.licence), d.eval_fraction, d.eval_limit)
-    train, held_out, rejected = prepare(parts, d.responses, writer, judge_sample)
-    train, of_train = settle("train", train, line.bench.encode)
-    held_out, of_eval = settle("eval", held_out, line.bench.encode)
-    found = facts(train, held_out, parts, rejected) | of_train | of_eval
-    for name, samples in (("train", train), ("eval", held_out)):
+    gathered = gather(d.source, own, recipe.teacher.licence)
+    sides, found = both_sides(gathered, d, writer, judge_sample, line.bench.encode)
+    for name, samples in sides.items():
         write_samples(folder / f"{name}.jsonl", samples)
-        line.run.ledger.add_records(samples, name, line.bench.teacher.fingerprint, line.bench.teacher.name)
+        line.run.ledger.add_records(samples, name, line.bench.answering.fingerprint, line.bench.answering.name)
     say(told(found))
-    return Made(found, found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
+    return Made(found | line.bench.asked(), found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 
 
 def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
@@ -188,14 +191,14 @@ def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
 def a_start(line: Line, teacher: Done, seed: int) -> Done:
     """One untouched student: given, cut from the teacher, or made from nothing by its seed."""
     s, place = line.recipe.student, f"arms/base-{seed}"
-    room = min(line.recipe.data.context, teacher.facts["context"])
+    room = min(line.recipe.data.context, teacher.facts["context"] or line.recipe.data.context)
     depends = {"student": [s.model_dump(mode="json"), seed], "teacher": teacher.facts["identity"], "context": room}
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
     def make(work: Path) -> Made:
         student = line.bench.first_student(seed)
-        save(student, line.bench.teacher.tokenizer, line.folder / place, line.bench.student_dtype)
+        save(student, line.bench.language.tokenizer, line.folder / place, line.bench.student_dtype)
         line.bench.check_copies(line.folder / place, work)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
@@ -283,7 +286,8 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
     teacher = made.teacher.facts["identity"]
-    models: dict[str, tuple[str | Path, Any]] = {"teacher": (line.bench.teacher_path, teacher)}
+    served = line.recipe.teacher.kind == "endpoint"  # which shows too little to be measured
+    models: dict[str, tuple[str | Path, Any]] = {} if served else {"teacher": (line.bench.teacher_path, teacher)}
     for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
     for by_seed in made.arms.values():
@@ -310,7 +314,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
-        held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.teacher, parent)
+        held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.reference, parent)
         with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
@@ -322,27 +326,22 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
 
 def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """summary.json, and report.html drawn from it; made anew every time, since it costs next to nothing."""
-    recipe, ledger = line.recipe, line.run.ledger
-    seq, head = ledger.head
+    recipe = line.recipe
     summary = summarise(
         recipe=recipe.model_dump(mode="json"),
         teacher={**made.teacher.facts, "path": line.bench.teacher_path, "licence": recipe.teacher.licence},
         start=made.starts[recipe.seeds[0]].facts,
         trained={arm: by_seed[recipe.seeds[0]].facts for arm, by_seed in made.arms.items()},
         evaluations={
-            "teacher": evaluations["teacher"],
+            "teacher": evaluations.get("teacher"),
             "base": {seed: evaluations[d.name.replace("start", "base")] for seed, d in made.starts.items()},
             **{arm: {seed: evaluations[d.name] for seed, d in by_seed.items()} for arm, by_seed in made.arms.items()},
         },
         copies={fmt: {**d.facts, "evaluation": evaluations[fmt]} for fmt, d in made.copies.items()},
     )
-    summary |= {"version": __version__, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    summary |= {"stages": line.run.stages(), "environment": environment(line.compute.hardware, line.bench.threads)}
-    summary |= {
-        "targets": made.targets.facts,
-        "data": {**made.data.facts, **line.bench.text_overlap()},
-        "ledger": {**ledger.counts(), "seq": seq, "head": head},
-    }
+    overlap = text_overlap(recipe.evaluate.text, line.folder / "data" / "train.jsonl")
+    summary |= {"targets": made.targets.facts, "data": {**made.data.facts, **overlap}}
+    summary |= {"environment": environment(line.compute.hardware, line.bench.threads), **line.run.account()}
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)
     draw(line.folder)

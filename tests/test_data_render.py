@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from pennyweight.data.render import encode, encode_all, learnt_bytes, prompt_ids, shown, windows
+from pennyweight.data.render import encode, encode_all, learnt_bytes, prompt_ids, shown
 from pennyweight.errors import DataError
+from pennyweight.evaluate.held_out import windows
 from pennyweight.records import Message, Sample
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"

@@ -16,7 +16,7 @@ from pennyweight.cli import app
 COMMANDS = {
     "run": {"arguments", "out", "log", "as_json"},
     "distill": {
-        "teacher", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
+        "teacher", "teacher_model", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
         "trust_remote_code", "out", "log", "as_json",
     },
     "evaluate": {
@@ -52,6 +52,7 @@ FIELDS = {
     "Tripwires": "loss_spike entropy_low entropy_high patience",
     "FolderTeacher": "kind path trust_remote_code licence",
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
+    "EndpointTeacher": "kind url model api key_env concurrency timeout retries tokenizer licence",
     "FolderStudent": "kind path trust_remote_code",
     "ShapeStudent": "kind shape",
     "CutStudent": "kind layers hidden intermediate",

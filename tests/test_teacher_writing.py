@@ -7,23 +7,23 @@ from architectures import make, save_with_tokenizer
 
 from pennyweight.errors import DataError
 from pennyweight.model.load import load
-from pennyweight.records import Message, Sample, Verdict
+from pennyweight.records import Message, Prompt, Sample, Verdict
 from pennyweight.teacher import answers, own_samples, store
 
 
 class Scripted:
     """A teacher that numbers what it writes, and fails when it is told to."""
 
-    name, fingerprint, gives = "scripted", "f" * 64, frozenset({"text"})
+    name, fingerprint, keeps, tokenizer = "scripted", "f" * 64, False, None
 
     def __init__(self, fails_at=None):
         self.calls, self.fails_at = [], fails_at
 
-    def write(self, prompts, seed):
+    def write(self, prompts, seed, progress):
         if self.fails_at == len(self.calls):
             raise KeyboardInterrupt
         self.calls.append((len(prompts), seed))
-        return [(f"reply to {p[0]} by {seed}", p[0] % 7 != 0) for p in prompts]
+        return [(f"reply to {p.ids[0]} by {seed}", p.ids[0] % 7 != 0) for p in prompts]
 
 
 def asked(count):
@@ -31,7 +31,7 @@ def asked(count):
 
 
 def ids(sample):
-    return [int(sample.prompt[0].content)]
+    return Prompt(sample.prompt, "", (int(sample.prompt[0].content),))
 
 
 def test_a_killed_pass_goes_on_and_writes_the_same(tmp_path, monkeypatch):

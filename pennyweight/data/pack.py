@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pennyweight.loss.divergence import Divergence
 from pennyweight.records import Encoded
+from pennyweight.settings import Schedule
 
 IGNORE = -100
 
@@ -138,3 +139,9 @@ class Packer:
 def _order(count: int, seed: int, epoch: int) -> Tensor:
     """The permutation of one epoch; cached, since steps walk through it in order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def packer(samples: list[Encoded], schedule: Schedule, seed: int, pad_id: int, context: int) -> Packer:
+    """Batches as a schedule wants them."""
+    s = schedule
+    return Packer(samples, s.batch, s.micro_batch or s.batch, seed, pad_id, s.pack, context)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pennyweight.data.render import prompt_ids
+from pennyweight.data.render import prompt_of
 from pennyweight.data.sources import read, read_tasks
-from pennyweight.data.split import Split
+from pennyweight.data.split import Split, split
 from pennyweight.errors import DataError
-from pennyweight.recipe import Responses, Source, TaskData, TeacherSamples
+from pennyweight.recipe import Data, Responses, Source, TaskData, TeacherSamples
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
@@ -66,18 +66,38 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
     if not asked:
         return list(samples)
     w = writer()
-    tokens = {id(s): prompt_ids(s, w.tokenizer) for s in asked}
-    fits = [s for s in asked if len(tokens[id(s)]) < w.context]
+    prompts = {id(s): prompt_of(s, w.tokenizer) for s in asked}
+    fits = [s for s in asked if len(prompts[id(s)].ids) < w.context]
     if len(fits) < len(asked) and w.too_long == "refuse":
         raise DataError(
             f"{len(asked) - len(fits):,} of {len(asked):,} prompts leave no room for a response in the context of "
             f"{w.context:,} tokens; set data.too_long=drop, or a larger data.context"
         )
     with w.counting(f"teacher answers ({name})", len(fits), "prompts") as c:
-        ids = lambda s: tokens[id(s)]  # noqa: E731
-        replies = iter(write_answers(fits, ids, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
+        prompt = lambda s: prompts[id(s)]  # noqa: E731
+        replies = iter(write_answers(fits, prompt, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
     chosen = {id(s) for s in fits}
-    return [next(replies) if id(s) in chosen else s for s in samples if id(s) in chosen or id(s) not in tokens]
+    return [next(replies) if id(s) in chosen else s for s in samples if id(s) in chosen or id(s) not in prompts]
+
+
+def both_sides(
+    gathered: list[Sample],
+    data: Data,
+    writer: Callable[[], Writer],
+    judge: Callable[[Sample], Verdict | None],
+    encode: Callable[[list[Sample]], list[Encoded]],
+) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
+    """Samples to train on (``train``) and held out (``eval``), and facts of them: split by content, answered, judged
+    where asked for, and with tokens to learn.
+
+    Raises:
+        DataError: nothing is left on one side.
+    """
+    parts = split(gathered, data.eval_fraction, data.eval_limit)
+    train, held_out, rejected = prepare(parts, data.responses, writer, judge)
+    train, of_train = _settled("train", train, encode)
+    held_out, of_eval = _settled("eval", held_out, encode)
+    return {"train": train, "eval": held_out}, _facts(train, held_out, parts, rejected) | of_train | of_eval
 
 
 def prepare(
@@ -99,7 +119,7 @@ def prepare(
     return train, held_out, rejected
 
 
-def facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: int) -> dict[str, Any]:
+def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: int) -> dict[str, Any]:
     """What the report says of the data."""
     return {
         "source": ", ".join(sorted({s.source for s in train})),
@@ -113,7 +133,7 @@ def facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: i
     }
 
 
-def settle(
+def _settled(
     name: str, samples: Sequence[Sample], encode: Callable[[list[Sample]], list[Encoded]]
 ) -> tuple[list[Sample], dict[str, Any]]:
     """The samples of one side that have tokens to learn in the context, and facts of their streams.

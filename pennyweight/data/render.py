@@ -20,12 +20,10 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from pennyweight.data.files import documents, read_text
 from pennyweight.errors import DataError, ModelError
-from pennyweight.records import Encoded, Message, Sample
+from pennyweight.records import Encoded, Message, Prompt, Sample
 
 _MARK = "\u2063response\u2063"  # invisible separators: no template trims or writes them
 
@@ -41,6 +39,21 @@ def prompt_ids(sample: Sample, tokenizer: Any) -> list[int]:
     if tokenizer.chat_template:
         return _ids(tokenizer, _rendered(tokenizer, sample.prompt, True))
     return _added(tokenizer) + _ids(tokenizer, _plain_prompt(sample), literal=True)
+
+
+def prompt_of(sample: Sample, tokenizer: Any) -> Prompt:
+    """What a teacher is asked, in each of its forms; raises as ``prompt_ids``."""
+    if sample.prompt and tokenizer.chat_template:
+        text = unopened(_rendered(tokenizer, sample.prompt, True), tokenizer)
+    else:
+        text = _plain_prompt(sample)
+    return Prompt(sample.prompt, text, tuple(prompt_ids(sample, tokenizer)))
+
+
+def unopened(text: str, tokenizer: Any) -> str:
+    """``text`` without the beginning-of-text token that the tokenizer puts in front of every text by itself."""
+    own = _added(tokenizer)
+    return text.removeprefix(tokenizer.decode(own)) if own else text
 
 
 def encode(sample: Sample, tokenizer: Any, context: int | None = None, too_long: str = "refuse") -> Encoded | None:
@@ -103,21 +116,6 @@ def encode_all(samples: Sequence[Sample], tokenizer: Any, context: int, too_long
             f"nothing is left to learn of {len(samples):,} samples; give longer texts or a larger data.context"
         )
     return out
-
-
-def windows(path: str | Path, tokenizer: Any, context: int) -> list[Encoded]:
-    """A text file as windows of at most ``context`` tokens, for measuring; each token is learnt in one of them.
-
-    Lines of ``<|endoftext|>`` stand between documents; without them the file is one document.
-
-    Raises:
-        DataError: the file is missing, empty, or not UTF-8.
-    """
-    file = Path(path).expanduser()
-    found = documents(read_text(file, file.name), by_paragraph=False)
-    if not found:
-        raise DataError(f"{file.name} holds no text; give a file with text in it")
-    return encode_all([Sample((), text, file.name) for text in found], tokenizer, context, "refuse")
 
 
 def learnt_bytes(encoded: Sequence[Encoded], tokenizer: Any) -> list[int]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from pennyweight.data.files import documents, read_text
+from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
+from pennyweight.data.split import overlap
+from pennyweight.data.store import read_samples
+from pennyweight.errors import DataError
 from pennyweight.records import Encoded, Sample
+from pennyweight.settings import Evaluate
 
 
 @dataclass(frozen=True)
@@ -23,3 +32,51 @@ class HeldOut:
     def passes(self, samples: int, references: int) -> int:
         """Samples that an evaluation goes through: tokens once for each reference, greedy and sampled answers."""
         return len(self.encoded) * references + len(self.problems) * (1 + samples)
+
+
+def hold_out(
+    samples: list[Sample],
+    wanted: Evaluate,
+    tokenizer: Any,
+    context: int,
+    encode: Callable[[list[Sample]], list[Encoded]],
+) -> HeldOut:
+    """Held-out samples and problems, as many as are ``wanted``; of a text, where one is named, its windows in place of
+    the samples."""
+    encoded = windows(wanted.text, tokenizer, context) if wanted.text else encode(samples)
+    asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < context]
+    problems, prompts = [s for s, _ in asked[: wanted.problems]], [ids for _, ids in asked[: wanted.problems]]
+    asked_of = {s.id: s.prompt[-1].content for s in samples if s.prompt}
+    begun = [(x.id, _opening(x, x.id in asked_of)) for x in encoded[: wanted.shown]]
+    openings = [(ids, asked_of.get(i) or tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in begun]
+    return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
+
+
+def _opening(sample: Encoded, has_prompt: bool) -> list[int]:
+    """A sample up to its first learnt token, and of a text, which is learnt from its start, a few tokens."""
+    first = sample.mask.index(True) if True in sample.mask else len(sample.ids)
+    return list(sample.ids[: first if has_prompt else 1 + min(12, len(sample.ids) // 2)])
+
+
+def windows(path: str | Path, tokenizer: Any, context: int) -> list[Encoded]:
+    """A text file as windows of at most ``context`` tokens, for measuring; each token is learnt in one of them.
+
+    Lines of ``<|endoftext|>`` stand between documents; without them the file is one document.
+
+    Raises:
+        DataError: the file is missing, empty, or not UTF-8.
+    """
+    file = Path(path).expanduser()
+    found = documents(read_text(file, file.name), by_paragraph=False)
+    if not found:
+        raise DataError(f"{file.name} holds no text; give a file with text in it")
+    return encode_all([Sample((), text, file.name) for text in found], tokenizer, context, "refuse")
+
+
+def text_overlap(path: str | None, training: Path) -> dict[str, Any]:
+    """How much of an evaluation text is in the ``training`` samples; nothing where there is no such text."""
+    if not path:
+        return {}
+    texts = documents(read_text(Path(path).expanduser(), path), by_paragraph=False)
+    found = overlap(read_samples(training), [Sample((), t, path) for t in texts])
+    return {"text_overlap": {k: found[k] for k in ("eval", "normalised", "ngram")}}

@@ -67,3 +67,12 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def peak(device: torch.device, anew: bool) -> int | None:
+    """Most bytes that tensors took on a CUDA device since the count was last started ``anew``; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    if anew:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGr
 from pennyweight.errors import ModelError, first_line
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.head import check_head
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.loaded import Language, Loaded
 from pennyweight.model.projection import detach
 from pennyweight.records import sha256_json
 
@@ -78,9 +78,24 @@ def load(
         identity=_identity(folder, fingerprint),
         params=sum(p.numel() for name, p in model.named_parameters() if not name.endswith(_OF_CODES)),
         bytes=sum(f.stat().st_size for f in weights),
-        context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20),
+        context=_context_of(text),
         shape=shape,
     )
+
+
+def _context_of(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+
+
+def language_of(path: str, trust_remote_code: bool = False) -> Language:
+    """What a model folder's tokenizer and config.json say, without its weights.
+
+    Raises:
+        ModelError: they cannot be opened, or it is no causal language model.
+    """
+    tokenizer = open_tokenizer(path, trust_remote_code)
+    config = _config(_folder_of(path, trust_remote_code), path, trust_remote_code).get_text_config()
+    return Language(tokenizer, max(config.vocab_size, len(tokenizer)), _context_of(config))
 
 
 def fingerprint_of(path: str, trust_remote_code: bool = False) -> str:

@@ -11,6 +11,24 @@ from pennyweight.errors import ModelError, RecipeError
 
 
 @dataclass(frozen=True)
+class Language:
+    """What all models of a run share: a tokenizer, the entries of the output head (at least as many as the tokenizer
+    has), the longest sequence in tokens, and a token to fill rows with."""
+
+    tokenizer: Any
+    vocabulary: int
+    context: int
+
+    @property
+    def pad_id(self) -> int:
+        """Never learnt and never seen, so any will do where there is none."""
+        for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if i is not None:
+                return int(i)
+        return 0
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A causal language model in evaluation mode, with its tokenizer.
 
@@ -42,12 +60,12 @@ class Loaded:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
+    def language(self) -> Language:
+        return Language(self.tokenizer, self.vocabulary, self.context)
+
+    @property
     def pad_id(self) -> int:
-        """A token to fill rows with; never learnt and never seen, so any will do where there is none."""
-        for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if i is not None:
-                return int(i)
-        return 0
+        return self.language.pad_id
 
     def facts(self) -> dict[str, Any]:
         """What the ledger and the report keep of it."""

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.awq import scale_for_rounding
 from pennyweight.quant.calibrate import calibrated
-from pennyweight.quant.formats import Coded, Format, decode, encode
+from pennyweight.quant.formats import FORMATS, Coded, Format, decode, encode
 from pennyweight.quant.learned import learn_to_be_rounded, settled
+from pennyweight.records import ROUNDED
+from pennyweight.settings import Quantize, Schedule
 
 METHODS = ("absmax", "nearest", "awq", "gptq")
 
@@ -35,6 +37,14 @@ class Recovery:
     seed: int = 0
     live: bool = False
     on_policy: float = 0.0
+
+
+def recovery_of(name: str, q: Quantize, s: Schedule, seed: int) -> Recovery | None:
+    """How a copy of this name is taught beside a student of this schedule; None where it is not: 8 bits lose next to
+    nothing."""
+    taught = not name.endswith(ROUNDED) and FORMATS[name].element_bits < 8
+    steps = round(q.recover * s.steps) if taught else 0
+    return Recovery(steps, s.batch, s.micro_batch, q.lr, seed) if steps else None
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def targets(view: View) -> Html | None:
     if not t.get("kind"):
         return None
     kind = {
+        "text": "what it wrote, and nothing of its distribution",
         "sampled": "an unbiased sample of the teacher’s distribution at each token, written once and kept on disk",
         "dense": "the teacher’s whole distribution at each token, computed beside the student and not kept",
         "top_k": "the most probable tokens, and all others together as one outcome, written once and kept on disk",

@@ -85,6 +85,9 @@ def _who_is_who(view: View) -> Html:
             "Before training is the student as it started. " if view.find("base") else None,
             f"{seeds} seeds of each arm were trained; its numbers are means over them. " if seeds > 1 else None,
             "One seed of each arm was trained. " if seeds == 1 else None,
+            "The teacher was not measured: it is behind a server, which shows too little of it. "
+            if view.teacher and not view.teacher.facts.get("params")
+            else None,
         ]
     )
 
@@ -199,7 +202,8 @@ def _gap(view: View) -> Html | None:
 def _recovered(found: Mapping[str, Any]) -> Any:
     mean = finite(found.get("mean"))
     if mean is None:
-        return _cell("not defined", "the control has no gap")
+        unknown = found.get("how") == "the teacher was not measured"
+        return _cell("not defined", "the teacher was not measured" if unknown else "the control has no gap")
     if abs(mean) > 10:
         return _cell("not telling", "the gap is next to nothing")
     low, high = finite(found.get("low")), finite(found.get("high"))

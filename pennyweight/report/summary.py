@@ -34,11 +34,12 @@ def combine(evaluations: Mapping[int, Evaluation]) -> dict[str, dict[str, Any]]:
 
 
 def gap_recovered(
-    teacher: Evaluation, sft: Mapping[int, Evaluation], kd: Mapping[int, Evaluation], arm: str
+    teacher: Evaluation | None, sft: Mapping[int, Evaluation], kd: Mapping[int, Evaluation], arm: str
 ) -> dict[str, dict[str, Any]]:
     """(kd - sft) / (teacher - sft) for each metric that both arms have, with a verdict.
 
-    It is None where the control is as good as the teacher or better: there is no gap to recover.
+    It is None where the control is as good as the teacher or better: there is no gap to recover; and where the teacher
+    was not measured.
 
     The verdict goes by the paired difference kd - sft: over seeds its t interval; with one seed whether the two
     sampling intervals are apart. An interval that holds zero is a draw.
@@ -62,17 +63,21 @@ def gap_recovered(
             "mean": sum(recovered) / len(recovered) if recovered else None,
             "low": whole.low if whole else None,
             "high": whole.high if whole else None,
-            "how": (whole.how if whole else delta.how)
-            if recovered
-            else "the control is as good as the teacher, or better",
+            "how": (whole.how if whole else delta.how) if recovered else _no_gap(best),
         }
         verdict = _verdict(name, delta, kd[seeds[0]]["metrics"][name], sft[seeds[0]]["metrics"][name], arm)
         out[name] = {**json_safe(share), "difference": json_safe(delta.to_json()), "verdict": verdict}
     return out
 
 
-def _teacher_value(teacher: Evaluation, name: str) -> float | None:
+def _no_gap(best: float | None) -> str:
+    return "the teacher was not measured" if best is None else "the control is as good as the teacher, or better"
+
+
+def _teacher_value(teacher: Evaluation | None, name: str) -> float | None:
     """The teacher against itself: KL 0, agreement 1; otherwise as measured."""
+    if teacher is None:
+        return None
     if name in ("kl_to_teacher", "kl_from_teacher"):
         return 0.0
     if name == "agreement":
@@ -114,7 +119,7 @@ def summarise(
     Args:
         teacher, start: facts of the teacher and of the untouched student (name, params, bytes, fingerprint).
         trained: by arm, the steps and tokens of its training.
-        evaluations: ``teacher`` -> evaluation; each arm -> seed -> evaluation.
+        evaluations: ``teacher`` -> evaluation, None of one that cannot be measured; each arm -> seed -> evaluation.
         copies: by name, facts of the low-bit copy and its evaluation; those rounded only, beside one of the same
             format that was taught, are kept apart, under ``rounded``.
     """
@@ -133,7 +138,7 @@ def summarise(
             "per_seed": per_seed(by_seed, list(first["metrics"])),
         }
     method = recipe["method"]["kind"]
-    both = method != "sft"
+    both, measured = method != "sft", evaluations["teacher"]
     return {
         "schema": 1,
         "name": recipe["name"],
@@ -141,9 +146,9 @@ def summarise(
         "seeds": list(recipe["seeds"]),
         "teacher": {
             **{k: teacher[k] for k in ("name", "path", "fingerprint", "licence", "params", "bytes")},
-            "bytes_fp32": 4 * teacher["params"],
-            "decode_tokens_per_second": evaluations["teacher"]["decode_tokens_per_second"],
-            "metrics": combine({0: evaluations["teacher"]}),
+            "bytes_fp32": 4 * teacher["params"] if teacher["params"] else None,
+            "decode_tokens_per_second": measured["decode_tokens_per_second"] if measured else None,
+            "metrics": combine({0: measured}) if measured else {},
         },
         "arms": arms,
         "gap_recovered": (

@@ -109,6 +109,7 @@ def _nats(row: dict[str, Any]) -> str:
 def _table(summary: dict[str, Any]) -> Table:
     """Every model in two lines: its values, and below them the intervals; fits 80 columns."""
     models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}
+    models = {name: m for name, m in models.items() if m["metrics"] or m["params"]}  # not a teacher behind a server
     names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())]
     seeds = len(summary["seeds"])
     title = f"{summary['name']}: {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals below each value"

@@ -51,6 +51,12 @@ class CacheFacts:
     def bytes_per_token(self) -> float:
         return self.bytes / max(1, self.tokens)
 
+    def facts(self, keep: Keep) -> dict[str, Any]:
+        """What the ledger and the report keep of it."""
+        entries = self.entries / max(1, self.tokens) if keep.kind != "hidden" else None
+        facts = {"bytes": self.bytes, "bytes_per_token": self.bytes_per_token, "entries_per_token": entries}
+        return facts | ({"threshold": keep.threshold} if keep.kind == "sampled" else {})
+
 
 class TargetCache:
     """Targets of samples from the teacher whose weights hash to ``fingerprint``.

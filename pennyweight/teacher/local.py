@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pennyweight.model.device import Compute
 from pennyweight.model.generate import generate
 from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.loaded import Loaded
-from pennyweight.records import Encoded
+from pennyweight.records import Encoded, Prompt
 from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, top, uniforms
 
 _TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}  # in one forward pass that labels
@@ -49,6 +50,8 @@ class LocalTeacher:
     context: int | None = None
     output: Head | None = None
 
+    keeps = False
+
     @property
     def name(self) -> str:
         return self.loaded.name
@@ -58,18 +61,27 @@ class LocalTeacher:
         return self.loaded.fingerprint
 
     @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    def facts(self) -> dict[str, Any]:
+        return self.loaded.facts()
+
+    @property
     def head(self) -> Head:
         return self.output or head_of(self.loaded.model)
 
-    def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[str, bool]]:
-        """Responses to prompts of token ids: (text, whether it ended by itself).
+    def write(
+        self, prompts: Sequence[Prompt], seed: int, progress: Callable[[int], None] = lambda n: None
+    ) -> list[tuple[str, bool]]:
+        """Responses: (text, whether it ended by itself).
 
         A beginning-of-text token ends a text too, since another one would start there, but is no end it was taught.
         """
         tokenizer, ends = self.loaded.tokenizer, self.loaded.eos_ids
         written = generate(
             self.loaded.model,
-            [list(p) for p in prompts],
+            [list(p.ids) for p in prompts],
             max_tokens=self.write_tokens,
             temperature=self.write_temperature,
             top_p=self.write_top_p,
@@ -79,6 +91,7 @@ class LocalTeacher:
             batch=self.rows,
             context=self.context or self.loaded.context,
         )
+        progress(len(prompts))
         return [(tokenizer.decode(list(g.ids), skip_special_tokens=True), g.end in ends) for g in written]
 
     @torch.no_grad()

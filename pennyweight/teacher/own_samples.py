@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.atomic import write_whole
+from pennyweight.data.render import unopened
 from pennyweight.errors import DataError
-from pennyweight.records import Message, Sample, Teacher
+from pennyweight.records import Message, Prompt, Sample, Teacher
 
 _PART = 256
 _MARK = "\u2063mark\u2063"
@@ -32,13 +33,15 @@ def own_samples(
     start, chat = _opening(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     out = []
-    for number, first in enumerate(range(0, count, _PART)):
-        size = min(_PART, count - first)
+    part = count if teacher.keeps else _PART
+    for number, first in enumerate(range(0, count, part)):
+        size = min(part, count - first)
         path = folder / f"{number:06d}.{size}.json"
         if path.exists():
             pairs = json.loads(path.read_text(encoding="utf-8"))
+            progress(size)
         else:
-            pairs = teacher.write([start] * size, seed * 1_000_003 + number)
+            pairs = teacher.write([start] * size, seed * 1_000_003 + number, progress)
             write_whole(path, json.dumps(pairs, ensure_ascii=False))
         for text, ended in pairs:
             source = f"samples of {teacher.name}"
@@ -46,19 +49,19 @@ def own_samples(
                 out.append(Sample((Message("user", text.strip()),), None, source, licence))
             elif not chat and text.strip():
                 out.append(Sample((), text, source, licence, author=teacher.name, complete=ended))
-        progress(size)
     return out
 
 
-def _opening(tokenizer: Any) -> tuple[list[int], bool]:
-    """Token ids to begin from, and whether what follows is a user's prompt."""
+def _opening(tokenizer: Any) -> tuple[Prompt, bool]:
+    """What to begin from, and whether what follows is a user's prompt."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-        return tokenizer(text.split(_MARK)[0], add_special_tokens=False)["input_ids"], True
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False).split(_MARK)[0]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Prompt((), unopened(text, tokenizer), tuple(ids)), True
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise DataError(
             "the teacher's tokenizer has neither a beginning-of-text nor an end-of-text token, so it cannot write "
             "samples from nothing; give prompts or texts with --data"
         )
-    return [first], False
+    return Prompt((), unopened(tokenizer.decode([first]), tokenizer), (first,)), False

@@ -156,14 +156,24 @@ def top(logits_NV: Tensor, k: int, temperature: float, uniform_N3: Tensor, bits:
     e = torch.empty_like(logits_NV)
     mass, entropy = _exponentials(logits_NV, temperature, e)
     probs, ids = e.topk(k, -1)
-    heads = torch.full((len(e),), k, dtype=torch.int32)
-    return Kept(
-        heads,
-        torch.zeros_like(heads),
-        ids.flatten().int().cpu(),
-        _rounded((probs / mass).flatten().cpu(), heads, (1 << bits) - 1, uniform_N3[:, 1]),
-        _in_steps(entropy.cpu(), uniform_N3[:, 2]),
-    )
+    return _top(ids.cpu(), (probs / mass).cpu(), entropy.cpu(), uniform_N3, bits)
+
+
+def top_told(ids_NK: Tensor, probs_NK: Tensor, uniform_N3: Tensor, bits: int) -> Kept:
+    """``top`` where somebody else tells the ids and their probabilities, most probable first.
+
+    The entropy, which nothing is made of here, is that with all others as one outcome.
+    """
+    rest = (1.0 - probs_NK.sum(-1, keepdim=True)).clamp_min(0.0)
+    entropy = torch.special.entr(torch.cat([probs_NK, rest], -1)).sum(-1)
+    return _top(ids_NK, probs_NK, entropy, uniform_N3, bits)
+
+
+def _top(ids: Tensor, probs: Tensor, entropy: Tensor, uniform: Tensor, bits: int) -> Kept:
+    n, k = ids.shape
+    heads = torch.full((n,), k, dtype=torch.int32)
+    rounded = _rounded(probs.flatten(), heads, (1 << bits) - 1, uniform[:, 1])
+    return Kept(heads, torch.zeros_like(heads), ids.flatten().int(), rounded, _in_steps(entropy, uniform[:, 2]))
 
 
 def restore(kept: Kept, threshold: float, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

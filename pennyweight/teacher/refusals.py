@@ -1,0 +1,58 @@
+"""What a teacher behind a server cannot do, said before anything is asked of it, and so before anything is paid."""
+
+from __future__ import annotations
+
+from pennyweight.errors import MethodError, RecipeError
+from pennyweight.recipe import CutStudent, EndpointTeacher, KdMethod, Recipe, ShapeStudent, TeacherSamples, TopKTargets
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Refuse a recipe that asks of an endpoint what no server gives.
+
+    Raises:
+        RecipeError, MethodError: with the reason and the cure.
+    """
+    t = recipe.teacher
+    if not isinstance(t, EndpointTeacher):
+        return
+    if isinstance(recipe.student, CutStudent):
+        raise RecipeError(
+            "a student cannot be cut from an endpoint, whose weights nobody here has; give a student folder "
+            "(--student FOLDER), or make one from nothing (student.kind=shape)"
+        )
+    if isinstance(recipe.student, ShapeStudent) and not t.tokenizer:
+        raise RecipeError(
+            "a student made from nothing takes its teacher's tokenizer, and an endpoint hands over none; name a folder "
+            "or hub id that holds one with teacher.tokenizer"
+        )
+    if isinstance(recipe.data.source, TeacherSamples) and t.api == "chat":
+        raise RecipeError(
+            "a chat endpoint writes nothing from nothing; give prompts with data.source.path (--data FILE), or set "
+            "teacher.api=completions"
+        )
+    if isinstance(recipe.method, KdMethod):
+        _check_kd(recipe, recipe.method, t)
+
+
+def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher) -> None:
+    text_only = "or set method.kind=sft, which learns from its answers alone"
+    if not isinstance(recipe.targets, TopKTargets):
+        raise MethodError(
+            f"method kd with targets.kind={recipe.targets.kind} needs the teacher's whole distribution, and a server "
+            f"tells its most probable tokens at best; set targets.kind=top_k where it does that, {text_only}"
+        )
+    if not t.tokenizer:
+        raise MethodError(
+            "method kd compares token by token, and an endpoint does not say what its tokens are; name a folder or hub "
+            f"id with its tokenizer as teacher.tokenizer, {text_only}"
+        )
+    if method.temperature != 1.0:
+        raise MethodError(
+            f"method.temperature={method.temperature:g} cannot be had of a few log-probabilities, which a server gives "
+            f"at temperature 1; set method.temperature=1, {text_only}"
+        )
+    if recipe.targets.precision != "auto":
+        raise MethodError(
+            f"targets.precision={recipe.targets.precision} is for a teacher in this process, and a server computes as "
+            "it was started; set targets.precision=auto"
+        )
