@@ -29,7 +29,7 @@ _LONGEST_NAP = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Group:
-    """``size`` processes, of which this one is number ``rank``. ``store`` is where words are left; None for one alone."""
+    """``size`` processes, of which this one is number ``rank``. Words are left in ``store``; one alone has none."""
 
     rank: int = 0
     size: int = 1
@@ -87,8 +87,8 @@ class Group:
             return device
         if device.type != "cuda":
             raise RecipeError(
-                f"several processes train on cuda or on cpu, not on {device.type}; set compute.device=cpu, or leave out "
-                "--processes"
+                f"several processes train on cuda or on cpu, not on {device.type}; set compute.device=cpu, or leave "
+                "out --processes"
             )
         index, there = processes.local_rank(), torch.cuda.device_count()
         if index >= there:

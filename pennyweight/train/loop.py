@@ -74,10 +74,9 @@ def train(
     trained, loss_of, optimizer = _ready(model, schedule, compute, seed, group)
     facts = checkpoints.restore(trained, optimizer, group) or {"step": 0, "tokens": 0, "seconds": 0.0}
     wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
-    start, tokens = facts["step"], facts["tokens"]
+    start, tokens, began = facts["step"], facts["tokens"], time.monotonic() - facts["seconds"]
     if group.first:
         rewind(start)
-    began = time.monotonic() - facts["seconds"]
     for step in range(start, schedule.steps):
         batches = next_batch(step)
         admit(sample.id for batch in batches for sample in batch.placed)
@@ -92,9 +91,8 @@ def train(
             log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
         stop = group.any(should_stop())  # the signal reaches some a step sooner than others
         if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not wire.armed):
-            checkpoints.save(
-                step + 1, trained, optimizer, {"tokens": tokens, "seconds": seconds, **wire.state()}, group
-            )
+            so_far = {"tokens": tokens, "seconds": seconds, **wire.state()}
+            checkpoints.save(step + 1, trained, optimizer, so_far, group)
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop:
             raise Stopped(step + 1)
