@@ -19,6 +19,9 @@ def _version(asked: bool) -> None:
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that train together: one a GPU, or each a share of the cores.")
+]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Log = Annotated[list[str] | None, typer.Option(help="Also log to tensorboard, wandb or trackio; may be repeated.")]

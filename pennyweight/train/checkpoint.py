@@ -71,7 +71,7 @@ class Checkpoints:
                 facts = json.loads((place / "state.json").read_text())
                 one_file = group.size == 1 and (place / _ONE_FILE).exists()
                 tensors = load_file(place / _ONE_FILE) if one_file else _read_parts(place, model, group)
-            except (OSError, ValueError, SafetensorError):
+            except (OSError, ValueError, KeyError, AssertionError, SafetensorError):
                 tensors = None
             if not group.any(tensors is None):
                 assert tensors is not None
@@ -142,21 +142,21 @@ def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[
 
 def _write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write this process's part of ``tensors``, into a file of its own; all processes call it."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with _plain_errors():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def _read_parts(folder: Path, model: nn.Module, group: Group) -> dict[str, Tensor]:
     """A checkpoint's tensors, as far as this process holds them, cut as ``model``'s parameters are.
 
     Raises:
-        OSError, ValueError, SafetensorError: the checkpoint cannot be read.
+        OSError, ValueError, KeyError, AssertionError, SafetensorError: the checkpoint cannot be read.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     stored: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     parameters = dict(model.named_parameters())
@@ -172,7 +172,7 @@ def _read_parts(folder: Path, model: nn.Module, group: Group) -> dict[str, Tenso
         else:
             out[key] = torch.empty(kept.size, dtype=dtype)
     with _plain_errors():
-        dcp.load(out, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=group.size == 1)
+        load(out, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=group.size == 1)
     return out
 
 
@@ -185,4 +185,4 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
-        raise error if isinstance(error, (OSError, ValueError, SafetensorError)) else ValueError(str(error)) from None
+        raise error from None

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 import pennyweight.processes as processes
@@ -77,14 +78,17 @@ class Group:
             sys.exit(1)
         return word
 
-    def place(self, device: torch.device) -> torch.device:
-        """Where this process computes, of the device that was asked for: on a GPU of its own, or on the CPU.
+    def placed(self, compute: Any) -> Any:
+        """``compute`` (of model.device) on a GPU of this process's own, where it is on GPUs.
+
+        Its name, which the keys of stages and targets depend on, stays the same in all processes.
 
         Raises:
             RecipeError: there are fewer GPUs than processes, or the device takes only one process.
         """
+        device: torch.device = compute.device
         if self.size == 1 or device.type == "cpu":
-            return device
+            return compute
         if device.type != "cuda":
             raise RecipeError(
                 f"several processes train on cuda or on cpu, not on {device.type}; set compute.device=cpu, or leave "
@@ -97,7 +101,7 @@ class Group:
                 "compute.device=cpu"
             )
         torch.cuda.set_device(index)
-        return torch.device("cuda", index)
+        return replace(compute, device=torch.device("cuda", index))
 
 
 ALONE = Group()
@@ -112,7 +116,7 @@ def join() -> Group:
     store, rank, size = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-    return Group(rank, size, dist.PrefixStore("pennyweight", store))
+    return Group(rank, size, PrefixStore("pennyweight", store))
 
 
 def leave() -> None:
