@@ -340,7 +340,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == 130:  # typer's own answer to Ctrl-C
             fail(STOPPED, 130)
-        launch.part(code or 0)
+        if processes.rank() == 0:
+            launch.settle(code or 0)
     sys.exit(code or 0)
 
 

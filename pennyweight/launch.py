@@ -95,16 +95,6 @@ def meet() -> None:
         join()
 
 
-def part(code: int) -> None:
-    """Leave the others at the end of a command that went well."""
-    if processes.size() > 1:
-        from pennyweight.train.group import leave
-
-        if processes.rank() == 0:
-            settle(code)
-        leave()
-
-
 def settled() -> bool:
     """Whether the command has ended already, so that a process that was started again has nothing to do."""
     return processes.size() > 1 and _WORD in os.environ and Path(os.environ[_WORD]).exists()

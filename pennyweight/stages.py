@@ -135,7 +135,7 @@ def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any,
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     labels = {"stage": "train", "arm": arm, "seed": seed}
     compute_in(model, schedule.precision, schedule.weights)
-    with counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
+    with group.together(), counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
         return train(
             model,
             batches,

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
@@ -36,6 +37,7 @@ class Group:
     size: int = 1
     store: Any = None
     _numbers: Iterator[int] = field(default_factory=count)
+    _meetings: Iterator[int] = field(default_factory=count)
 
     @property
     def first(self) -> bool:
@@ -53,6 +55,22 @@ class Group:
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
         return self.sum(float(here))[0] > 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within it, all processes do the same at the same time, and can sum.
+
+        Outside there is no process group to be seen: libraries that open and quantise models take one for a sign that
+        every process does what this one does, and wait for the others.
+        """
+        if self.size == 1:
+            yield
+            return
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        meeting = PrefixStore(f"meeting/{next(self._meetings)}", self.store)
+        dist.init_process_group(backend, store=meeting, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+        yield
+        dist.destroy_process_group()  # not after an error, when the others may be gone
 
     def wait(self) -> None:
         """Return once all processes have come here."""
@@ -114,12 +132,4 @@ def join() -> Group:
     if processes.size() == 1:
         return ALONE
     store, rank, size = next(rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     return Group(rank, size, PrefixStore("pennyweight", store))
-
-
-def leave() -> None:
-    """Close what ``join`` opened; for the end of a command that went well."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
