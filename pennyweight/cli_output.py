@@ -56,7 +56,7 @@ def one_sentence() -> Iterator[None]:
     except Exception as e:
         if launch.lost(e):
             if processes.rank() == 0:
-                typer.echo(f"pennyweight: another process of this run is gone ({first_line(e)})", err=True)
+                typer.echo(f"pennyweight: another process of this run is gone: {first_line(e)}", err=True)
             sys.exit(launch.LOST)
         said = in_one_sentence(e)
         if said is not None:

@@ -7,6 +7,7 @@ at once. So only what dies without a word is repeated: a kill, a machine's fault
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pennyweight.processes as processes
 from pennyweight.errors import RunError
+from pennyweight.progress import say
 
 RESTARTS = 10
 """How often all processes are started again before the command gives up."""
@@ -48,7 +50,7 @@ def start(count: int, words: list[str]) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_TO_STOP)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
-        os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the agent, whose reports are tables for its developers
+        os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the agent, whose reports are for those who write agents
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         given_up = _agent(count, words, Path(room))
         if word.exists():
@@ -67,6 +69,7 @@ def _agent(count: int, words: list[str], room: Path) -> bool:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(os.environ["LOGLEVEL"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -93,6 +96,8 @@ def meet() -> None:
         from pennyweight.train.group import join
 
         join()
+        if processes.restarts():
+            say("a process was lost; all have been started again, and go on from the last checkpoint")
 
 
 def settled() -> bool:
