@@ -44,6 +44,8 @@ from pennyweight.teacher.cache import CacheFacts, TargetCache, settled
 from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep, threshold_within
+from pennyweight.train.group import join
+from pennyweight.train.optim import NO_FP8_PARTS
 
 ANSWERS = "answers.jsonl"
 """File of a RUN folder: every answer of an endpoint, as it was paid for."""
@@ -64,8 +66,11 @@ class Bench:
         self.recipe, self.folder = recipe, folder
         if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
             read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
+        self.group = join()
+        if self.group.size > 1 and recipe.train.moments == "fp8":
+            raise RecipeError(NO_FP8_PARTS)
         self.threads = set_threads(recipe.compute.threads)
-        self.compute = choose(recipe.compute.device, recipe.compute.dtype)
+        self.compute = self.group.placed(choose(recipe.compute.device, recipe.compute.dtype))
 
     @cached_property
     def teacher_path(self) -> str:
@@ -178,8 +183,9 @@ class Bench:
         return self.encode(read_samples(self.folder / "data" / "train.jsonl"))
 
     def batches(self, schedule: Schedule, seed: int) -> Packer:
-        """The training samples in the order of ``seed``."""
-        return packer(self.encoded, schedule, seed, self.language.pad_id, self.context)
+        """The training samples in the order of ``seed``; of each step what this process has of it."""
+        whole = packer(self.encoded, schedule, seed, self.language.pad_id, self.context)
+        return replace(whole, rank=self.group.rank, ranks=self.group.size)
 
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
@@ -278,7 +284,7 @@ class Bench:
     def fill_cache(self, own: bool = True) -> CacheFacts:
         """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
         with counting("targets", len(self.encoded), "samples") as c:
-            made = self.cache.fill(self.encoded, c.advance, clean=own)
+            made = self.cache.fill(self.encoded, c.advance, clean=own and self.group.first)
         self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
         return made
 

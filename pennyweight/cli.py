@@ -1,4 +1,4 @@
-"""The command line: argv -> one stage or view. The only place that prints an error; heavy imports are inside."""
+"""The command line: argv -> one stage or view; heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 import pennyweight.cli_options as opt
+import pennyweight.launch as launch
+import pennyweight.processes as processes
 from pennyweight.cli_memory import memory
-from pennyweight.cli_output import fail, tell
-from pennyweight.errors import PennyweightError, RecipeError, in_one_sentence
+from pennyweight.cli_output import STOPPED, fail, one_sentence, tell
+from pennyweight.errors import RecipeError
 
 app = typer.Typer(
     name="pennyweight",
@@ -26,8 +28,6 @@ app.add_typer(ledger_app, name="ledger")
 targets_app = typer.Typer(no_args_is_help=True, help="What is kept of a teacher.")
 app.add_typer(targets_app, name="targets")
 
-_STOPPED = "stopped; run, distill and quantize go on from here with the same command"
-
 
 @app.callback()
 def _main(version: opt.Version = False) -> None:
@@ -40,6 +40,7 @@ def run(
         list[str] | None, typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe, settings on top of it.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
+    processes: opt.Processes = 1,
     log: opt.Log = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -61,7 +62,7 @@ def run(
         raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
     settings = [w for w in words if "=" in w] + opt.logged(log)
     recipe = load(files[0] if files else None, settings)
-    _line(recipe, out, as_json)
+    _line(recipe, out, as_json, processes)
 
 
 @app.command()
@@ -79,6 +80,7 @@ def distill(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe setting, a.b=c.")] = None,
     trust_remote_code: opt.Remote = False,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/distill-TEACHER.")] = None,
+    processes: opt.Processes = 1,
     log: opt.Log = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -100,7 +102,7 @@ def distill(
     asked |= {"method": method, "steps": steps, "batch": batch, "lr": lr, "seeds": seeds}
     asked["teacher_model"] = teacher_model
     recipe = distillation(teacher=teacher, settings=[*(settings or []), *opt.logged(log)], **asked)
-    _line(recipe, out, as_json)
+    _line(recipe, out, as_json, processes)
 
 
 @app.command()
@@ -313,34 +315,32 @@ def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 app.command()(memory)
 
 
-def _line(recipe: Any, out: Path | None, as_json: bool) -> None:
+def _line(recipe: Any, out: Path | None, as_json: bool, count: int) -> None:
+    if count > 1 and processes.size() == 1:
+        sys.exit(launch.start(count, sys.argv[1:]))
     from pennyweight.stages import run_line
 
     folder = out or Path("runs") / recipe.name
-    tell(run_line(recipe, folder), as_json, "print_summary")
+    found = run_line(recipe, folder)
+    if processes.rank() > 0:
+        return
+    tell(found, as_json, "print_summary")
     if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
 
 
 def main() -> None:
     """Entry point: runs the command, prints what went wrong in one sentence, and exits with its code."""
-    try:
+    if launch.settled():
+        return
+    with one_sentence():
+        launch.meet()
         code = app(standalone_mode=False)
-    except PennyweightError as e:
-        fail(str(e), e.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        fail(_STOPPED, 130)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as e:
-        said = in_one_sentence(e)
-        if said is None:
-            raise
-        fail(said, 2)
-    else:
         if code == 130:  # typer's own answer to Ctrl-C
-            fail(_STOPPED, 130)
-        sys.exit(code or 0)
+            fail(STOPPED, 130)
+        if processes.rank() == 0:
+            launch.settle(code or 0)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

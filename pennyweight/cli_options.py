@@ -25,6 +25,9 @@ def logged(log: list[str] | None) -> list[str]:
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that train together: one a GPU, or each a share of the cores.")
+]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 TeacherModel = Annotated[str | None, typer.Option(help="The server's name of the teacher.")]

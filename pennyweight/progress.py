@@ -1,4 +1,7 @@
-"""How far long work is: a bar with rate and time left in a terminal, plain lines elsewhere. Always on stderr."""
+"""How far long work is: a bar with rate and time left in a terminal, plain lines elsewhere. Always on stderr.
+
+Of several processes only the first one shows it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import pennyweight.processes as processes
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -45,14 +50,14 @@ class Counter:
         elif rate > 0 and now - self.told >= _SECONDS_BETWEEN_LINES:
             self.told = now
             left = (self.total - done) / rate
-            print(f"  {self.label}: {done:,}/{self.total:,} {text}  {left:,.0f} s left", file=sys.stderr, flush=True)
+            say(f"  {self.label}: {done:,}/{self.total:,} {text}  {left:,.0f} s left")
 
 
 @contextmanager
 def counting(label: str, total: int, unit: str) -> Iterator[Counter]:
     """A ``Counter`` that is shown while the block runs."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or processes.rank() > 0:
         yield Counter(label, total, unit)
         return
     columns = (
@@ -69,7 +74,8 @@ def counting(label: str, total: int, unit: str) -> Iterator[Counter]:
 
 def say(text: str) -> None:
     """One line about the run's progress, for people."""
-    print(text, file=sys.stderr, flush=True)
+    if processes.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

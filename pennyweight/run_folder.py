@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from pennyweight.ledger.store import Ledger
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import sha256_json
+from pennyweight.train.group import ALONE, Group
 from pennyweight.version import __version__
 
 _FORMAT = 2  # goes into every stage key: raise it when a stage's output changes meaning
@@ -55,13 +56,20 @@ class Run:
         recipe: what the folder is, or becomes, a run of.
         device_peak: asked with True to start its count anew and with False for the most bytes in use on the device
             since; None where that is main memory.
+        group: processes that go through the same line, and are told what becomes of each stage.
 
     Raises:
         RunError: the folder cannot be written, is in use, or belongs to another recipe.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, device_peak: Callable[[bool], int | None] = lambda anew: None):
-        self.folder, self.recipe, self._device_peak = folder, recipe, device_peak
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        device_peak: Callable[[bool], int | None] = lambda anew: None,
+        group: Group = ALONE,
+    ):
+        self.folder, self.recipe, self._device_peak, self._group = folder, recipe, device_peak, group
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
@@ -79,6 +87,7 @@ class Run:
         self._claim()
         self.ledger = Ledger.open(folder / "ledger.sqlite")
         self._walked: list[str] = []
+        group.tell({"open": str(folder)})
 
     def close(self) -> None:
         self.ledger.close()
@@ -120,12 +129,17 @@ class Run:
         with Ledger.open(file, create=False) as ledger:
             return bool(ledger.finished_stages())
 
-    def stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made]) -> Done:
+    def stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made], shared: bool = False) -> Done:
         """Run ``make`` unless it has been run on the same ``depends`` and what it wrote is still there, unharmed.
 
         ``make`` gets a folder for unfinished work, the same one whenever the stage is started on the same ``depends``,
-        and removed once the stage is finished.
+        and removed once the stage is finished. ``shared``: the other processes run it, too.
         """
+        done = self._stage(name, depends, make, shared)
+        self._group.tell({"stage": name, "facts": done.facts, "outputs": done.outputs})
+        return done
+
+    def _stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made], shared: bool) -> Done:
         self._walked.append(name)
         key = sha256_json({"stage": name, "format": _FORMAT, **depends})
         done = self.ledger.stage_finished(name)
@@ -137,7 +151,10 @@ class Run:
         _reset_peak_memory()
         self._device_peak(True)
         began = time.monotonic()
-        made = make(self.folder / "work" / f"{name}-{key[:16]}")
+        work = f"{name}-{key[:16]}"
+        if shared:
+            self._group.tell({"stage": name, "work": work})
+        made = make(self.folder / "work" / work)
         artifacts = [artifact(self.folder, path).to_json() for path in made.paths]
         seconds = made.seconds if made.seconds is not None else time.monotonic() - began
         body = {
@@ -178,6 +195,61 @@ class Run:
             return all(artifact(self.folder, a["path"]).sha256 == a["sha256"] for a in artifacts)
         except (OSError, RunError):
             return False
+
+
+class Follower:
+    """The same RUN folder in another process of the run: it works on what is shared, and waits for all else.
+
+    It writes nothing but what a shared stage shares. Its ledger can only be asked.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, group: Group):
+        self.folder, self._group = folder, group
+        self.recipe = recipe.model_copy(update={"log": []})  # the first process logs
+        group.hear()  # that the folder is open
+        self.ledger = _Witness(folder / "ledger.sqlite")
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.ledger.close()
+
+    def stage(self, name: str, depends: dict[str, Any], make: Callable[[Path], Made], shared: bool = False) -> Done:
+        """What the first process made of the stage; where it is made now and ``shared``, ``make`` is run along.
+
+        ``depends`` is the first process's business.
+        """
+        while True:
+            word = self._group.hear()
+            assert word["stage"] == name, f"this process is at {name}, the first one at {word['stage']}"
+            if "work" not in word:
+                return Done(name, word["facts"], word["outputs"])
+            make(self.folder / "work" / word["work"])
+
+
+class _Witness:
+    """A ledger that is only asked whether it knows records; what is to be written into it, the first process writes."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._ledger: Ledger | None = None
+
+    def append(self, kind: str, body: dict[str, Any]) -> None:
+        pass
+
+    def admit(self, ids: Iterable[str]) -> None:
+        self._ledger = self._ledger or Ledger.open(self._path, create=False)
+        self._ledger.admit(ids)
+
+    def close(self) -> None:
+        if self._ledger:
+            self._ledger.close()
+
+
+def open_run(folder: Path, recipe: Recipe, device_peak: Callable[[bool], int | None], group: Group) -> Any:
+    """The RUN folder for this process of ``group``: to own, or to follow."""
+    return Run(folder, recipe, device_peak, group) if group.first else Follower(folder, recipe, group)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -37,10 +37,11 @@ from pennyweight.records import ROUNDED, Teacher, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
-from pennyweight.run_folder import Done, Made, Run, read_json, write_json
+from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
 from pennyweight.verifiers import judge, judge_sample
@@ -52,7 +53,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     check(recipe.method, frozenset({recipe.targets.kind}))
     check_teacher(recipe)
     bench = Bench(recipe, out)
-    with Run(out, recipe, partial(peak, bench.compute.device)) as run, Line(run, bench) as line:
+    with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -61,6 +62,8 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
             arm: {seed: an_arm(line, arm, seed, starts[seed], teacher, data, targets) for seed in recipe.seeds}
             for arm in dict.fromkeys(["sft", recipe.method.kind])
         }
+        if not bench.group.first:
+            return {}  # of several processes one does what is not shared
         student = the_student(line, arms)
         copies = {name: a_copy(line, name, student, data) for name in bench.copies}
         made = Finished(teacher, data, starts, targets, arms, student, copies)
@@ -83,7 +86,7 @@ class Finished:
 class Line:
     """A run in progress: its folder and ledger, the bench its stages share, and where its measurements go."""
 
-    def __init__(self, run: Run, bench: Bench):
+    def __init__(self, run: Any, bench: Bench):
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
         self.bench, self.compute = bench, bench.compute
         settings = self.recipe.model_dump(mode="json")
@@ -133,14 +136,14 @@ def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     return Made({**line.bench.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
 
 
-def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, next_batch: Any) -> Outcome:
+def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, batches: Any, group=ALONE) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     labels = {"stage": "train", "arm": arm, "seed": seed}
     compute_in(model, schedule.precision, schedule.weights)
-    with counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
+    with group.together(), counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
         return train(
             model,
-            next_batch,
+            batches,
             schedule=schedule,
             tripwires=line.recipe.tripwires,
             compute=line.compute,
@@ -151,6 +154,7 @@ def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any,
             rewind=lambda step: line.journal.rewind(labels, step),
             progress=c.reach,
             should_stop=should_stop,
+            group=group,
         )
 
 
@@ -224,7 +228,7 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
             say(f"targets: shard {name} was damaged and has been made again")
         return Made(facts, facts["tokens"] if facts["bytes"] else 0, ["targets"] if facts["bytes"] else [])
 
-    return line.run.stage("targets", depends, make)
+    return line.run.stage("targets", depends, make, shared=True)
 
 
 def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Done, targets: Done) -> Done:
@@ -239,15 +243,15 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
 
     def make(work: Path) -> Made:
         begin = line.bench.to_train(line.folder / next(iter(start.outputs)), seed)
-        batches = line.bench.batches(s, seed)
-        signal = line.bench.signal if uses_teacher else None
+        batches, signal = line.bench.batches(s, seed), line.bench.signal if uses_teacher else None
         weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"
         next_batch = lambda step: [weigh(b, method, signal) for b in batches(step)]  # noqa: E731
-        outcome = _fit(line, work, arm, seed, begin.model, s, next_batch)
-        save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
+        outcome = _fit(line, work, arm, seed, begin.model, s, next_batch, line.bench.group)
+        if line.bench.group.first:
+            save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
         return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [place], outcome.seconds)
 
-    return line.run.stage(f"{arm}-{seed}", depends, make)
+    return line.run.stage(f"{arm}-{seed}", depends, make, shared=True)
 
 
 def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:

@@ -25,6 +25,8 @@ class Batch:
 
     ``ids``, ``positions``, ``labels`` are (B, T) int64; labels are next tokens, -100 where nothing is learnt.
     A method fills in the (N,) weights, the divergence, and ``target``, a teacher (of loss.signals) at the N positions.
+    ``spare``: it is there only so that a process with less to do takes part as often as the others; nothing of it
+    counts.
     """
 
     ids: Tensor
@@ -36,6 +38,7 @@ class Batch:
     hidden_weight: Tensor | None = None
     divergence: Divergence = field(default_factory=Divergence)
     target: Any = None
+    spare: bool = False
 
     @property
     def selected(self) -> Tensor:
@@ -106,12 +109,28 @@ def first_fit(samples: list[Encoded], length: int) -> list[list[Encoded]]:
     return rows
 
 
+def dealt(rows: list[list[Encoded]], ranks: int) -> list[list[list[Encoded]]]:
+    """Each process's share of the rows of a step: dealt out there and back, the longest first.
+
+    So all get as many rows, give or take one, of about as many tokens.
+    """
+    longest = sorted(range(len(rows)), key=lambda r: -sum(len(s.ids) for s in rows[r]))
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for i, r in enumerate(longest):
+        lap, place = divmod(i, ranks)
+        hands[ranks - 1 - place if lap % 2 else place].append(r)
+    return [[rows[r] for r in sorted(hand)] for hand in hands]
+
+
 @dataclass(frozen=True)
 class Packer:
     """Batches of ``batch`` samples, epoch after epoch, each epoch in its own seeded order.
 
     Calling it with a step gives that step's micro-batches of at most ``micro`` rows. With ``pack`` samples share
     rows of ``context`` tokens; without, each has a row of its own, and rows of like length go together.
+
+    Where a step is shared by ``ranks`` processes, it gives the share of number ``rank``: as many micro-batches in all
+    of them, some of which may be spare.
     """
 
     samples: list[Encoded]
@@ -121,6 +140,8 @@ class Packer:
     pad_id: int
     pack: bool = False
     context: int = 512
+    rank: int = 0
+    ranks: int = 1
 
     def __call__(self, step: int) -> list[Batch]:
         chosen = [self._at(i) for i in range(step * self.batch, (step + 1) * self.batch)]
@@ -128,7 +149,11 @@ class Packer:
             rows = first_fit(chosen, max(self.context, *(len(s.ids) for s in chosen)))
         else:
             rows = [[s] for s in sorted(chosen, key=lambda s: len(s.ids))]
-        return [collate(rows[a : a + self.micro], self.pad_id) for a in range(0, len(rows), self.micro)]
+        mine = rows if self.ranks == 1 else dealt(rows, self.ranks)[self.rank]
+        batches = [collate(mine[a : a + self.micro], self.pad_id) for a in range(0, len(mine), self.micro)]
+        most = -(-len(rows) // self.ranks)  # rows of a process
+        spare = -(-most // self.micro) - len(batches)
+        return batches + [replace(collate(rows[:1], self.pad_id), spare=True)] * spare
 
     def _at(self, index: int) -> Encoded:
         epoch, place = divmod(index, len(self.samples))

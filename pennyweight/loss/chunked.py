@@ -60,6 +60,13 @@ class Totals:
     entropy: float | None
     hidden: float | None = None
 
+    def void(self) -> Totals:
+        """The same of nothing: sums and gradient are 0."""
+        zero = {
+            k: None if getattr(self, k) is None else 0.0 for k in ("cross_entropy", "divergence", "entropy", "hidden")
+        }
+        return Totals(self.loss * 0.0, 0, **zero)
+
 
 def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = False, tile: int | None = None) -> Totals:
     """Sum over positions of ce_weight * cross-entropy + kd_weight * divergence.

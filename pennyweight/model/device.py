@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import pennyweight.processes as processes
 from pennyweight.errors import RecipeError
 
 
@@ -37,10 +38,11 @@ def choose(device: str, dtype: str) -> Compute:
 
 
 def set_threads(threads: int) -> int:
-    """Use ``threads`` CPU threads, 0 being one per usable core; how many that is."""
+    """Use ``threads`` CPU threads, 0 being one per usable core, or this process's share of them; how many that is."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or usable or 1)
-    return threads or usable or 1
+    used = threads or processes.threads() or usable or 1
+    torch.set_num_threads(used)
+    return used
 
 
 def _device(name: str) -> torch.device:

@@ -1,7 +1,8 @@
 """The one training loop. It knows no method, no teacher, no ledger and no precision by name.
 
 Its loss is a sum of cross-entropy and divergence terms whose per-token weights came with the batch, divided once by
-the number of loss positions of the whole step. So micro-batches and packing change nothing but rounding.
+the number of loss positions of the whole step, over all processes. So micro-batches, packing and the number of
+processes change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.projection import projected
 from pennyweight.settings import Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.group import ALONE, Group
 from pennyweight.train.optim import adamw, lr_at
+from pennyweight.train.sharding import clip, cut_over, gather
 from pennyweight.train.tripwire import Tripwire
 
 
@@ -50,74 +53,87 @@ def train(
     rewind: Callable[[int], None] = lambda step: None,
     progress: Callable[[int, str], None] = lambda step, note: None,
     should_stop: Callable[[], bool] = lambda: False,
+    group: Group = ALONE,
 ) -> Outcome:
     """Train ``model`` in place, from its newest checkpoint if there is one.
 
+    All processes of ``group`` call it, each with its share of every step; the first one logs, and gets the weights.
+
     Args:
-        next_batch: step -> its micro-batches, the same ones every time it is asked.
+        next_batch: step -> its micro-batches, the same every time it is asked; as many in every process.
         seed: of what the model itself draws (dropout, where its architecture has it).
         admit: raises for sample ids that the ledger does not know; called before a batch is used.
         log: takes one line of metrics, at the first, the last and every hundredth part of the steps.
         rewind: called with the step from which training goes on, to drop log lines written after it.
         progress: called with the number of finished steps and a short note.
-        should_stop: asked after each step; when True a checkpoint is written and ``Stopped`` raised.
+        should_stop: asked after each step; when True in any process a checkpoint is written and ``Stopped`` raised.
 
     Raises:
         Tripped, Stopped: a tripwire held, or the user asked; the last good checkpoint is kept.
     """
-    torch.manual_seed(seed)
-    model.to(compute.device).train()
-    optimizer = adamw(model, schedule.lr, (schedule.beta1, schedule.beta2), schedule.weight_decay, schedule.moments)
-    facts = checkpoints.restore(model, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    trained, loss_of, optimizer = _ready(model, schedule, compute, seed, group)
+    facts = checkpoints.restore(trained, optimizer, group) or {"step": 0, "tokens": 0, "seconds": 0.0}
     wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
-    start, tokens = facts["step"], facts["tokens"]
-    rewind(start)
-    every = max(1, schedule.steps // 100)
-    began = time.monotonic() - facts["seconds"]
+    start, tokens, began = facts["step"], facts["tokens"], time.monotonic() - facts["seconds"]
+    if group.first:
+        rewind(start)
     for step in range(start, schedule.steps):
         batches = next_batch(step)
-        for batch in batches:
-            admit(sample.id for sample in batch.placed)
+        admit(sample.id for batch in batches for sample in batch.placed)
         last = step + 1 == schedule.steps
-        measured = step == 0 or last or (step + 1) % every == 0
+        measured = step == 0 or last or (step + 1) % max(1, schedule.steps // 100) == 0
         lr = _set_lr(optimizer, step, schedule)
-        line, norm = _step(model, optimizer, batches, compute, schedule.clip, measured)
-        tokens += sum(b.tokens for b in batches)
-        warm = step >= schedule.warmup * schedule.steps
-        _trip(wire, line, norm, warm, step + 1, checkpoints)
+        line, norm, seen = _step(trained, optimizer, batches, loss_of, schedule.clip, measured, group)
+        tokens += seen
+        _trip(wire, line, norm, step >= schedule.warmup * schedule.steps, step + 1, checkpoints)
         seconds = time.monotonic() - began
-        if measured:
+        if measured and group.first:
             log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
-        stop = should_stop()
+        stop = group.any(should_stop())  # the signal reaches some a step sooner than others
         if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not wire.armed):
-            checkpoints.save(step + 1, model, optimizer, {"tokens": tokens, "seconds": seconds, **wire.state()})
+            so_far = {"tokens": tokens, "seconds": seconds, **wire.state()}
+            checkpoints.save(step + 1, trained, optimizer, so_far, group)
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop:
             raise Stopped(step + 1)
+    gather(trained, model, group)
     model.eval()
     return Outcome(schedule.steps, tokens, time.monotonic() - began)
+
+
+def _ready(
+    model: nn.Module, s: Schedule, compute: Compute, seed: int, group: Group
+) -> tuple[nn.Module, Callable[[Batch, bool], Totals], torch.optim.Optimizer]:
+    """The model to train (where it is cut over processes, not the given one), a micro-batch's loss, the optimizer."""
+    torch.manual_seed(seed + 1_000_003 * group.rank)  # what is drawn for other rows, or another part, is drawn apart
+    forward = lambda m, batch, measured: batch_loss(m, head_of(m), batch, compute, measured)  # noqa: E731
+    trained, loss_of = cut_over(model.to(compute.device).train(), forward, group)
+    return trained, loss_of, adamw(trained, s.lr, (s.beta1, s.beta2), s.weight_decay, s.moments)
 
 
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
-    compute: Compute,
-    clip: float,
+    loss_of: Callable[[Batch, bool], Totals],
+    largest: float,
     measured: bool,
-) -> tuple[dict[str, Any], float]:
-    """One optimizer step over its micro-batches; per-token means, and the gradient norm before clipping."""
-    head = head_of(model)
+    group: Group,
+) -> tuple[dict[str, Any], float, int]:
+    """One optimizer step over its micro-batches; per-token means, the gradient norm before clipping, and tokens."""
     optimizer.zero_grad(set_to_none=True)
-    count = max(1, sum(b.count for b in batches))
+    mine = [b for b in batches if not b.spare]
+    count, tokens = map(int, group.sum(sum(b.count for b in mine), sum(b.tokens for b in mine)))
+    count = max(1, count)
     sums = []
     for batch in batches:
-        totals = batch_loss(model, head, batch, compute, measured)
+        totals = loss_of(batch, measured)
+        totals = totals.void() if batch.spare else totals
         (totals.loss / count).backward()
         sums.append(totals)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    norm = clip(model, largest)
     optimizer.step()
-    return _means(sums), norm
+    return _means(sums, count, group), norm, tokens
 
 
 def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, measured: bool = False) -> Totals:
@@ -151,20 +167,18 @@ def _set_lr(optimizer: torch.optim.Optimizer, step: int, s: Schedule) -> float:
     return lr
 
 
-def _means(sums: list[Totals]) -> dict[str, float | None]:
-    """Per-token means over the step, for the log."""
-    count = max(1, sum(t.count for t in sums))
-
-    def mean(values: list[float | None]) -> float | None:
-        return None if any(v is None for v in values) else sum(v for v in values if v is not None) / count
-
-    return {
-        "loss": sum(float(t.loss.detach()) for t in sums) / count,
-        "cross_entropy": mean([t.cross_entropy for t in sums]),
-        "divergence": mean([t.divergence for t in sums]),
-        "entropy": mean([t.entropy for t in sums]),
-        **({"hidden_error": mean([t.hidden for t in sums])} if sums[0].hidden is not None else {}),
+def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | None]:
+    """Per-token means over the step and the processes, for the log; None of what was not measured."""
+    here = {
+        "loss": [float(t.loss.detach()) for t in sums],
+        "cross_entropy": [t.cross_entropy for t in sums],
+        "divergence": [t.divergence for t in sums],
+        "entropy": [t.entropy for t in sums],
+        **({"hidden_error": [t.hidden for t in sums]} if sums[0].hidden is not None else {}),
     }
+    known = {name: sum(v for v in values if v is not None) for name, values in here.items() if None not in values}
+    everywhere = dict(zip(known, group.sum(*known.values()), strict=True))
+    return {name: everywhere[name] / count if name in everywhere else None for name in here}
 
 
 def _trip(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool, step: int, checkpoints: Checkpoints) -> None:

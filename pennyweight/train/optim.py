@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.errors import RecipeError
 from pennyweight.quant.formats import FORMATS, Coded, decode, encode
 
 _BLOCK = 128  # values that share a scale, in moments of 8 bits
@@ -20,7 +21,10 @@ def adamw(
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) that decays matrices and leaves norms and biases alone.
 
     ``moments``: what they are stored in: float32, bfloat16 or fp8. Where those or the weights are not float32, it is
-    ``LowAdamW``.
+    ``LowAdamW``. Parameters may be cut over processes (DTensors): each process updates its part.
+
+    Raises:
+        RecipeError: fp8 moments of parameters that are cut over processes.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -30,7 +34,21 @@ def adamw(
     groups = [g for g in groups if g["params"]]
     if moments == "float32" and all(p.dtype == torch.float32 for p in trained):
         return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    if moments == "fp8" and any(_part_of(p) is not p for p in trained):
+        raise RecipeError(NO_FP8_PARTS)
     return LowAdamW(groups, lr, betas, moments)
+
+
+NO_FP8_PARTS = (
+    "train.moments=fp8 is for one process, since values that share a scale would be cut apart; set "
+    "train.moments=bfloat16, or leave out --processes"
+)
+"""Why moments in 8 bits are refused where parameters are cut over processes."""
+
+
+def _part_of(t: Tensor) -> Tensor:
+    """What this process holds of a tensor that is cut over several; of any other, the whole."""
+    return t.to_local() if hasattr(t, "to_local") else t  # type: ignore[attr-defined]
 
 
 class LowAdamW(torch.optim.Optimizer):
@@ -65,9 +83,12 @@ class LowAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if not p.is_contiguous():
             p.data = p.data.contiguous()
-        weight, grad = p.view(-1), p.grad.view(-1) if p.grad.is_contiguous() else p.grad.flatten()  # type: ignore[union-attr]
-        for a in range(0, p.numel(), _PART):
-            self._update_part(weight, grad, state, group, slice(a, min(a + _PART, p.numel())))
+        assert p.grad is not None
+        weight, grad = _part_of(p).view(-1), _part_of(p.grad)
+        grad = grad.view(-1) if grad.is_contiguous() else grad.flatten()
+        local = {k: v if v.ndim == 0 or self.moments == "fp8" else _part_of(v).view(-1) for k, v in state.items()}
+        for a in range(0, len(weight), _PART):
+            self._update_part(weight, grad, local, group, slice(a, min(a + _PART, len(weight))))
 
     def _update_part(
         self, weights: Tensor, grads: Tensor, state: dict[str, Any], group: dict[str, Any], part: slice
@@ -84,9 +105,10 @@ class LowAdamW(torch.optim.Optimizer):
         self._store(state, "exp_avg_sq", part, square)
 
     def _empty(self, name: str, p: Tensor) -> dict[str, Tensor]:
-        """A moment of zeros, flat, as it is stored."""
+        """A moment of zeros, as it is stored: in fp8 by rows of values that share a scale, else in p's shape."""
         if self.moments != "fp8":
-            return {name: torch.zeros(p.numel(), dtype=getattr(torch, self.moments), device=p.device)}
+            kept = getattr(torch, self.moments)
+            return {name: torch.zeros_like(p, dtype=kept, memory_format=torch.contiguous_format)}
         rows = -(-p.numel() // _BLOCK)
         codes = torch.zeros((rows, _BLOCK), dtype=torch.uint8, device=p.device)
         return {name: codes, f"{name}_scale": torch.ones((rows, 1), device=p.device)}
