@@ -1,4 +1,4 @@
-"""Writing many responses: ours beside transformers' ``generate`` and its continuous batching, on one machine in one run.
+"""Writing many responses: ours beside transformers' ``generate`` and its continuous batching, in one run.
 
     python -m benchmarks.generation [equal] [spread] [continuous] [distribution] [batches] [large]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
 from pennyweight.model.load import language_of, load, open_tokenizer, same_tokenizer, stored_dtype
 from pennyweight.model.loaded import Language, Loaded, refuse_low_bit
+from pennyweight.model.options import ready
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
@@ -32,18 +33,16 @@ from pennyweight.recipe import (
     EndpointTeacher,
     FolderStudent,
     FolderTeacher,
-    HiddenTargets,
     Recipe,
-    SampledTargets,
     Schedule,
     TeacherSamples,
     TopKTargets,
 )
-from pennyweight.records import ROUNDED, Encoded, Sample, sha256_json
-from pennyweight.teacher.cache import CacheFacts, TargetCache, settled
+from pennyweight.records import ROUNDED, Encoded, Sample
+from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_keep
 from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
-from pennyweight.teacher.targets import Keep, threshold_within
+from pennyweight.teacher.targets import Keep
 from pennyweight.train.group import join
 from pennyweight.train.optim import NO_FP8_PARTS
 
@@ -96,6 +95,7 @@ class Bench:
     def to_train(self, path: str | Path, seed: int) -> Loaded:
         """A student's start, with a map to the teacher's hidden width where the method matches hidden states."""
         begin = self.opened(path)
+        ready(begin.model, self.recipe.train, seed)
         if getattr(self.recipe.method, "hidden", 0):
             mine, theirs = (m.get_output_embeddings().weight.shape[1] for m in (begin.model, self.teacher.model))
             attach(begin.model, mine, theirs, seed)
@@ -261,9 +261,8 @@ class Bench:
             )
         before = given.vocabulary
         if align_vocabulary(given.model, self.language.vocabulary):
-            say(
-                f"the student's vocabulary of {before:,} is set to the teacher's {self.language.vocabulary:,} (padding)"
-            )
+            now = self.language.vocabulary
+            say(f"the student's vocabulary of {before:,} is set to the teacher's {now:,} (padding)")
         return given.model
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -303,7 +302,13 @@ class Bench:
         assert not isinstance(t, DenseTargets)
         self._check_targets()
         keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
-        keep = replace(keep, threshold=self._threshold(t, keep))
+        asked = {
+            "teacher": self.answering.fingerprint,
+            "compute": self.compute.name,
+            "asked": t.model_dump(mode="json"),
+        }
+        expected = lambda some, tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
+        keep = settled_keep(self.folder / LABELLED_AS, t, keep, self.encoded, self.language.vocabulary, asked, expected)
         return TargetCache(
             self.folder / "targets",
             f"{self.answering.fingerprint} on {self.compute.name}",
@@ -312,28 +317,6 @@ class Bench:
             t.shard,
             lambda samples, keep: (self.served or self.labelling).targets(samples, keep),
         )
-
-    def _threshold(self, t: SampledTargets | TopKTargets | HiddenTargets, keep: Keep) -> float:
-        """The recipe's threshold, or the least above it that keeps to the budget on some of the training samples.
-
-        Other kinds have none, but tell in the same file how they are labelled.
-        """
-        some = sorted(self.encoded, key=lambda e: e.token_hash)[:16]
-        made_from = {
-            "teacher": self.answering.fingerprint,
-            "compute": self.compute.name,
-            "keep": asdict(keep),
-            "asked": t.model_dump(mode="json"),
-            "from": sha256_json([e.token_hash for e in some]),
-        }
-
-        def find() -> float:
-            if not isinstance(t, SampledTargets):
-                return 0.0
-            expected = lambda tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
-            return threshold_within(t.budget, t.threshold, self.teacher.vocabulary, expected)
-
-        return settled(self.folder / LABELLED_AS, made_from, find)
 
     @cached_property
     def held_out(self) -> HeldOut:

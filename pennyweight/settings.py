@@ -48,6 +48,17 @@ class Shape(Settings):
         return self
 
 
+class Lora(Settings):
+    """Low-rank factors in place of all weights: A and B of each Linear of the blocks are trained, then merged."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="the factors' product counts alpha / rank; default: 2")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what the factors read")
+    base: Literal["full", "int8", "int4", "nvfp4"] = Field(
+        default="full", description="what the frozen Linears are kept in; below full it is QLoRA"
+    )
+
+
 class Schedule(Settings):
     """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
 
@@ -69,7 +80,20 @@ class Schedule(Settings):
     )
     moments: Literal["float32", "bfloat16", "fp8"] = Field(default="float32", description="the optimizer's, as stored")
     weights: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: rounded stochastically")
+    lora: Lora | None = Field(default=None, description="train low-rank factors only; default: all weights")
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep each block's input only, and compute the block again in the backward pass"
+    )
+    compile: bool = Field(default=False, description="torch.compile the blocks; takes a minute, and a C++ compiler")
     checkpoint_every: int = Field(default=100, ge=1, description="steps")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Schedule:
+        if self.lora and self.precision != "full":
+            raise ValueError(
+                f"lora trains in compute.dtype only; set precision=full, or leave lora out (precision={self.precision})"
+            )
+        return self
 
 
 class Tripwires(Settings):

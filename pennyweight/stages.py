@@ -24,6 +24,7 @@ from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.methods import METHODS, check
+from pennyweight.model.adapters import merge
 from pennyweight.model.device import peak
 from pennyweight.model.load import fingerprint_of, identity_of, save
 from pennyweight.model.student import from_shape
@@ -211,15 +212,9 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
 
 def the_targets(line: Line, teacher: Done, data: Done) -> Done:
     """The teacher's distribution over the training tokens, sampled and kept; or nothing, when it runs live."""
-    recipe = line.recipe
-    temperature = getattr(recipe.method, "temperature", None)
-    depends = {
-        "targets": recipe.hash_of("targets"),
-        "temperature": temperature,
-        "teacher": teacher.facts["fingerprint"],
-        "data": data.facts["train_stream"],
-        "compute": line.compute.name,
-    }
+    recipe, compute = line.recipe, line.compute.name
+    depends = {"targets": recipe.hash_of("targets"), "temperature": getattr(recipe.method, "temperature", None)}
+    depends |= {"teacher": teacher.facts["fingerprint"], "data": data.facts["train_stream"], "compute": compute}
 
     def make(work: Path) -> Made:
         (line.folder / "targets").mkdir(exist_ok=True)
@@ -247,6 +242,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"
         next_batch = lambda step: [weigh(b, method, signal) for b in batches(step)]  # noqa: E731
         outcome = _fit(line, work, arm, seed, begin.model, s, next_batch, line.bench.group)
+        merge(begin.model)
         if line.bench.group.first:
             save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
         return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [place], outcome.seconds)

@@ -9,12 +9,18 @@ import torch
 from architectures import make, save_with_tokenizer
 
 from pennyweight.errors import MissingExtra, RecipeError
-from pennyweight.model.adapters import FrozenLinear, attach, merge
+from pennyweight.model.adapters import FrozenLinear, merge
+from pennyweight.model.adapters import attach as attach_to
 from pennyweight.model.load import load
+from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.formats import FORMATS, decode, encode
 from pennyweight.settings import Lora, Schedule
 
 pytest.importorskip("peft", reason="needs peft: pip install 'pennyweight[lora]'")
+
+
+def attach(model, lora, seed):
+    attach_to(model, blocks_of(model), lora, seed)
 
 
 def logits(model):

@@ -10,14 +10,14 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 import pennyweight
-from pennyweight import recipe
+from pennyweight import recipe, settings
 from pennyweight.cli import app
 
 COMMANDS = {
-    "run": {"arguments", "out", "log", "as_json"},
+    "run": {"arguments", "out", "log", "processes", "as_json"},
     "distill": {
         "teacher", "teacher_model", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
-        "trust_remote_code", "out", "log", "as_json",
+        "trust_remote_code", "out", "log", "processes", "as_json",
     },
     "evaluate": {
         "model", "tasks", "text", "problems", "samples", "max_tokens", "seed", "device", "trust_remote_code", "as_json",
@@ -48,7 +48,8 @@ FIELDS = {
     "Data": "source responses context too_long eval_fraction eval_limit",
     "Shape": "hidden layers heads kv_heads intermediate tie_embeddings",
     "Schedule": "steps batch micro_batch pack lr shape warmup decay floor weight_decay beta1 beta2 clip "
-    "precision moments weights checkpoint_every",
+    "precision moments weights lora gradient_checkpointing compile checkpoint_every",
+    "Lora": "rank alpha dropout base",
     "Tripwires": "loss_spike entropy_low entropy_high patience",
     "FolderTeacher": "kind path trust_remote_code licence",
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
@@ -78,7 +79,7 @@ def test_commands_and_their_options():
 
 def test_recipe_fields():
     tables = {
-        n: t for n, t in vars(recipe).items()
+        n: t for n, t in (vars(settings) | vars(recipe)).items()
         if isinstance(t, type) and issubclass(t, BaseModel) and t not in (BaseModel, recipe.Settings)
     }  # fmt: skip
     assert {n: " ".join(t.model_fields) for n, t in tables.items()} == FIELDS

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import MissingExtra, RecipeError
-from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.footprint import near_divisor
 from pennyweight.quant.formats import FORMATS, Coded, Float, Format, decode, encode
 from pennyweight.settings import Lora
@@ -60,9 +59,9 @@ class _Decoded(torch.autograd.Function):
         return grads[0] @ ctx.layer.weight.to(grads[0].dtype), None
 
 
-def attach(model: Any, lora: Lora, seed: int) -> None:
-    """Freeze ``model`` and give every Linear of its blocks low-rank factors A (rank, in), random, and B (out, rank),
-    zero; the Linears themselves are kept in ``lora.base``.
+def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int) -> None:
+    """Freeze ``model`` and give every Linear of its ``blocks`` (their name, and they themselves) low-rank factors A
+    (rank, in), random, and B (out, rank), zero; the Linears themselves are kept in ``lora.base``.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -75,8 +74,7 @@ def attach(model: Any, lora: Lora, seed: int) -> None:
     except ImportError:
         raise MissingExtra("peft", "lora", "train.lora") from None
     model.requires_grad_(False)
-    prefix, blocks = blocks_of(model)
-    names = [f"{prefix}.{name}" for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
+    names = [f"{blocks[0]}.{name}" for name, m in blocks[1].named_modules() if isinstance(m, nn.Linear)]
     if not names:
         raise RecipeError(
             f"the blocks of a {type(model).__name__} have no Linears for train.lora; leave train.lora out"

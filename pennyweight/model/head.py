@@ -83,17 +83,19 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, cache: Any 
     No attention mask is given: rows are padded on the right, where causal attention never looks, and transformers
     reads from positions that restart where one packed sample ends, and keeps samples blind to each other.
     """
-    trunk = _trunk(model)
+    trunk = trunk_of(model)
     given: dict[str, Any] = {"input_ids": ids_BT, "use_cache": cache is not None}
     if cache is not None:
         given[cache_argument(trunk)] = cache
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT
-    with _attention_for(ids_BT):
+    # What is compiled chooses for itself, and what is computed again must be computed as it was.
+    chosen = trunk._compiled_call_impl or getattr(model, "computes_again", False)
+    with nullcontext() if chosen else _attention_for(ids_BT):
         return trunk(**given).last_hidden_state
 
 
-def _trunk(model: Any) -> Any:
+def trunk_of(model: Any) -> Any:
     """The model without its head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return model.base_model if decoder is None else decoder
@@ -102,7 +104,7 @@ def _trunk(model: Any) -> Any:
 @torch.no_grad()
 def keeps_samples_apart(model: Any) -> bool:
     """Whether two samples packed into one row, positions restarting, are blind to each other in this architecture."""
-    if "position_ids" not in inspect.signature(_trunk(model).forward).parameters:
+    if "position_ids" not in inspect.signature(trunk_of(model).forward).parameters:
         return False
     device = next(model.parameters()).device
     ids = torch.arange(12, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size

@@ -1,4 +1,4 @@
-"""The same training in less memory, or in less time: gradient checkpointing and torch.compile."""
+"""Training in less memory, or in less time: LoRA, gradient checkpointing and torch.compile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import shutil
 from typing import Any
 
 from pennyweight.errors import RecipeError
+from pennyweight.model.adapters import attach
 from pennyweight.model.head import trunk_of
+from pennyweight.model.loaded import blocks_of
+from pennyweight.settings import Schedule
+
+
+def ready(model: Any, schedule: Schedule, seed: int) -> None:
+    """What a schedule asks of the model itself, before it is trained: low-rank factors, made by ``seed``; gradient
+    checkpointing; torch.compile.
+
+    Raises:
+        RecipeError, MissingExtra: it cannot be had.
+    """
+    if schedule.lora:
+        attach(model, blocks_of(model), schedule.lora, seed)
+    if schedule.gradient_checkpointing:
+        checkpoint_gradients(model)
+    if schedule.compile:
+        compile_trunk(model)
 
 
 def checkpoint_gradients(model: Any) -> None:

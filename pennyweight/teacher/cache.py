@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from pennyweight.loss.signals import Dense, Sparse, Target, TopK
 from pennyweight.model.head import Head
 from pennyweight.records import Encoded, sha256_json
 from pennyweight.teacher.shards import Shard, encode, encode_hidden
-from pennyweight.teacher.targets import Keep, Kept, join, restore
+from pennyweight.teacher.targets import Keep, Kept, join, restore, threshold_within
 
 _RULE = 1  # goes into every KEY: raise it when the same teacher, tokens and settings would give other targets
 
@@ -177,6 +177,36 @@ class TargetCache:
         path = self.folder / f"{key}.{_digest(content)}.targets"
         write_whole(path, content)
         return path
+
+
+def settled_keep(
+    file: Path,
+    asked: Any,
+    keep: Keep,
+    samples: Sequence[Encoded],
+    vocabulary: int,
+    by: dict[str, Any],
+    expected: Callable[[list[Encoded], list[float]], list[tuple[float, float]]],
+) -> Keep:
+    """``keep`` with the threshold that was asked for, or the least above it that keeps to the budget on some samples.
+
+    Kinds without a threshold keep 0, but tell in the same file how they are labelled.
+
+    Args:
+        file: where the number is kept once it is found.
+        asked: the recipe's targets.
+        by: whatever else labels depend on, as JSON.
+        expected: some samples, thresholds -> heads and tails a position of each, as ``targets.expected_entries``.
+    """
+    some = sorted(samples, key=lambda e: e.token_hash)[:16]
+    made_from = {**by, "keep": asdict(keep), "from": sha256_json([e.token_hash for e in some])}
+
+    def find() -> float:
+        if keep.kind != "sampled":
+            return 0.0
+        return threshold_within(asked.budget, asked.threshold, vocabulary, lambda tried: expected(some, tried))
+
+    return replace(keep, threshold=settled(file, made_from, find))
 
 
 def settled(file: Path, made_from: dict[str, object], find: Callable[[], float]) -> float:

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -24,7 +25,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pennyweight.errors import EndpointError, RecipeError
-from pennyweight.progress import stoppable
 from pennyweight.version import __version__
 
 _AGAIN = {408, 409, 425, 429}
@@ -32,6 +32,10 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds: the back-off doubles from one
 _PATIENCE = 900.0  # seconds: a server that asks to wait longer is not waited for
 _SECRET = 12  # characters: shorter keys are passwords of nobody (EMPTY, none), and words that answers may hold
 _KEPT = "what was answered is kept, and the same command asks only for the rest"
+
+
+Stoppable = Callable[[str], AbstractContextManager[Callable[[], bool]]]
+"""What is still finished, for people -> inside, whether the user has asked to stop"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,12 @@ class Client:
     """A server, and how it is asked.
 
     ``url`` is the one that paths are put behind (…/v1); ``key_env`` names the environment variable that holds the key;
-    ``timeout`` is in seconds, for a whole answer; ``retries`` are tries after the first.
+    ``timeout`` is in seconds, for a whole answer; ``retries`` are tries after the first; ``stoppable`` is
+    ``progress.stoppable``, or something like it.
     """
 
     url: str
+    stoppable: Stoppable
     key_env: str | None = None
     concurrency: int = 8
     timeout: float = 300.0
@@ -90,7 +96,7 @@ class Client:
             RecipeError: the key is missing.
             KeyboardInterrupt: Ctrl-C or SIGTERM; a first one waits for what is under way, a second one does not.
         """
-        with stoppable("the answers under way, which are paid for") as should_stop:
+        with self.stoppable("the answers under way, which are paid for") as should_stop:
             tries = min(self.retries, self.retries if retries is None else retries)
             _run(self._ask_all(requests, read, keep, should_stop, tries))
             if should_stop():

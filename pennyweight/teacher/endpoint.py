@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.errors import EndpointError
-from pennyweight.progress import say
+from pennyweight.progress import say, stoppable
 from pennyweight.recipe import EndpointTeacher
 from pennyweight.records import Encoded, Message, Prompt, sha256_json
 from pennyweight.teacher.client import Client, Request
@@ -168,7 +168,7 @@ class Endpoint:
 
 def endpoint_of(t: EndpointTeacher, answers: Path) -> Endpoint:
     """The endpoint that a recipe names, with its answers in that file."""
-    return Endpoint(Client(t.url, t.key_env, t.concurrency, t.timeout, t.retries), t.model, Paid(answers))
+    return Endpoint(Client(t.url, stoppable, t.key_env, t.concurrency, t.timeout, t.retries), t.model, Paid(answers))
 
 
 @dataclass(frozen=True)
