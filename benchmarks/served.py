@@ -132,6 +132,10 @@ def apart(truth: Kept, other: Kept) -> tuple[Tensor, float]:
     return (p * (p.log() - q.log())).sum(-1), float((p - q).abs().max())
 
 
+def heading() -> None:
+    print(f"{'':<32} {'same texts':>12}   {'mean KL':>8} {'largest':>10} {'probability':>12}")
+
+
 def row(name: str, texts: int, compared: tuple[Tensor, float] | None = None) -> None:
     kl = f"{float(compared[0].mean()):.2e} {float(compared[0].max()):>10.2e} {compared[1]:>12.2e}" if compared else ""
     print(f"{name:<32} {f'{texts} of {len(prompts())}':>12}   {kl or '(tells no log-probabilities)'}", flush=True)
@@ -159,6 +163,7 @@ def llama(bars: Bars) -> None:
         found = apart(exact, targets)
         beside = apart(exact, join([t for t in rival.targets(samples, KEEP) if isinstance(t, Kept)]))
         print(f"{len(exact):,} positions of {len(samples)} texts; all beside float32 in process")
+        heading()
         row("llama-cpp-python's server", same, found)
         row("in process, in bfloat16", same_rival, beside)
         ratio = float(found[0].mean() / beside[0].mean())
@@ -183,6 +188,7 @@ def of_transformers(bars: Bars) -> None:
             except EndpointError as e:
                 said = str(e)
         same = sum(a == b for a, b in zip(texts, of_served, strict=True))
+        heading()
         row("transformers' server", same)
         bars.check("served.transformers_same_texts", same, f">={len(texts)}", same == len(texts))
         told = "tells no log-probabilities" in said  # should it learn to, its targets belong in the table above
@@ -190,8 +196,8 @@ def of_transformers(bars: Bars) -> None:
 
 
 def main(*parts: str) -> None:
-    print(f"{'':<32} {'same texts':>12}   {'mean KL':>8} {'largest':>10} {'probability':>12}")
-    needs = {"llama": ("llama_cpp", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "gguf")}
+    needs: dict[str, tuple[str, ...]] = {}
+    needs["llama"] = ("llama_cpp", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "gguf")
     needs["transformers"] = ("fastapi", "uvicorn", "openai")
     known = {}
     for name, part in (("llama", llama), ("transformers", of_transformers)):

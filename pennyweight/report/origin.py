@@ -80,7 +80,7 @@ def targets(view: View) -> Html | None:
     if not t.get("kind"):
         return None
     kind = {
-        "text": "what it wrote, and nothing of its distribution",
+        "text": "texts alone, and nothing of its distribution",
         "sampled": "an unbiased sample of the teacher’s distribution at each token, written once and kept on disk",
         "dense": "the teacher’s whole distribution at each token, computed beside the student and not kept",
         "top_k": "the most probable tokens, and all others together as one outcome, written once and kept on disk",
@@ -92,7 +92,10 @@ def targets(view: View) -> Html | None:
         facts(
             [
                 ("Targets", f"{t['kind']}: {kind}" if kind != t["kind"] else kind),
-                ("Tokens labelled", count(t["tokens"]) if t.get("tokens") is not None else None),
+                (
+                    "Tokens labelled",
+                    count(t["tokens"]) if t.get("tokens") is not None and t["kind"] != "text" else None,
+                ),
                 ("Kept on disk", size(t["bytes"]) if t.get("bytes") else None),
                 ("Bytes per token", number(t["bytes_per_token"]) if t.get("bytes_per_token") else None),
                 ("Entries per token", number(t["entries_per_token"]) if t.get("entries_per_token") else None),

@@ -176,7 +176,8 @@ class Client:
         try:
             return read(json.loads(text))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise _Trouble("its answers cannot be read as an OpenAI-compatible server's") from None
+            told = _said(status, text, key)
+            raise _Trouble(f"its answers cannot be read as an OpenAI-compatible server's ({told})") from None
 
     def _refused(self, status: int, said: str, key: str, request: Request) -> str:
         if status in (401, 403):  # what it says may hold a part of the key, so it is not repeated
@@ -193,7 +194,7 @@ class Client:
         cure = "correct what it names, and the same command goes on"
         if status in (404, 405):
             cure = "check teacher.url, which mostly ends in /v1, and teacher.model"
-        return f"{self.host} refuses {request.path} ({said}); {cure}"
+        return f"{self.host} refuses {request.path}{_about(request)} ({said}); {cure}"
 
     def _gave_up(self, e: _Trouble, tries: int) -> str:
         cure = "start the server or correct teacher.url" if "nothing answers" in str(e) else "see to the server"
@@ -277,6 +278,14 @@ def _said(status: int, text: str, key: str) -> str:
         told = "" if "<html" in text.lower() else text
     line = _clean(" ".join(str(told).split()), key)
     return f"{status}: {line[:200]}".rstrip(": .")
+
+
+def _about(request: Request) -> str:
+    """The beginning of what was asked, by which it can be found in the data."""
+    body = request.body or {}
+    asked = body["messages"][-1]["content"] if "messages" in body else body.get("prompt", "")
+    words = " ".join(asked.split()) if isinstance(asked, str) else ""
+    return f" of {words if len(words) <= 40 else words[:39] + '…'!r}" if words else ""
 
 
 def _clean(text: str, key: str, least: int = 1) -> str:

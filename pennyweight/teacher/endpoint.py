@@ -53,8 +53,8 @@ class Dialect:
     def read(self, body: Any) -> dict[str, Any]:
         """``text`` and ``ended``, whether it ended by itself."""
         choice = body["choices"][0]
-        text = choice["message"]["content"] if self.api == "chat" else choice["text"]
-        if not isinstance(text, str | None):
+        text = choice["message"].get("content") if self.api == "chat" else choice["text"]
+        if not isinstance(text, str | None):  # None: it calls a tool, say, and that is paid for, too
             raise ValueError("no text")
         return {"text": text or "", "ended": choice.get("finish_reason") == "stop"}
 
@@ -124,7 +124,7 @@ class Endpoint:
         hashed = [{"url": self.client.url, "path": r.path, "body": r.body, "repeat": n} for r, n in requests]
         keys = [sha256_json(h) for h in hashed]
         places = {key: i for i, key in enumerate(keys)}
-        missing = [i for key, i in places.items() if self.paid.get(key) is None]
+        missing = [i for key, i in places.items() if key not in self.paid]
         progress(len(keys) - len(missing))
         if missing and self._now != self.report:
             raise EndpointError(
@@ -255,7 +255,7 @@ class ServedTeacher:
             body["choices"][0]  # without which it is no answer at all
             try:
                 return {"line": read_line(form, body)}
-            except (KeyError, TypeError, IndexError, ValueError):
+            except (KeyError, TypeError, IndexError, ValueError, AttributeError):
                 return {"line": []}
 
         body = {"model": self.endpoint.model, **asking(form, prompt, k)}

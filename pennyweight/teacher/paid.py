@@ -33,6 +33,9 @@ class Paid:
                 at += len(line)
                 self._torn = not line.endswith(b"\n")
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._place
+
     def get(self, key: str) -> dict[str, Any] | None:
         """What was kept of the answer to a request; None where there is none."""
         if key not in self._place:
