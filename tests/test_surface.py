@@ -14,10 +14,10 @@ from pennyweight import recipe
 from pennyweight.cli import app
 
 COMMANDS = {
-    "run": {"arguments", "out", "log", "as_json"},
+    "run": {"arguments", "out", "processes", "log", "as_json"},
     "distill": {
         "teacher", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
-        "trust_remote_code", "out", "log", "as_json",
+        "trust_remote_code", "out", "processes", "log", "as_json",
     },
     "evaluate": {
         "model", "tasks", "text", "problems", "samples", "max_tokens", "seed", "device", "trust_remote_code", "as_json",
