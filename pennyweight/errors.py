@@ -13,7 +13,7 @@
     ├── Tripped                 exit 3: training stopped by a tripwire, last good checkpoint kept
     └── Stopped                 exit 130: the user asked; a checkpoint was written first
 
-One boundary prints them: ``cli.main``. An exception carries values, never objects of a higher floor.
+One boundary prints them: ``cli_output.one_sentence``. An exception carries values, never objects of a higher floor.
 """
 
 from __future__ import annotations
