@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -37,23 +37,25 @@ class Vocabularies:
     ended: np.ndarray
     student_ends: frozenset[int]
     teacher_ends: frozenset[int]
-    _sorted: list[tuple[bytes, int]]
-    _known: dict[tuple[bytes, bytes], Remainder] = field(default_factory=dict)
+    _known: dict[tuple[bytes, bytes], list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
 
-    def remainder(self, consumed: bytes, before: bytes = b"") -> Remainder:
-        """Teacher tokens that begin with ``consumed`` and go on. ``before`` is what the student's next token spells
-        before any of it."""
-        if (consumed, before) not in self._known:
-            at, found = bisect_left(self._sorted, (consumed, -1)), []
-            while at < len(self._sorted) and self._sorted[at][0].startswith(consumed):
-                piece, i = self._sorted[at]
-                if len(piece) > len(consumed):
-                    found.append((i, before + piece[len(consumed) :]))
-                at += 1
-            cuts = self.student.cut([rest for _, rest in found])
-            pairs = np.array([(i, c[0]) for (i, _), c in zip(found, cuts, strict=True) if c], np.int64).reshape(-1, 2)
-            self._known[consumed, before] = Remainder(pairs[:, 0], pairs[:, 1])
-        return self._known[consumed, before]
+    def remainder(self, had: Sequence[int], skipped: bytes = b"", before: bytes = b"") -> Remainder:
+        """Teacher tokens of which the student ``had`` these tokens, and goes on.
+
+        Args:
+            skipped: what they begin with that belongs to an earlier token of the student.
+            before: what the student's tokens spell before any of it.
+        """
+        key, had = (skipped, before), tuple(had)
+        if key not in self._known:
+            pieces = [p if p and p.startswith(skipped) and len(p) > len(skipped) else None for p in self.teacher.pieces]
+            cuts = _cut_all(self.student, [p and before + p[len(skipped) :] for p in pieces])
+            self._known[key] = sorted((tuple(c), i) for i, c in enumerate(cuts) if c)
+        known, n = self._known[key], len(had)
+        a, b = bisect_left(known, (had,)), bisect_left(known, ((*had[:-1], had[-1] + 1),) if had else ((1 << 62,),))
+        found = [(i, cut[n]) for cut, i in known[a:b] if len(cut) > n]
+        both = np.array(found, np.int64).reshape(-1, 2)
+        return Remainder(both[:, 0], both[:, 1])
 
 
 def compare(
@@ -76,9 +78,8 @@ def compare(
         first[i] = cut[0] if cut else -1
     if student_ends:
         first[list(teacher_ends)] = student_ends[0]
-    spelt = sorted((p, i) for i, p in enumerate(teacher.pieces) if p)
     ends = frozenset(student_ends), frozenset(teacher_ends)
-    return Vocabularies(student, teacher, trie, first, _ended(student, teacher, trie), *ends, spelt)
+    return Vocabularies(student, teacher, trie, first, _ended(student, teacher, trie), *ends)
 
 
 def align(student: Encoded, teacher: Encoded, v: Vocabularies) -> list[Place]:
@@ -112,20 +113,39 @@ def _runs(encoded: Encoded) -> Iterator[list[int]]:
 def _align_run(mine: list[int], theirs: list[int], row: int, v: Vocabularies) -> Iterator[Place]:
     starts, their_starts = _starts(mine, theirs, v)
     at = {start: k for k, (start, t) in enumerate(zip(their_starts, theirs, strict=True)) if v.teacher.pieces[t]}
-    for start, u in zip(starts, mine, strict=True):
+    before: list[tuple[int, tuple[int, ...]]] = []  # where the ways of earlier tokens began, as long as they go on
+    for i, (start, u) in enumerate(zip(starts, mine, strict=True)):
         spelt = v.student.pieces[u]
         if spelt is None:
             # By its role: the teacher's end of text is the student's, whatever they are called.
             ended = u in v.student_ends and theirs[-1] in v.teacher_ends
-            yield Place(u, row + len(theirs) - 1, theirs[-1]) if ended else Place(u)
+            k, place = len(theirs) - 1, Place(u, row + len(theirs) - 1, theirs[-1]) if ended else Place(u)
         elif start in at:
             k = at[start]
-            yield Place(u, row + k, theirs[k], *_way(u, theirs[k:], v))
+            place = Place(u, row + k, theirs[k], *_way(u, theirs[k:], v))
         else:
             k = bisect_left(their_starts, max(start, 0) + 1) - 1
-            consumed = (v.teacher.pieces[theirs[k]] or b"")[: max(start, 0) - their_starts[k]]
-            before = spelt[: max(0, -start)]
-            yield Place(u, row + k, theirs[k], remainder=v.remainder(consumed, before))
+            since = bisect_left(starts, their_starts[k]) if start >= 0 else i
+            skipped = (v.teacher.pieces[theirs[k]] or b"")[: max(0, starts[since] - their_starts[k])]
+            rest = v.remainder(mine[since:i], skipped, spelt[: max(0, -start)])
+            yield Place(u, row + k, theirs[k], remainder=rest)
+            continue
+        before = [(began, way) for began, way in before if began + len(way) >= k]
+        yield replace(place, barred=_barred(place, k, before, v.trie)) if before else place
+        if place.way:
+            before.append((k, place.way))
+
+
+def _barred(
+    place: Place, k: int, before: Sequence[tuple[int, tuple[int, ...]]], trie: Trie
+) -> tuple[tuple[int, int], ...]:
+    """Where earlier tokens could have been longer, along the way that begins at the teacher's token ``k``."""
+    reached = [
+        (d, way[k + d - began - 1])
+        for began, way in before
+        for d in range(min(len(place.way) + 1, began + len(way) - k + 1))
+    ]
+    return tuple((d, node) for d, node in reached if trie.first_child[node] < trie.first_child[node + 1])
 
 
 def _way(label: int, theirs: list[int], v: Vocabularies) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -53,31 +53,35 @@ class Carry:
         p = torch.softmax(logits, -1)
         walk = _Walk.of(places, row, self.trie)
         mass = p.new_zeros((len(places), self.trie.outcomes))
-        silent = np.flatnonzero([x.row < 0 for x in places])
-        _add(mass, silent, walk.label[silent], p.new_ones(len(silent)))
-        whole = np.flatnonzero([x.row >= 0 and x.remainder is None for x in places])
-        self._from_the_root(mass, p, walk, whole)
+        self._from_the_root(mass, p, walk, np.flatnonzero([x.row >= 0 and x.remainder is None for x in places]))
         _along(mass, p, walk)
         _inside(mass, p, places, walk)
-        return mass.clamp_(min=0.0)
+        total = mass.clamp_(min=0.0).sum(-1, keepdim=True)
+        # What no distribution tells, or only in numbers too small for it, is left to the text itself.
+        mass.div_(total.clamp(min=torch.finfo(p.dtype).tiny))
+        untold = np.flatnonzero((total.squeeze(-1) <= 0).cpu().numpy())
+        _add(mass, untold, walk.label[untold], p.new_ones(len(untold)))
+        return mass
 
     def _from_the_root(self, mass: Tensor, p: Tensor, walk: _Walk, at: np.ndarray) -> None:
         """What each teacher token tells by itself, but for the one that the text goes on with."""
-        at_t, actual = _on(at, p), _on(walk.actual[at], p)
-        others = p[_on(walk.rows[at], p)]
-        taken = others.gather(1, actual.unsqueeze(1)).squeeze(1)
-        others.scatter_(1, actual.unsqueeze(1), 0.0)
-        mass[at_t] = others.new_zeros((len(at), mass.shape[1])).index_add_(1, self._root.to(p.device), others)
+        own = p[_on(walk.rows[at], p)]
+        of, t = walk.barred(at, 0, walk.actual[at])
+        own[_on(of, p), _on(t, p)] = 0.0
+        actual = _on(walk.actual[at], p).unsqueeze(1)
+        taken = own.gather(1, actual).squeeze(1)
+        others = own.scatter(1, actual, 0.0)
+        mass[_on(at, p)] = own.new_zeros((len(at), mass.shape[1])).index_add_(1, self._root.to(p.device), others)
         pathless = np.flatnonzero(walk.depth[at] == 0)
         i = at[pathless]
         _add(mass, i, walk.outcome(i, walk.label[i]), taken[_on(pathless, p)])
         # Below the first node of a way tokens are told apart further, so what was put together there is undone.
-        i = at[walk.depth[at] > 0]
-        node = walk.way[i, 0] if len(i) else i
-        mass[_on(i, p), _on(self.trie.outcome[node], p)] = 0.0
-        entry, place = _ragged(self._first_stray[node], self._first_stray[node + 1])
-        i, t = i[entry], self._strays[place]
-        _add(mass, i, walk.outcome(i, self.first[t]), p[_on(walk.rows[i], p), _on(t, p)])
+        on_way = np.flatnonzero(walk.depth[at] > 0)
+        node = walk.way[at[on_way], 0] if len(on_way) else on_way
+        mass[_on(at[on_way], p), _on(self.trie.outcome[node], p)] = 0.0
+        of, stray = _ragged(self._first_stray[node], self._first_stray[node + 1])
+        of, t = on_way[of], self._strays[stray]
+        _add(mass, at[of], walk.outcome(at[of], self.first[t]), own[_on(of, p), _on(t, p)])
 
 
 def _along(mass: Tensor, p: Tensor, walk: _Walk) -> None:
@@ -94,39 +98,39 @@ def _along(mass: Tensor, p: Tensor, walk: _Walk) -> None:
     _add(mass, i[shut], walk.outcome(i[shut], walk.label[i[shut]]), reached[_on(shut, p)])
     pairs = np.flatnonzero(is_open)
     i, node, then, after, reached = i[pairs], node[pairs], then[pairs], after[pairs], reached[_on(pairs, p)]
+    own = p[_on(after, p)] * reached.unsqueeze(1)
+    of, t = walk.barred(i, walk.pair_depth[pairs], then)
+    own[_on(of, p), _on(t, p)] = 0.0
     of, place = _ragged(trie.first_child[node], trie.first_child[node + 1])
     child = trie.children[place]
-    longer = reached[_on(of, p)] * p[_on(after[of], p), _on(trie.token[child], p)]
+    longer = own[_on(of, p), _on(trie.token[child], p)]
     off = np.flatnonzero(trie.token[child] != then[of])
     _add(mass, i[of[off]], trie.outcome[child[off]], longer[_on(off, p)])
-    told = torch.zeros_like(reached).index_add_(0, _on(of, p), longer)
+    actual = own.gather(1, _on(then, p).unsqueeze(1)).squeeze(1)
     at_last = _on(walk.pair_depth[pairs] == walk.depth[i], p)
-    actual = torch.where(at_last, reached * p[_on(after, p), _on(np.maximum(then, 0), p)], 0.0)
+    actual = torch.where(at_last, actual, 0.0)
     _add(mass, i, walk.outcome(i, walk.label[i]), actual)
-    _add(mass, i, walk.outcome(i, walk.ended[pairs]), reached - told - actual)
+    own[_on(of, p), _on(trie.token[child], p)] = 0.0
+    _add(mass, i, walk.outcome(i, walk.ended[pairs]), own.sum(-1) - actual)
 
 
 def _inside(mass: Tensor, p: Tensor, places: Sequence[Place], walk: _Walk) -> None:
-    """Positions inside a teacher token, given that it is one of those that begin with what is there and go on."""
+    """Positions inside a teacher token: one of those that begin with what is there and go on."""
     found = [(i, x.remainder) for i, x in enumerate(places) if x.remainder is not None]
     if not found:
         return
-    i = np.array([i for i, _ in found])
     sizes = np.array([len(r.teacher) for _, r in found])
     token, t = (np.concatenate([getattr(r, n) for _, r in found]) for n in ("student", "teacher"))
-    of = np.repeat(np.arange(len(found)), sizes)
-    value = p[_on(walk.rows[i][of], p), _on(t, p)]
-    total = value.new_zeros(len(found)).index_add_(0, _on(of, p), value)
-    value = torch.where(total[_on(of, p)] > 0, value / total[_on(of, p)], 0.0)
-    is_actual = t == walk.actual[i][of]
-    _add(mass, i[of], np.where(is_actual, walk.label[i][of], token), value)
-    _add(mass, i, walk.label[i], (total <= 0).to(p.dtype))  # too improbable for float32: the text alone
+    i = np.repeat([i for i, _ in found], sizes)
+    token = np.where(t == walk.actual[i], walk.label[i], token)
+    _add(mass, i, token, p[_on(walk.rows[i], p), _on(t, p)])
 
 
 @dataclass(frozen=True)
 class _Walk:
     """Places as arrays: ``rows``, ``actual``, ``label`` and ``depth`` (of the way) (N,); ``way`` (N, depth) padded with
-    0; and by pair, position after position: ``pair_place``, ``pair_depth`` (from 1), ``node``, ``then``, ``ended``."""
+    0; and by pair, position after position: ``pair_place``, ``pair_depth`` (from 1), ``node``, ``then``, ``ended``; and
+    ``bars`` (3, B): places, how deep, nodes."""
 
     trie: Trie
     rows: np.ndarray
@@ -139,6 +143,7 @@ class _Walk:
     node: np.ndarray
     then: np.ndarray
     ended: np.ndarray
+    bars: np.ndarray
 
     @staticmethod
     def of(places: Sequence[Place], row: int, trie: Trie) -> _Walk:
@@ -149,7 +154,19 @@ class _Walk:
         pair_depth = np.arange(len(pair_place)) - (np.cumsum(depth) - depth)[pair_place] + 1
         way = np.zeros((len(places), int(depth.max(initial=0))), np.int64)
         way[pair_place, pair_depth - 1] = pairs[0]
-        return _Walk(trie, rows - row, actual, label, depth, way, pair_place, pair_depth, *pairs)
+        bars = np.array([(i, *bar) for i, x in enumerate(places) for bar in x.barred], np.int64).reshape(-1, 3).T
+        return _Walk(trie, rows - row, actual, label, depth, way, pair_place, pair_depth, *pairs, bars)
+
+    def barred(self, i: np.ndarray, depth: np.ndarray | int, then: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher tokens that cannot come at places ``i`` after ``depth`` tokens of their ways, where the text has
+        ``then``; as numbers into ``i``, and tokens."""
+        number = np.full((len(self.label), self.way.shape[1] + 1), -1)
+        number[i, depth] = np.arange(len(i))
+        place, deep, node = self.bars
+        of, child = _ragged(self.trie.first_child[node], self.trie.first_child[node + 1])
+        of, t = number[place, deep][of], self.trie.token[self.trie.children[child]]
+        barred = (of >= 0) & (t != then[of])
+        return of[barred], t[barred]
 
     def outcome(self, i: np.ndarray, token: np.ndarray) -> np.ndarray:
         """What student tokens count as at positions ``i``: where a way goes on with them, themselves if they end on it,

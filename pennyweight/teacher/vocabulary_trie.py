@@ -107,8 +107,8 @@ def _outcomes(low: np.ndarray, high: np.ndarray, order: np.ndarray, vocabulary: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Remainder:
-    """The teacher tokens that begin with some bytes and go on, ``teacher`` (m,) ids, and for each the student token
-    that comes first in what is left of it, ``student`` (m,)."""
+    """Teacher tokens that begin with what the student has already, as the student cuts it, and go on: ``teacher`` (m,)
+    ids, and for each the student token that goes on, ``student`` (m,)."""
 
     teacher: np.ndarray
     student: np.ndarray
@@ -121,7 +121,9 @@ class Place:
     ``label`` is the student's next token, ``row`` the teacher's position whose distribution speaks first, counted among
     its own that carry loss, and -1 where none does; ``actual`` the teacher token that follows it in the text. ``way``
     are trie nodes, ``then`` the teacher token that follows each in the text (-1: none does), ``ended`` the student
-    token of a text that leaves the trie there. ``remainder`` is there inside a teacher token.
+    token of a text that leaves the trie there. ``barred`` are pairs (d, node): the teacher token after d more does not
+    lead on from that node (but for the actual one), or an earlier student token would be longer than it is.
+    ``remainder`` is there inside a teacher token.
     """
 
     label: int
@@ -130,4 +132,5 @@ class Place:
     way: tuple[int, ...] = ()
     then: tuple[int, ...] = ()
     ended: tuple[int, ...] = ()
+    barred: tuple[tuple[int, int], ...] = ()
     remainder: Remainder | None = None
