@@ -13,8 +13,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_BROKEN = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape reads them
-
 
 def _alphabet() -> dict[str, int]:
     """Character -> byte of byte-level vocabularies: printable Latin-1 stands for itself, the rest for 256 and on."""
@@ -57,32 +55,15 @@ class Spelling:
         """Token ids of each of some byte strings, as the tokenizer cuts them in the middle of a text; None where it has
         no token for a byte.
 
-        Bytes that are no UTF-8, parts of a character that is cut in two, take the longest token at each place.
+        What is no text, since it begins or ends within a character, takes the longest token at each place.
         """
-        texts = [s.decode("utf-8", "surrogateescape") for s in some]
-        whole = [i for i, t in enumerate(texts) if not _BROKEN.search(t)]
-        out: list[list[int] | None] = [None] * len(texts)
-        for i, found in zip(whole, self._encoded([texts[i] for i in whole]), strict=True):
-            out[i] = found if self.unknown not in found else None
-        for i in sorted(set(range(len(texts))) - set(whole)):
-            out[i] = self._pieced(texts[i])
-        return out
+        texts = [_text(s) for s in some]
+        encoded = iter(self.middle.encode_batch_fast([t for t in texts if t is not None], add_special_tokens=False))
+        cuts = [self._longest(s) if t is None else next(encoded).ids for s, t in zip(some, texts, strict=True)]
+        return [None if c is None or self.unknown in c else c for c in cuts]
 
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.middle.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _pieced(self, text: str) -> list[int] | None:
-        """Token ids of a text with bytes that are no UTF-8."""
-        ids: list[int] = []
-        for part in filter(None, _BROKEN.split(text)):
-            found = self._longest(part) if _BROKEN.match(part) else self.cut([part.encode()])[0]
-            if found is None:
-                return None
-            ids += found
-        return ids
-
-    def _longest(self, broken: str) -> list[int] | None:
-        ids, some = [], broken.encode("utf-8", "surrogateescape")
+    def _longest(self, some: bytes) -> list[int] | None:
+        ids = []
         while some:
             size = next((n for n in range(len(some), 0, -1) if some[:n] in self.by_bytes), None)
             if size is None:
@@ -90,6 +71,13 @@ class Spelling:
             ids.append(self.by_bytes[some[:size]])
             some = some[size:]
         return ids
+
+
+def _text(some: bytes) -> str | None:
+    try:
+        return some.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def joined(ids: Iterable[int], spelling: Spelling) -> bytes:

@@ -149,13 +149,15 @@ class _Walk:
     def of(places: Sequence[Place], row: int, trie: Trie) -> _Walk:
         depth = np.array([len(x.way) for x in places], np.int64)
         rows, actual, label = (np.array([getattr(x, n) for x in places], np.int64) for n in ("row", "actual", "label"))
-        pairs = [np.array([y for x in places for y in getattr(x, n)], np.int64) for n in ("way", "then", "ended")]
+        node, then, ended = (
+            np.array([y for x in places for y in getattr(x, n)], np.int64) for n in ("way", "then", "ended")
+        )
         pair_place = np.repeat(np.arange(len(places)), depth)
         pair_depth = np.arange(len(pair_place)) - (np.cumsum(depth) - depth)[pair_place] + 1
         way = np.zeros((len(places), int(depth.max(initial=0))), np.int64)
-        way[pair_place, pair_depth - 1] = pairs[0]
+        way[pair_place, pair_depth - 1] = node
         bars = np.array([(i, *bar) for i, x in enumerate(places) for bar in x.barred], np.int64).reshape(-1, 3).T
-        return _Walk(trie, rows - row, actual, label, depth, way, pair_place, pair_depth, *pairs, bars)
+        return _Walk(trie, rows - row, actual, label, depth, way, pair_place, pair_depth, node, then, ended, bars)
 
     def barred(self, i: np.ndarray, depth: np.ndarray | int, then: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Teacher tokens that cannot come at places ``i`` after ``depth`` tokens of their ways, where the text has
