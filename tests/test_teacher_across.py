@@ -355,6 +355,9 @@ def test_targets_through_shards_are_an_unbiased_sample_of_the_exact_ones(tmp_pat
     cache = TargetCache(tmp_path / "targets", across.fingerprint, keep, v.trie.outcomes, 16, across.targets)
     facts = cache.fill(mine)
     assert facts.tokens == sum(len(m.loss_positions) for m in mine) and facts.made == 3
+    ((heads, tails),) = across.expected(mine, [keep.threshold])
+    assert heads == pytest.approx(sum(int(cache.kept(m).heads.sum()) for m in mine) / facts.tokens, abs=0.01)
+    assert tails == pytest.approx(sum(int(cache.kept(m).tails.sum()) for m in mine) / facts.tokens, rel=0.05)
     batch = collate([[m] for m in mine], 0)
     found = cache.signal(batch, torch.device("cpu"), lambda: Head(torch.zeros(0, 0)))
     assert isinstance(found, Sparse) and bool((found.ids >= len(tokenizer)).any())

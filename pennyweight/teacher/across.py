@@ -20,7 +20,7 @@ from pennyweight.model.head import Head
 from pennyweight.records import Encoded, sha256_json
 from pennyweight.teacher.alignment import Vocabularies, align
 from pennyweight.teacher.carry import Carry
-from pennyweight.teacher.targets import Keep, Kept, draw, join, uniforms
+from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, uniforms
 from pennyweight.teacher.vocabulary_trie import Place
 
 _TILE_ENTRIES = 1 << 24  # of the teacher's distributions and of outcomes, worked on at once: 64 MiB of float32
@@ -88,6 +88,17 @@ class AcrossTeacher:
         row, ids = mass.nonzero(as_tuple=True)
         entropy = -torch.special.xlogy(mass, mass).sum(-1)
         return Grouped(Sparse.of(torch.bincount(row, minlength=len(mass)), ids, mass[row, ids], entropy), self.sets)
+
+    @torch.no_grad()
+    def expected(
+        self, samples: Sequence[Encoded], thresholds: list[float], temperature: float = 1.0
+    ) -> list[tuple[float, float]]:
+        """Heads and tails a position that each threshold would keep, on average, as ``LocalTeacher.expected``."""
+        tiles = [tile for _, masses in self._masses(samples) for tile in masses]
+        found = torch.tensor([expected_entries(tile.log_(), thresholds, temperature) for tile in tiles])
+        sizes = torch.tensor([float(len(tile)) for tile in tiles])
+        means = torch.einsum("i,ijk->jk", sizes / sizes.sum(), found)
+        return [(heads, tails) for heads, tails in means.tolist()]
 
     @cached_property
     def sets(self) -> Sets:
