@@ -23,6 +23,7 @@ from itertools import groupby
 from typing import Any
 
 from pennyweight.errors import DataError, ModelError
+from pennyweight.model.spelling import is_byte_level, spelt
 from pennyweight.records import Encoded, Message, Prompt, Sample
 
 _MARK = "\u2063response\u2063"  # invisible separators: no template trims or writes them
@@ -124,8 +125,9 @@ def learnt_bytes(encoded: Sequence[Encoded], tokenizer: Any) -> list[int]:
     A token may be part of a character; it counts for the bytes it holds. A space that the tokenizer itself puts at
     the start of a text is not counted.
     """
-    used, added, by_byte = {i for e in encoded for i in e.ids}, tokenizer.added_tokens_decoder, _byte_level(tokenizer)
-    of = {i: _bytes(tokenizer.convert_ids_to_tokens(i), added.get(i), by_byte) for i in used}
+    used, added = {i for e in encoded for i in e.ids}, tokenizer.added_tokens_decoder
+    names, by_byte = {i: tokenizer.convert_ids_to_tokens(i) for i in used}, is_byte_level(tokenizer)
+    of = {i: len(spelt(name, added.get(i), by_byte) or b"") for i, name in names.items()}
     control = {i for i, t in added.items() if t.special}
     prepends = tokenizer.convert_ids_to_tokens(_ids(tokenizer, "a"))[0].startswith("▁")
     out = []
@@ -322,21 +324,8 @@ def _cells(tokenizer: Any, ids: list[int]) -> list[str]:
 def _piece(tokenizer: Any, number: int) -> str:
     """A token's text; of a token that is part of a character, its name in the vocabulary."""
     name = tokenizer.convert_ids_to_tokens(number)
-    text = tokenizer.decode([number]) if _byte_level(tokenizer) else name.replace("▁", " ")
+    text = tokenizer.decode([number]) if is_byte_level(tokenizer) else name.replace("▁", " ")
     return name if "\ufffd" in text else text
-
-
-def _bytes(name: str, added: Any, by_byte: bool) -> int:
-    """UTF-8 bytes that a token spells, by its name in the vocabulary and its entry among the added tokens, if any."""
-    if added is not None:
-        return 0 if added.special else len(added.content.encode())
-    if by_byte:
-        return len(name)  # its alphabet has one character a byte
-    return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", name) else len(name.replace("▁", " ").encode())
-
-
-def _byte_level(tokenizer: Any) -> bool:
-    return tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
 
 
 @lru_cache(maxsize=8)

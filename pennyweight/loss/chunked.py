@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pennyweight.loss import fused
 from pennyweight.loss.divergence import Divergence, divergence
-from pennyweight.loss.signals import Dense, Sparse, Target, TopK, softmax_
+from pennyweight.loss.signals import Dense, Grouped, Sparse, Target, TopK, softmax_
 from pennyweight.model.head import Head
 
 _TILE_ENTRIES = {"cpu": 1 << 27, "cuda": 1 << 28}  # float32 logits of one side's tile: 512 MiB, 1 GiB
 _TILE_ROWS = {"cpu": 1024, "cuda": 4096}  # at most
 _BLOCK_ENTRIES = {"cpu": 1 << 18}  # worked on at once within a tile, so that a CPU's cache holds them
+_SETS_BLOCK_ENTRIES = 1 << 24  # where sets of tokens are listed beside the logits
 _DENSE_BLOCK_ENTRIES = 1 << 16  # where a teacher's logits and room for both sides lie beside them
 
 
@@ -147,12 +148,12 @@ class _Desk:
         self.has_ce = measure or bool(terms.ce_weight.any())
         vocabulary, device = len(head.weight), head.weight.device
         self.dense = isinstance(terms.target, Dense)
-        entries = _BLOCK_ENTRIES.get(device.type)
+        entries = _BLOCK_ENTRIES.get(device.type, _SETS_BLOCK_ENTRIES if isinstance(terms.target, Grouped) else None)
         if entries and self.dense:
             entries = min(entries, _DENSE_BLOCK_ENTRIES)
         self.step = rows if entries is None else min(rows, max(1, entries // vocabulary))
         self.logits = _rows_apart(rows, vocabulary, device)
-        self.fused = fused.available(device) and not isinstance(terms.target, TopK)
+        self.fused = fused.available(device) and not isinstance(terms.target, TopK | Grouped)
         self.teacher = _rows_apart(rows, vocabulary, device) if self.dense else None
         self.room = self.logits.new_empty((4 if self.dense and not self.fused else 0, self.step, vocabulary))
 

@@ -135,15 +135,92 @@ class Sparse:
             raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
         t, w = spec.temperature, self.weights.to(student.dtype)
         total = sums_of_rows(self.row, w, len(student))
-        place = self.row * student.shape[-1] + self.ids
-        picked = student.view(-1)[place] / t
+        place = self.row * student.stride(0) + self.ids
+        picked = _flat(student)[place] / t
         gradient, log_mass = softmax_(student, t, total.unsqueeze(-1))
         value = total * log_mass - sums_of_rows(self.row, w * picked, len(student)) - self.entropy
-        gradient.view(-1).index_add_(0, place, w, alpha=-1.0)
+        _flat(gradient).index_add_(0, place, w, alpha=-1.0)
         return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
 
 
-Target = Dense | TopK | Sparse
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """Sets of tokens as outcomes beside the tokens: outcome ``vocabulary + k`` is any of the tokens
+    ``order[bounds[k, 0] : bounds[k, 1]]``. ``order`` (M,) and ``bounds`` (G, 2) int64."""
+
+    vocabulary: int
+    order: Tensor
+    bounds: Tensor
+
+    def to(self, device: torch.device) -> Sets:
+        return Sets(self.vocabulary, self.order.to(device), self.bounds.to(device))
+
+    def members(self, outcomes: Tensor) -> tuple[Tensor, Tensor]:
+        """(E,) numbers of tokens in some outcomes, and all these tokens, one outcome's after the other's."""
+        k = (outcomes - self.vocabulary).clamp(min=0)
+        first, end = self.bounds[k].unbind(-1) if len(self.bounds) else (k, k + 1)
+        one = outcomes < self.vocabulary
+        counts = torch.where(one, 1, end - first)
+        of = torch.repeat_interleave(counts)
+        within = torch.arange(len(of), device=of.device) - (counts.cumsum(0) - counts)[of]
+        tokens = self.order[torch.where(one, 0, first)[of] + within] if len(self.order) else within
+        return counts, torch.where(one[of], outcomes[of], tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A teacher that tells some tokens apart only as sets: ids of ``sample`` are outcomes of ``sets``, and those of one
+    position have no token in common."""
+
+    sample: Sparse
+    sets: Sets
+
+    def span(self, a: int, b: int) -> Grouped:
+        return Grouped(self.sample.span(a, b), self.sets)
+
+    def take(self, index: Tensor) -> Grouped:
+        return Grouped(self.sample.take(index), self.sets)
+
+    def to(self, device: torch.device) -> Grouped:
+        return Grouped(self.sample.to(device), self.sets.to(device))
+
+    def loss(self, spec: Divergence, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward KL between the outcomes' probabilities: never above that of the tokens' (data processing), and
+        estimated without bias from a sample.
+
+        A set's probability is a log-sum-exp of its own: one that the student holds for all but impossible still has a
+        gradient.
+
+        Raises:
+            ValueError: another divergence was asked for, as in ``Sparse``.
+        """
+        if spec.kind != "forward_kl":
+            raise ValueError(f"{spec.kind} is not linear in the teacher's probabilities: a sample of them is biased")
+        x, t, w = self.sample, spec.temperature, self.sample.weights.to(student.dtype)
+        counts, token = self.sets.members(x.ids)
+        of, ends = torch.repeat_interleave(counts), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        place = x.row[of] * student.stride(0) + token
+        logit = _flat(student)[place] / t
+        top = torch.segment_reduce(logit, "max", offsets=ends, unsafe=True, initial=-torch.inf)
+        # Sets can have tens of thousands of tokens: added one after the other, float32 would lose digits.
+        wide = torch.float32 if student.device.type == "mps" else torch.float64
+        share = torch.exp(logit - top[of]).to(wide)
+        mass = torch.segment_reduce(share, "sum", offsets=ends, unsafe=True, initial=0.0)
+        share = (share / mass[of]).to(student.dtype)
+        picked = top + mass.log().to(student.dtype)
+        total = sums_of_rows(x.row, w, len(student))
+        gradient, log_mass = softmax_(student, t, total.unsqueeze(-1))
+        value = total * log_mass - sums_of_rows(x.row, w * picked, len(student)) - x.entropy
+        _flat(gradient).index_add_(0, place, w[of] * share, alpha=-1.0)
+        return (value, gradient) if t == 1.0 else (value.mul_(t * t), gradient.mul_(t))
+
+
+Target = Dense | TopK | Sparse | Grouped
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(n, V) as one line of memory, whatever lies between the rows: column v of row i is at i * stride + v."""
+    return rows.as_strided(((len(rows) - 1) * rows.stride(0) + rows.shape[1],) if len(rows) else (0,), (1,))
 
 
 def softmax_(logits: Tensor, temperature: float = 1.0, times: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

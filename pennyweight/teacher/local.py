@@ -114,10 +114,7 @@ class LocalTeacher:
         What is drawn is drawn by each sample's own seed.
         """
         out: dict[str, Kept | Tensor] = {}
-        # Rows of like length go together: less padding, and the same grouping whenever the same samples come.
-        by_length = sorted(samples, key=lambda s: (len(s.ids), s.token_hash))
-        for group in self._groups(by_length):
-            states = self.hidden(collate([[s] for s in group], self.loaded.pad_id))
+        for group, states in self.states(samples):
             sizes = [len(s.loss_positions) for s in group]
             if keep.kind == "hidden":
                 if not states.isfinite().all():
@@ -132,6 +129,12 @@ class LocalTeacher:
                 parts = self._kept(states, keep, u).split(sizes)
             out.update(zip((s.token_hash for s in group), parts, strict=True))
         return [out[s.token_hash] for s in samples]  # type: ignore[return-value]
+
+    def states(self, samples: Sequence[Encoded]) -> Iterator[tuple[list[Encoded], Tensor]]:
+        """Samples in groups that go through together, and (N, D) last hidden states at each group's loss positions."""
+        # Rows of like length go together: less padding, and the same grouping whenever the same samples come.
+        for group in self._groups(sorted(samples, key=lambda s: (len(s.ids), s.token_hash))):
+            yield group, self.hidden(collate([[s] for s in group], self.loaded.pad_id))
 
     def _groups(self, samples: list[Encoded]) -> Iterator[list[Encoded]]:
         """Runs of samples, sorted by length, that go through together: up to ``rows``, and few enough tokens to stay in
@@ -166,8 +169,7 @@ class LocalTeacher:
         self, samples: Sequence[Encoded], thresholds: list[float], temperature: float, positions: int = 1024
     ) -> list[tuple[float, float]]:
         """Heads and tails a position that each threshold would keep, on average over some positions of the samples."""
-        groups = self._groups(sorted(samples, key=lambda s: (len(s.ids), s.token_hash)))
-        states = torch.cat([self.hidden(collate([[s] for s in group], self.loaded.pad_id)) for group in groups])
+        states = torch.cat([states for _, states in self.states(samples)])
         some = states[:: max(1, len(states) // positions)]
         tile = max(16, _TILE_ENTRIES // self.head.weight.shape[0])
         parts = [
