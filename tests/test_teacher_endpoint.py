@@ -152,10 +152,10 @@ def test_answers_with_their_usage_and_a_torn_last_line(tmp_path):
     with open(tmp_path / "a.jsonl", "ab") as f:
         f.write('{"key": "c", "usage": null, "answer": {"text": "안'.encode()[:-1])
     again = Paid(tmp_path / "a.jsonl")
-    assert again.get("a") == {"text": "한국어 \ud800"} and again.get("b") == {"text": ""} and again.get("c") is None
+    assert again["a"] == {"text": "한국어 \ud800"} and again["b"] == {"text": ""} and "c" not in again
     again.keep("c", {"text": "whole"}, {"prompt_tokens": 1, "completion_tokens": 1})
     third = Paid(tmp_path / "a.jsonl")
-    assert third.get("c") == {"text": "whole"} and third.get("a") == {"text": "한국어 \ud800"}
+    assert third["c"] == {"text": "whole"} and third["a"] == {"text": "한국어 \ud800"}
     assert third.usage == {"answers": 3, "prompt_tokens": 4, "completion_tokens": 5}
 
 

@@ -94,7 +94,8 @@ def language_of(path: str, trust_remote_code: bool = False) -> Language:
         ModelError: they cannot be opened, or it is no causal language model.
     """
     tokenizer = open_tokenizer(path, trust_remote_code)
-    config = _config(_folder_of(path, trust_remote_code), path, trust_remote_code).get_text_config()
+    folder = _folder_of(path, trust_remote_code, weights=False)
+    config = _config(folder, path, trust_remote_code).get_text_config()
     return Language(tokenizer, max(config.vocab_size, len(tokenizer)), _context_of(config))
 
 
@@ -181,11 +182,11 @@ def open_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         ModelError: it cannot be opened.
     """
     with quiet():
-        return _open_tokenizer(_folder_of(path, trust_remote_code), path, trust_remote_code)
+        return _open_tokenizer(_folder_of(path, trust_remote_code, weights=False), path, trust_remote_code)
 
 
-def _folder_of(path: str, trust_remote_code: bool) -> Path:
-    """The folder of a local path, or the snapshot of a hub id."""
+def _folder_of(path: str, trust_remote_code: bool, weights: bool = True) -> Path:
+    """The folder of a local path, or the snapshot of a hub id; without its weights where nobody asks for them."""
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
@@ -195,7 +196,14 @@ def _folder_of(path: str, trust_remote_code: bool) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    patterns = [
+        "*.json",
+        *(["*.safetensors"] if weights else []),
+        "*.model",
+        "*.txt",
+        "*.jinja",
+        *(["*.py"] if trust_remote_code else []),
+    ]
     try:
         with quiet():
             return Path(

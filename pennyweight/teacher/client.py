@@ -165,8 +165,8 @@ class Client:
             raise _Trouble(f"no answer within teacher.timeout={self.timeout:g} seconds") from None
         except httpx2.ConnectError as e:
             raise _Trouble(f"nothing answers there: {_clean(str(e), key) or type(e).__name__}") from None
-        except httpx2.TransportError as e:
-            raise _Trouble(f"the connection was cut ({type(e).__name__})") from None
+        except httpx2.RequestError as e:
+            raise _Trouble(f"the connection was cut, or its body cannot be unpacked ({type(e).__name__})") from None
         status, text = response.status_code, _clean(response.text, key, least=_SECRET)
         if status in _AGAIN or status >= 500:
             raise _Trouble(_said(status, text, key), status, wait_of(response.headers.get("retry-after")))

@@ -102,11 +102,9 @@ class Endpoint:
     def settled(self, what: dict[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Something found out about the server, found out once and kept among its answers."""
         key = sha256_json({"url": self.client.url, "model": self.asked_for, **what})
-        known = self.paid.get(key)
-        if known is None:
-            known = find()
-            self.paid.keep(key, known)
-        return known
+        if key not in self.paid:
+            self.paid.keep(key, find())
+        return self.paid[key]
 
     def ask(
         self,
@@ -139,7 +137,7 @@ class Endpoint:
         if missing:
             both = lambda body: (read(body), body.get("usage"))  # noqa: E731
             self.client.ask_all([requests[i][0] for i in missing], both, keep, retries)
-        return [self.paid.get(key) or {} for key in keys]
+        return [self.paid[key] for key in keys]
 
     def dialect(self, api: str) -> Dialect:
         """How the server wants to be asked: found out once, by asking for very little.
@@ -234,9 +232,8 @@ class ServedTeacher:
         """
         telling = self.telling(keep.k)
         prompts = [list(s.ids) if telling.by_ids else self._text(s.ids) for s in samples]
-        bodies = [{"model": self.endpoint.model, **asking(telling.form, p, telling.asked)} for p in prompts]
         read = lambda body: {"line": read_line(telling.form, body)}  # noqa: E731
-        answers = self.endpoint.ask([(Request(_PATHS["completions"], b), 0) for b in bodies], read)
+        answers = self.endpoint.ask([(self._asking(telling.form, p, telling.asked), 0) for p in prompts], read)
         return [kept(s, a["line"], telling.asked, keep, self._spelling) for s, a in zip(samples, answers, strict=True)]
 
     def telling(self, k: int) -> Telling:
@@ -246,7 +243,8 @@ class ServedTeacher:
             EndpointError: it tells of none, or of fewer, or its tokens are not those of the tokenizer.
         """
         find = lambda: asdict(find_telling(self._told, k, self.tokenizer, self._spelling, self.endpoint.client.host))  # noqa: E731
-        return Telling(**self.endpoint.settled({"what": "telling", "k": k}, find))
+        of = sha256_json(self.tokenizer.get_vocab())
+        return Telling(**self.endpoint.settled({"what": "telling", "k": k, "tokenizer": of}, find))
 
     def _told(self, form: str, prompt: list[int] | str, k: int) -> Line | str:
         """What the server tells of a prompt; nothing where it passes over the question, or how it refuses."""
@@ -258,13 +256,17 @@ class ServedTeacher:
             except (KeyError, TypeError, IndexError, ValueError, AttributeError):
                 return {"line": []}
 
-        body = {"model": self.endpoint.model, **asking(form, prompt, k)}
         try:
-            return self.endpoint.ask([(Request(_PATHS["completions"], body), 0)], read, retries=_FEW)[0]["line"]
+            return self.endpoint.ask([(self._asking(form, prompt, k), 0)], read, retries=_FEW)[0]["line"]
         except EndpointError as e:
             if e.status in _NOT_THE_FORM:
                 raise
             return e.said
+
+    def _asking(self, form: str, prompt: list[int] | str, k: int) -> Request:
+        """A request to be told of a prompt; penalties are off, lest the one token that is generated is another."""
+        always = self.endpoint.dialect("completions").always
+        return Request(_PATHS["completions"], {"model": self.endpoint.model, **asking(form, prompt, k), **always})
 
     @cached_property
     def _spelling(self) -> Spelling:

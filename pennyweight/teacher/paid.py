@@ -36,10 +36,8 @@ class Paid:
     def __contains__(self, key: str) -> bool:
         return key in self._place
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """What was kept of the answer to a request; None where there is none."""
-        if key not in self._place:
-            return None
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        """What was kept of the answer to a request."""
         at, size = self._place[key]
         with open(self.file, "rb") as f:
             f.seek(at)

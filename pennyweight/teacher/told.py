@@ -176,9 +176,14 @@ def find_telling(ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str
     """
     said = ""
     for form in FORMS:
-        lines = [ask(form, text, 1) for text in SENTENCES]
-        said = next((line for line in lines if isinstance(line, str)), said)
-        if all(line and not isinstance(line, str) for line in lines):
+        lines: list[Line] = []
+        for text in SENTENCES:
+            line = ask(form, text, 1)
+            if isinstance(line, str) or not line:
+                said = line or said
+                break
+            lines.append(line)
+        else:
             return _in_form(form, lines, ask, k, tokenizer, spelling, host)
     raise EndpointError(
         f"{host} tells no log-probabilities of a prompt{f' ({said})' if said else ''}; start it so that it does, or "
@@ -186,7 +191,7 @@ def find_telling(ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str
     )
 
 
-def _in_form(form: str, lines: list[Any], ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str) -> Telling:
+def _in_form(form: str, lines: list[Line], ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str) -> Telling:
     ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
     beside = [_compared(line, i, spelling, host, form) for i, line in zip(ids, lines, strict=True)]
     line = ask(form, ids[0], 1)
