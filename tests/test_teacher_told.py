@@ -16,8 +16,8 @@ from pennyweight.model.device import choose
 from pennyweight.model.load import load, open_tokenizer
 from pennyweight.records import Sample
 from pennyweight.teacher.local import LocalTeacher
-from pennyweight.teacher.spelling import Spelling
 from pennyweight.teacher.targets import Keep
+from pennyweight.teacher.token_names import TokenNames
 from pennyweight.teacher.told import align, asking, by_id, find_telling, kept, read_line
 
 K = 12
@@ -84,12 +84,12 @@ class Imitation:
 
 def found_by(loaded, imitation, k=K, tokenizer=None):
     tokenizer = tokenizer or loaded.tokenizer
-    return find_telling(imitation.ask, k, tokenizer, Spelling(tokenizer), "host")
+    return find_telling(imitation.ask, k, tokenizer, TokenNames(tokenizer), "host")
 
 
 @pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
 def test_the_targets_are_the_teachers_own(teacher, form):
-    server, spelling = Imitation(teacher, (form,), takes_ids=form == "prompt_logprobs"), Spelling(teacher.tokenizer)
+    server, spelling = Imitation(teacher, (form,), takes_ids=form == "prompt_logprobs"), TokenNames(teacher.tokenizer)
     telling = found_by(teacher, server)
     assert telling.form == form and telling.silent_first == (form == "echo") == (not telling.by_ids)
     whole = encode(Sample((), TEXT, "", complete=False), teacher.tokenizer)
@@ -140,7 +140,7 @@ def real_tokenizer(name: str):
 def test_each_token_is_known_by_its_name_its_number_and_its_text(name, request):
     stories = str(request.getfixturevalue("stories")) if name == "stories" else ""
     tokenizer = open_tokenizer(stories) if stories else real_tokenizer(name)
-    spelling = Spelling(tokenizer)
+    spelling = TokenNames(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     texts = [tokenizer.decode([i]) if name != "stories" else n.replace("▁", " ") for i, n in enumerate(names)]
     whole = [t for t in texts if "\ufffd" not in t and not t.startswith("<0x")]
@@ -156,7 +156,7 @@ def test_each_token_is_known_by_its_name_its_number_and_its_text(name, request):
 
 
 def test_a_byte_that_hides_a_piece_is_left_out(teacher):
-    spelling = Spelling(teacher.tokenizer)
+    spelling = TokenNames(teacher.tokenizer)
     a, byte = (teacher.tokenizer.convert_tokens_to_ids(t) for t in ("a", "<0x61>"))
     assert spelling.spells("a", a) and spelling.spells("a", byte) and spelling.only("a") == a and spelling.twins("a")
     other = teacher.tokenizer.convert_tokens_to_ids("e")
@@ -171,17 +171,17 @@ def test_log_probabilities_that_are_none_are_refused(teacher):
     entries = [[i, -0.1] for i in (*range(300, 300 + K), sample.ids[2])]
     line = [[None, None], [None, [[sample.ids[1], -0.1]]], [None, entries]]
     with pytest.raises(EndpointError, match="sums to .* may have changed them"):
-        kept(sample, line, K, KEEP, Spelling(teacher.tokenizer))
+        kept(sample, line, K, KEEP, TokenNames(teacher.tokenizer))
     with pytest.raises(EndpointError, match="tells of only 2 tokens for certain.*set targets.k=2"):
-        kept(sample, [*line[:2], [None, entries[-2:]]], 2, KEEP, Spelling(teacher.tokenizer))
+        kept(sample, [*line[:2], [None, entries[-2:]]], 2, KEEP, TokenNames(teacher.tokenizer))
     with pytest.raises(EndpointError, match="cuts a sample of 3 tokens otherwise"):
-        kept(sample, line[:2], K, KEEP, Spelling(teacher.tokenizer))
+        kept(sample, line[:2], K, KEEP, TokenNames(teacher.tokenizer))
     with pytest.raises(ValueError, match="not a log-probability"):
         read_line("echo", {"choices": [{"logprobs": {"tokens": ["a"], "top_logprobs": [{"a": 0.5}]}}]})
 
 
 def test_alignment_passes_over_the_beginning_and_takes_a_trimmed_space(teacher):
-    spelling = Spelling(teacher.tokenizer)
+    spelling = TokenNames(teacher.tokenizer)
     ids = teacher.tokenizer("Once upon a time")["input_ids"]
     names = teacher.tokenizer.convert_ids_to_tokens(ids)
     seed = fresh()

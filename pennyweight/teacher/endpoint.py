@@ -21,8 +21,8 @@ from pennyweight.recipe import EndpointTeacher
 from pennyweight.records import Encoded, Message, Prompt, sha256_json
 from pennyweight.teacher.client import Client, Request
 from pennyweight.teacher.paid import Paid
-from pennyweight.teacher.spelling import Spelling
 from pennyweight.teacher.targets import Keep, Kept
+from pennyweight.teacher.token_names import TokenNames
 from pennyweight.teacher.told import Line, Telling, asking, find_telling, kept, read_line
 
 _PLAIN = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
@@ -234,7 +234,7 @@ class ServedTeacher:
         prompts = [list(s.ids) if telling.by_ids else self._text(s.ids) for s in samples]
         read = lambda body: {"line": read_line(telling.form, body)}  # noqa: E731
         answers = self.endpoint.ask([(self._asking(telling.form, p, telling.asked), 0) for p in prompts], read)
-        return [kept(s, a["line"], telling.asked, keep, self._spelling) for s, a in zip(samples, answers, strict=True)]
+        return [kept(s, a["line"], telling.asked, keep, self._names) for s, a in zip(samples, answers, strict=True)]
 
     def telling(self, k: int) -> Telling:
         """How the server tells of the ``k`` most probable tokens; found out once.
@@ -242,7 +242,7 @@ class ServedTeacher:
         Raises:
             EndpointError: it tells of none, or of fewer, or its tokens are not those of the tokenizer.
         """
-        find = lambda: asdict(find_telling(self._told, k, self.tokenizer, self._spelling, self.endpoint.client.host))  # noqa: E731
+        find = lambda: asdict(find_telling(self._told, k, self.tokenizer, self._names, self.endpoint.client.host))  # noqa: E731
         of = sha256_json(self.tokenizer.get_vocab())
         return Telling(**self.endpoint.settled({"what": "telling", "k": k, "tokenizer": of}, find))
 
@@ -269,8 +269,8 @@ class ServedTeacher:
         return Request(_PATHS["completions"], {"model": self.endpoint.model, **asking(form, prompt, k), **always})
 
     @cached_property
-    def _spelling(self) -> Spelling:
-        return Spelling(self.tokenizer)
+    def _names(self) -> TokenNames:
+        return TokenNames(self.tokenizer)
 
     def _text(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, less what the server's tokenizer puts in front of a text by itself."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pennyweight.errors import EndpointError
 from pennyweight.records import Encoded
-from pennyweight.teacher.spelling import Spelling
 from pennyweight.teacher.targets import Keep, Kept, top_told, uniforms
 
 FORMS = ("prompt_logprobs", "echo")
@@ -29,6 +28,17 @@ SENTENCES = (
     "naïve café, 안녕하세요 세계",
 )
 """Texts on which a server's tokens are compared with a tokenizer's."""
+
+
+class Names(Protocol):
+    """How tokens may be written (``token_names.TokenNames``)."""
+
+    def spells(self, text: str, token: int) -> bool: ...
+
+    def only(self, text: str) -> int | None: ...
+
+    def twins(self, text: str) -> bool: ...
+
 
 Top = list[tuple[int | str, float]]
 Line = list[tuple[int | str | None, Top | None]]
@@ -89,12 +99,12 @@ class Aligned:
     after: tuple[int | str | None, Top | None] | None
 
 
-def align(line: Line, ids: Sequence[int], spelling: Spelling) -> Aligned | None:
+def align(line: Line, ids: Sequence[int], names: Names) -> Aligned | None:
     """The positions of ``line`` beside ``ids``; None where the server's tokens are others."""
     for skipped in (0, 1):
         want = ids[skipped:]
         if len(want) <= len(line) <= len(want) + 1 and all(
-            _is(token, entries, i, spelling, first=j == 0)
+            _is(token, entries, i, names, first=j == 0)
             for j, ((token, entries), i) in enumerate(zip(line, want, strict=False))
         ):
             after = line[len(want)] if len(line) > len(want) else None
@@ -102,40 +112,40 @@ def align(line: Line, ids: Sequence[int], spelling: Spelling) -> Aligned | None:
     return None
 
 
-def _is(token: int | str | None, entries: Top | None, i: int, spelling: Spelling, first: bool) -> bool:
+def _is(token: int | str | None, entries: Top | None, i: int, names: Names, first: bool) -> bool:
     """Whether ``i`` may be what the server says stands there."""
     if token is None:  # the token of the text is always among the entries
         return entries is None or any(t == i for t, _ in entries)
     text = str(token)
-    return spelling.spells(text, i) or (first and spelling.spells(f" {text}", i))  # some trim the first space
+    return names.spells(text, i) or (first and names.spells(f" {text}", i))  # some trim the first space
 
 
-def by_id(entries: Top, actual: int, asked: int, spelling: Spelling) -> list[tuple[int, float]]:
+def by_id(entries: Top, actual: int, asked: int, names: Names) -> list[tuple[int, float]]:
     """Entries by token id, most probable first, those left out of which that is not certain.
 
     Where fewer came than were ``asked`` for, tokens of one spelling have hidden each other, so all such are left out.
     (The text's own token comes besides where it is not among the most probable.)
     """
-    besides = entries[-1][0] == actual or spelling.spells(str(entries[-1][0]), actual)
+    besides = entries[-1][0] == actual or names.spells(str(entries[-1][0]), actual)
     hidden = len(entries) - besides < asked
     out: dict[int, float] = {}
     for token, value in entries:
         if isinstance(token, int):
             out[token] = value
-        elif hidden and spelling.twins(token):
+        elif hidden and names.twins(token):
             continue
-        elif (found := actual if spelling.spells(token, actual) else spelling.only(token)) is not None:
+        elif (found := actual if names.spells(token, actual) else names.only(token)) is not None:
             out[found] = value
     return sorted(out.items(), key=lambda e: -e[1])
 
 
-def kept(sample: Encoded, line: Line, asked: int, keep: Keep, spelling: Spelling) -> Kept:
+def kept(sample: Encoded, line: Line, asked: int, keep: Keep, names: Names) -> Kept:
     """What ``keep`` says (``top_k``) at a sample's loss positions.
 
     Raises:
         EndpointError: the server's tokens are others, it does not tell of a position, or of too few tokens there.
     """
-    found = align(line, sample.ids, spelling)
+    found = align(line, sample.ids, names)
     if found is None:
         raise EndpointError(
             f"the server cuts a sample of {len(sample.ids):,} tokens otherwise than teacher.tokenizer does; name the "
@@ -144,7 +154,7 @@ def kept(sample: Encoded, line: Line, asked: int, keep: Keep, spelling: Spelling
     rows = []
     for t in sample.loss_positions:
         entries = found.at[t + 1]
-        row = by_id(entries, sample.ids[t + 1], asked, spelling) if entries else []
+        row = by_id(entries, sample.ids[t + 1], asked, names) if entries else []
         if len(row) < keep.k:
             raise EndpointError(
                 f"the server tells of only {len(row)} tokens for certain at position {t} of a sample, and "
@@ -168,7 +178,7 @@ def _tensors(rows: list[list[tuple[int, float]]], k: int) -> tuple[Tensor, Tenso
     return ids, probs / total.clamp_min(1.0)
 
 
-def find_telling(ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str) -> Telling:
+def find_telling(ask: Ask, k: int, tokenizer: Any, names: Names, host: str) -> Telling:
     """How the server tells of the ``k`` most probable tokens, having compared its tokens with the tokenizer's.
 
     Raises:
@@ -184,26 +194,26 @@ def find_telling(ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str
                 break
             lines.append(line)
         else:
-            return _in_form(form, lines, ask, k, tokenizer, spelling, host)
+            return _in_form(form, lines, ask, k, tokenizer, names, host)
     raise EndpointError(
         f"{host} tells no log-probabilities of a prompt{f' ({said})' if said else ''}; start it so that it does, or "
         "set method.kind=sft, which learns from its answers alone"
     )
 
 
-def _in_form(form: str, lines: list[Line], ask: Ask, k: int, tokenizer: Any, spelling: Spelling, host: str) -> Telling:
+def _in_form(form: str, lines: list[Line], ask: Ask, k: int, tokenizer: Any, names: Names, host: str) -> Telling:
     ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
-    beside = [_compared(line, i, spelling, host, form) for i, line in zip(ids, lines, strict=True)]
+    beside = [_compared(line, i, names, host, form) for i, line in zip(ids, lines, strict=True)]
     line = ask(form, ids[0], 1)
-    by_ids = not isinstance(line, str) and align(line, ids[0], spelling) is not None
+    by_ids = not isinstance(line, str) and align(line, ids[0], names) is not None
     prompt = ids[0] if by_ids else SENTENCES[0]
     told = lambda n: _entries(form, ask(form, prompt, n))  # noqa: E731
     more = min(k + _MARGIN, len(tokenizer)) if form == "echo" else k
     return Telling(form, by_ids, more if told(more) >= k else _most(told, k, host), beside[0].at[1] is None)
 
 
-def _compared(line: Any, ids: list[int], spelling: Spelling, host: str, form: str) -> Aligned:
-    found = align(line, ids, spelling)
+def _compared(line: Any, ids: list[int], names: Names, host: str, form: str) -> Aligned:
+    found = align(line, ids, names)
     if found is None:
         raise EndpointError(
             f"{host} cuts text into other tokens than teacher.tokenizer does; name the tokenizer of the model it "

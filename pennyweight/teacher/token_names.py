@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pennyweight.model.spelling import is_byte_level, spelt
+
 _NUMBER, _BYTE = re.compile(r"token_id:(\d+)"), re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Spelling:
+class TokenNames:
     """How a tokenizer's entries may be written."""
 
     def __init__(self, tokenizer: Any):
         size, added = len(tokenizer), tokenizer.added_tokens_decoder
-        by_byte = _bytes_of_characters() if _byte_level(tokenizer) else None
+        by_byte = is_byte_level(tokenizer)
         self._control = {i for i, t in added.items() if t.special}
         self._single: set[int] = set()  # entries that are a byte of any text
         self._of: dict[str, list[int]] = {}
@@ -27,7 +29,7 @@ class Spelling:
                 continue
             if _BYTE.fullmatch(name):
                 self._single.add(i)
-            forms = {name, ""} if i in self._control else {name, *_texts(name, by_byte if i not in added else None)}
+            forms = {name, ""} if i in self._control else {name, *_texts(spelt(name, added.get(i), by_byte) or b"")}
             for form in forms:
                 self._of.setdefault(form, []).append(i)
 
@@ -54,28 +56,10 @@ class Spelling:
         return not _NUMBER.fullmatch(text) and len(self._of.get(text, ())) > 1
 
 
-def _texts(name: str, by_byte: dict[str, int] | None) -> set[str]:
-    """The ways in which servers write the text of a token."""
-    single = _BYTE.fullmatch(name)
-    if single:
-        data = bytes([int(single[1], 16)])
-    elif by_byte is None:
-        return {name.replace("▁", " ")}
-    else:
-        data = bytes(by_byte[c] for c in name if c in by_byte)
+def _texts(data: bytes) -> set[str]:
+    """The ways in which servers write what a token spells."""
     try:
         return {data.decode()}
     except UnicodeDecodeError:
         escaped = "bytes:" + "".join(f"\\x{b:02x}" for b in data)
         return {escaped, data.decode(errors="ignore"), data.decode(errors="replace")}
-
-
-def _byte_level(tokenizer: Any) -> bool:
-    return tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: printable ones for themselves."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(0x100) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
