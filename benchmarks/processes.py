@@ -28,7 +28,8 @@ from pennyweight.ledger.hashing import hash_folder
 
 STEPS = 60
 SETTINGS = ["train.micro_batch=5", "train.checkpoint_every=10", "data.source.count=96", "data.eval_fraction=0.2"]
-SETTINGS += ["quantize.formats=[]", "compute.dtype=float32", "targets.kind=dense"]
+SETTINGS += ["quantize.formats=[]", "compute.dtype=float32", "targets.kind=dense", "data.source.max_tokens=128"]
+SETTINGS += ["evaluate.problems=1", "evaluate.samples=0", "evaluate.shown=0", "evaluate.max_tokens=8"]
 
 
 def start(out: Path, processes: int) -> subprocess.Popen[str]:

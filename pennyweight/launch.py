@@ -45,8 +45,8 @@ def start(count: int, words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="pennyweight-") as room:
         word = Path(room) / "ended"
         os.environ[_WORD] = str(word)
-        # With the store of the agent's own rendezvous, a restart meets the addresses of the dead in about half of the
-        # kills (pytorch#135712, pytorch#167288); so each start has a store of its own.
+        # In the store of the agent's own rendezvous a restart may find the addresses of the dead (pytorch#135712,
+        # pytorch#167288); so each start has a store of its own.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_TO_STOP)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
