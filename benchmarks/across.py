@@ -1,16 +1,21 @@
 """A student of another tokenizer than its teacher's: does distillation beat fine-tuning on the same tokens?
 
-    python -m benchmarks.across [gpt2|smollm2 ...] (default: gpt2)
+    python -m benchmarks.across [cuts|gpt2|smollm2 ...] (default: cuts and gpt2)
 
 stories260K (512 tokens of SentencePiece) writes TEXTS texts; a Llama made from nothing learns them in the 50,257 tokens
 of GPT-2, or the 49,152 of SmolLM2, for STEPS steps of 8 texts. Start, tokens, order and steps are the same in every arm
 of a seed; bits a byte on texts that the teacher wrote besides. "sft" learns the text; "across" the teacher's
 distribution carried over; "names" only what the teacher gives to tokens whose strings both vocabularies have, where
 both have a boundary, and the text elsewhere. One thread a training, as many at once as there are cores.
+
+cuts: how real tokenizers cut real texts: the share of the student's positions that lie inside a teacher token, and of
+those whose label is not where the tables say (the text decides there, which biases what is next to it a little).
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import multiprocessing
 import os
 import sys
@@ -41,11 +46,12 @@ from pennyweight.model.token_bytes import spelling_of
 from pennyweight.records import Encoded, Sample
 from pennyweight.settings import Schedule, Shape, Tripwires
 from pennyweight.teacher.across import AcrossTeacher
-from pennyweight.teacher.alignment import align, compare
+from pennyweight.teacher.alignment import Vocabularies, align, compare
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.own_samples import own_samples
 from pennyweight.teacher.targets import Keep
+from pennyweight.teacher.vocabulary_trie import Place
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 
@@ -226,11 +232,49 @@ def told(d: Desk, name: str) -> None:
     )
 
 
+def of_cuts(bars: Bars) -> None:
+    """GSM8K's answers, whose digits the one cuts singly and the other does not, and Korean ones."""
+    texts = {
+        "gsm8k": [json.loads(line)["answer"] for line in real("gsm8k/train.jsonl").read_text().splitlines()[:300]],
+        "korean": [row[1] for row in csv.reader(real("korean/ChatbotData.csv").open())][1:600],
+    }
+    spelling = {name: spelling_of(tokenizer_of(name)) for name in ("gpt2", "smollm2")}
+    print(f"{'teacher':<9} {'student':<9} {'texts':<7} {'positions':>9} {'inside, %':>10} {'elsewhere, %':>13}")
+    for teacher, student in (("smollm2", "gpt2"), ("gpt2", "smollm2")):
+        mine, theirs = spelling[student], spelling[teacher]
+        v = compare(mine, theirs, [], [], len(mine.pieces), len(theirs.pieces))
+        for name, some in texts.items():
+            pairs = zip(*(s.cut([x.encode() for x in some]) for s in (mine, theirs)), strict=True)
+            places = [p for pair in pairs for p in align(*(as_learnt(ids or []) for ids in pair), v)]
+            inside = 100 * mean(p.remainder is not None for p in places)
+            elsewhere = 100 * mean(bool(is_elsewhere(p, v)) for p in places)
+            print(
+                f"{teacher:<9} {student:<9} {name:<7} {len(places):>9,} {inside:>10.2f} {elsewhere:>13.2f}", flush=True
+            )
+            bars.check(f"across.cuts.{teacher}_{student}_{name}.elsewhere_percent", elsewhere, "<=1", elsewhere <= 1)
+
+
+def as_learnt(ids: list[int]) -> Encoded:
+    return Encoded("", (0, *ids), (False, *[True] * len(ids)))
+
+
+def is_elsewhere(place: Place, v: Vocabularies) -> bool:
+    """Whether the label is not the token that the tables give for the teacher's actual one."""
+    if place.remainder is not None:
+        told_by = dict(zip(place.remainder.teacher.tolist(), place.remainder.student.tolist(), strict=True))
+        return told_by.get(place.actual) != place.label
+    rank, trie = v.trie.rank[place.label], v.trie
+    ends_here = (trie.low[n] <= rank < trie.low[n] + trie.ends[n] for n in place.way)
+    return not any(ends_here) if place.way else v.first[place.actual] != place.label
+
+
 def main(*parts: str) -> None:
     known: dict[str, Callable[[Bars], None]] = {
-        n: (lambda bars, n=n: of_tokenizer(bars, n)) for n in ("gpt2", "smollm2")
+        "cuts": of_cuts,
+        "gpt2": lambda bars: of_tokenizer(bars, "gpt2"),
+        "smollm2": lambda bars: of_tokenizer(bars, "smollm2"),
     }
-    run_parts(known, parts or ("gpt2",))
+    run_parts(known, parts or ("cuts", "gpt2"))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def plainly(p_RV, place, v):
     if place.remainder is not None:
         for t, token in zip(place.remainder.teacher, place.remainder.student, strict=True):
             out[place.label if t == place.actual else int(token)] += p_RV[place.row][t]
+        if place.actual not in place.remainder.teacher:
+            out[place.label] += p_RV[place.row][place.actual]
     mass, node, then = 1.0, 0, place.actual
     for d in range(len(place.way) + 1 if place.remainder is None else 0):
         if node and (not children[node] or then < 0):

@@ -115,10 +115,13 @@ def _along(mass: Tensor, p: Tensor, walk: _Walk) -> None:
 
 
 def _inside(mass: Tensor, p: Tensor, places: Sequence[Place], walk: _Walk) -> None:
-    """Positions inside a teacher token: one of those that begin with what is there and go on."""
+    """Positions inside a teacher token: one of those that begin with what is there and go on; the actual one among
+    them, also where the student cuts the text otherwise than that token by itself."""
     found = [(i, x.remainder) for i, x in enumerate(places) if x.remainder is not None]
     if not found:
         return
+    lacking = np.array([i for i, r in found if walk.actual[i] not in r.teacher], np.int64)
+    _add(mass, lacking, walk.label[lacking], p[_on(walk.rows[lacking], p), _on(walk.actual[lacking], p)])
     sizes = np.array([len(r.teacher) for _, r in found])
     token, t = (np.concatenate([getattr(r, n) for _, r in found]) for n in ("student", "teacher"))
     i = np.repeat([i for i, _ in found], sizes)
