@@ -245,7 +245,7 @@ def of_cuts(bars: Bars) -> None:
         v = compare(mine, theirs, [], [], len(mine.pieces), len(theirs.pieces))
         for name, some in texts.items():
             pairs = zip(*(s.cut([x.encode() for x in some]) for s in (mine, theirs)), strict=True)
-            places = [p for pair in pairs for p in align(*(as_learnt(ids or []) for ids in pair), v)]
+            places = [p for a, b in pairs for p in align(as_learnt(a or []), as_learnt(b or []), v)]
             inside = 100 * mean(p.remainder is not None for p in places)
             elsewhere = 100 * mean(bool(is_elsewhere(p, v)) for p in places)
             print(

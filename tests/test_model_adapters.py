@@ -7,14 +7,22 @@ import sys
 import pytest
 import torch
 from architectures import make, save_with_tokenizer
+from safetensors import safe_open
 
-from pennyweight.errors import MissingExtra, RecipeError
+from pennyweight.data.pack import Packer
+from pennyweight.errors import MissingExtra, RecipeError, Stopped
+from pennyweight.methods.sft import sft
 from pennyweight.model.adapters import FrozenLinear, merge
 from pennyweight.model.adapters import attach as attach_to
+from pennyweight.model.device import choose
 from pennyweight.model.load import load
 from pennyweight.model.loaded import blocks_of
 from pennyweight.quant.formats import FORMATS, decode, encode
-from pennyweight.settings import Lora, Schedule
+from pennyweight.recipe import SftMethod
+from pennyweight.records import Encoded
+from pennyweight.settings import Lora, Schedule, Tripwires
+from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.loop import train
 
 pytest.importorskip("peft", reason="needs peft: pip install 'pennyweight[lora]'")
 
@@ -131,3 +139,32 @@ def test_what_cannot_be_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"pip install 'pennyweight\[lora\]'"):
         attach(make("llama", 3), Lora(), 1)
+
+
+@pytest.mark.parametrize("base", ["full", "int4"])
+def test_checkpoints_hold_the_factors_only_and_training_goes_on_from_them(base, tmp_path):
+    """Stopped and resumed is never stopped, bit for bit."""
+
+    def trained(folder, steps, stop_at=None):
+        model = make("llama", 3)
+        attach(model, Lora(rank=4, base=base), 1)
+        g = torch.Generator().manual_seed(5)
+        made = [
+            Encoded(f"s{i}", tuple(torch.randint(3, 100, (9,), generator=g).tolist()), (True,) * 9) for i in range(8)
+        ]
+        packer, seen = Packer(made, 4, 4, 0, 0), []
+        settings = {"compute": choose("cpu", "float32"), "checkpoints": Checkpoints(folder), "seed": 0}
+        settings |= {"admit": list, "log": seen.append, "tripwires": Tripwires()}
+        settings["should_stop"] = lambda: len(seen) == stop_at
+        train(
+            model, lambda step: [sft(b, SftMethod()) for b in packer(step)], schedule=Schedule(steps=steps), **settings
+        )
+        return {n: p.detach() for n, p in model.named_parameters()}
+
+    whole = trained(tmp_path / "whole", 6)
+    with pytest.raises(Stopped):
+        trained(tmp_path / "parts", 6, stop_at=3)
+    again = trained(tmp_path / "parts", 6)
+    assert all(torch.equal(whole[n], p) for n, p in again.items())
+    with safe_open(Checkpoints(tmp_path / "parts").newest() / "tensors.safetensors", "pt") as f:
+        assert all("lora_" in key or key.startswith("random") for key in f.keys())  # noqa: SIM118

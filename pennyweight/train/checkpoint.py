@@ -102,10 +102,10 @@ def _random(group: Group) -> str:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> dict[str, Tensor]:
-    """Everything that changes during training. ``named_parameters`` lists tied weights once."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    """Everything that changes during training: what is frozen, or made anew with the model, does not."""
+    names: dict[Tensor, str] = {p: name for name, p in _trained(model)}
     out = {f"model.{name}": p.detach() for p, name in names.items()}
-    out |= {f"buffer.{name}": b for name, b in model.named_buffers()}
+    out |= {f"buffer.{name}": b for name, b in _buffers(model)}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             out[f"optimizer.{key}.{names[parameter]}"] = value if isinstance(value, Tensor) else torch.tensor(value)
@@ -117,13 +117,26 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in out.items()}
 
 
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that are trained; ``named_parameters`` lists tied ones once."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to a model's state."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
 def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], group: Group) -> None:
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model):
             parameter.copy_(tensors[f"model.{name}"])
-        for name, buffer in model.named_buffers():
+        for name, buffer in _buffers(model):
             buffer.copy_(tensors[f"buffer.{name}"])
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         suffix = f".{name}"
         state = {
             key.removeprefix("optimizer.").removesuffix(suffix): value
