@@ -244,8 +244,8 @@ def of_cuts(bars: Bars) -> None:
         mine, theirs = spelling[student], spelling[teacher]
         v = compare(mine, theirs, [], [], len(mine.pieces), len(theirs.pieces))
         for name, some in texts.items():
-            pairs = zip(*(s.cut([x.encode() for x in some]) for s in (mine, theirs)), strict=True)
-            places = [p for a, b in pairs for p in align(as_learnt(a or []), as_learnt(b or []), v)]
+            one, other = ([as_learnt(ids or []) for ids in s.cut([x.encode() for x in some])] for s in (mine, theirs))
+            places = [p for a, b in zip(one, other, strict=True) for p in align(a, b, v)]
             inside = 100 * mean(p.remainder is not None for p in places)
             elsewhere = 100 * mean(bool(is_elsewhere(p, v)) for p in places)
             print(

@@ -429,6 +429,26 @@ def test_what_cannot_be_aligned_is_refused():
             across.targets([], keep)
 
 
+def test_what_was_cut_from_one_of_them_is_left_to_the_text():
+    mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("stories260K")
+    v = compare(mine, theirs, [50256], [2], 50257, 512)
+    (ours,), (others,) = (
+        mine.cut([b"Once upon a time there was a cat."]),
+        theirs.cut([b" Once upon a time there was a cat."]),
+    )
+    whole = align(encoded(ours, [50256]), encoded(others, [2]), v)
+    assert all(p.row >= 0 for p in whole)
+    spelt = len(b"".join(theirs.pieces[i] for i in others[:9])) - 1
+    cut = align(encoded(ours, [50256]), encoded(others[:9]), v)
+    starts = np.cumsum([0, *(len(mine.pieces[i]) for i in ours)])
+    assert [p.row >= 0 for p in cut] == [int(a) < spelt for a in starts] and [p.label for p in cut] == [*ours, 50256]
+    assert all(p.row + sum(t >= 0 for t in p.then) < 9 for p in cut)
+    mass = Carry(v.trie, v.first).masses(torch.randn(9, 512), cut)
+    assert float(mass[-1, 50256]) == 1.0 and torch.allclose(mass.sum(-1), torch.ones(len(cut)))
+    short = align(encoded(ours[:4]), encoded(others, [2]), v)
+    assert [p.label for p in short] == ours[:4] and all(p.row >= 0 for p in short)
+
+
 def test_turns_are_aligned_each_with_its_own():
     mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("stories260K")
     v = compare(mine, theirs, [50256], [2], 50257, 512)

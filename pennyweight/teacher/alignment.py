@@ -85,7 +85,8 @@ def compare(
 def align(student: Encoded, teacher: Encoded, v: Vocabularies) -> list[Place]:
     """The student's loss positions of a sample, from two encodings of it: the same turns learnt, the same bytes spelt.
 
-    A space that one of the tokenizers puts at the start of a text is no difference.
+    A space that one of the tokenizers puts at the start of a text is no difference. Where one was cut to its context
+    before the other, the text alone tells what the teacher does not have.
 
     Raises:
         DataError: they learn another number of turns, or spell other bytes.
@@ -112,20 +113,23 @@ def _runs(encoded: Encoded) -> Iterator[list[int]]:
 
 def _align_run(mine: list[int], theirs: list[int], row: int, v: Vocabularies) -> Iterator[Place]:
     starts, their_starts = _starts(mine, theirs, v)
+    end = their_starts.pop()
     at = {start: k for k, (start, t) in enumerate(zip(their_starts, theirs, strict=True)) if v.teacher.pieces[t]}
     before: list[tuple[int, tuple[int, ...]]] = []  # where the ways of earlier tokens began, as long as they go on
-    for i, (start, u) in enumerate(zip(starts, mine, strict=True)):
+    for i, (start, u) in enumerate(zip(starts, mine, strict=False)):
         spelt = v.student.pieces[u]
         if spelt is None:
             # By its role: the teacher's end of text is the student's, whatever they are called.
             ended = u in v.student_ends and theirs[-1] in v.teacher_ends
             k, place = len(theirs) - 1, Place(u, row + len(theirs) - 1, theirs[-1]) if ended else Place(u)
+        elif start >= end:
+            k, place = len(theirs), Place(u)
         elif start in at:
             k = at[start]
             place = Place(u, row + k, theirs[k], *_way(u, theirs[k:], v))
         else:
             k = bisect_left(their_starts, max(start, 0) + 1) - 1
-            since = bisect_left(starts, their_starts[k]) if start >= 0 else i
+            since = bisect_left(starts, their_starts[k], hi=i) if start >= 0 else i
             skipped = (v.teacher.pieces[theirs[k]] or b"")[: max(0, starts[since] - their_starts[k])]
             rest = v.remainder(mine[since:i], skipped, spelt[: max(0, -start)])
             yield Place(u, row + k, theirs[k], remainder=rest)
@@ -163,25 +167,33 @@ def _way(label: int, theirs: list[int], v: Vocabularies) -> tuple[tuple[int, ...
 
 
 def _starts(mine: list[int], theirs: list[int], v: Vocabularies) -> tuple[list[int], list[int]]:
-    """Byte offsets of the tokens of both, from the first byte that both have: a space that one put first is at -1.
+    """Byte offsets of the tokens of both and of the ends, from the first byte that both have: a space that one put
+    first is at -1.
 
     Raises:
-        DataError: they spell different texts.
+        DataError: neither's text begins with the other's.
     """
-    text, their_text = joined(mine, v.student), joined(theirs, v.teacher)
-    if their_text not in (text, b" " + text) and text != b" " + their_text:
-        at = next((i for i, (x, y) in enumerate(zip(text, their_text, strict=False)) if x != y), 0)
-        one, other = (t[at : at + 20].decode(errors="replace") for t in (text, their_text))
+    one, other = joined(mine, v.student), joined(theirs, v.teacher)
+    n = min(len(one), len(other))
+    spare = next((x for x in ((0, 0), (1, 0), (0, 1)) if _same(one, other, *x)), None)
+    if spare is None:
+        at = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), n)
+        parts = [t[at : at + 20].decode(errors="replace") for t in (one, other)]
         raise DataError(
-            f"the student's tokenizer spells a text otherwise than the teacher's ({one!r} for {other!r}), since one of "
-            "them normalises it or does not know a character; normalise the data, or drop this sample"
+            f"the student's tokenizer spells a text otherwise than the teacher's ({parts[0]!r} for {parts[1]!r}): one "
+            "of them normalises it or does not know a character; normalise the data, or drop this sample"
         )
-    offsets = []
-    for tokens, spelling, longer in ((mine, v.student, text), (theirs, v.teacher, their_text)):
-        sizes = [len(spelling.pieces[i] or b"") for i in tokens]
-        shift = min(0, min(len(text), len(their_text)) - len(longer))
-        offsets.append([shift + n for n in accumulate(sizes, initial=0)][:-1])
+    sides = ((mine, v.student, spare[0]), (theirs, v.teacher, spare[1]))
+    offsets = [list(accumulate((len(y.pieces[i] or b"") for i in x), initial=-first)) for x, y, first in sides]
     return offsets[0], offsets[1]
+
+
+def _same(one: bytes, other: bytes, first: int, others_first: int) -> bool:
+    """Whether two texts are the same as far as both go, without a space that one of them puts first."""
+    if one[:first].strip(b" ") or other[:others_first].strip(b" "):
+        return False
+    n = min(len(one) - first, len(other) - others_first)
+    return one[first : first + n] == other[others_first : others_first + n]
 
 
 def _in_use(spelling: Spelling) -> list[bytes | None]:
