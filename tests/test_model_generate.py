@@ -126,8 +126,17 @@ def test_what_only_looks_like_a_llama_is_left_to_transformers():
         assert LlamaRows.of(model, lambda ids, m=model: prefilled(m, ids), 4) is None
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-biases", "qwen3-head-norms", "gpt2", "mixtral-experts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(
+            (n, t)
+            for n in ("llama", "qwen2-biases", "qwen3-head-norms", "gpt2")
+            for t in (torch.float32, torch.bfloat16)
+        ),
+        ("mixtral-experts", torch.float32),  # in 16 bits rounding alone may choose another expert
+    ],
+)
 @torch.inference_mode()
 def test_logits_are_the_models_own_at_every_step(name, dtype):
     """Rows that come and go between steps, beyond the room the cache begins with, against whole forward passes."""
