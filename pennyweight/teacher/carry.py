@@ -76,7 +76,8 @@ class Carry:
         """A teacher token tells that the student's begins with it; where none does, that its own first one comes."""
         levels = [(i, 0, x.row - row, x.actual) for i, x in enumerate(places) if x.row >= 0 and x.remainder is None]
         own, i = self._own(p, places, levels)
-        told[i] = told.new_zeros((len(i), told.shape[1])).index_add_(1, self._root.to(p.device), own)
+        everywhere = p.new_zeros((len(places), p.shape[1])).index_copy_(0, i, own)
+        told.index_add_(1, self._root.to(p.device), everywhere)
 
     def _along_ways(self, told: Tensor, p: Tensor, places: Sequence[Place], row: int) -> None:
         """Once at a node: a child, or else the student's token has ended."""
