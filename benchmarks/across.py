@@ -37,7 +37,7 @@ from pennyweight.data.pack import Batch, Packer
 from pennyweight.data.render import encode, learnt_bytes
 from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.loss.divergence import Divergence
-from pennyweight.loss.signals import Grouped, Sparse
+from pennyweight.loss.signals import Sparse
 from pennyweight.model.device import choose
 from pennyweight.model.load import load
 from pennyweight.model.loaded import Loaded
@@ -161,7 +161,7 @@ def weigher(d: Desk, arm: str) -> Callable[[Batch], Batch]:
     def carried(batch: Batch) -> Batch:
         sample = d.cache.signal(batch, COMPUTE.device, lambda: d.teacher.head)
         assert isinstance(sample, Sparse)
-        return batch.weighted(0.0, 1.0, Divergence(), Grouped(sample, d.across.sets))
+        return batch.weighted(0.0, 1.0, Divergence(), d.across.signal(batch.placed, sample))
 
     return carried
 
@@ -259,13 +259,14 @@ def as_learnt(ids: list[int]) -> Encoded:
 
 
 def is_elsewhere(place: Place, v: Vocabularies) -> bool:
-    """Whether the label is not the token that the tables give for the teacher's actual one."""
+    """Whether the label is not the token that the tables give for the teacher's actual ones."""
     if place.remainder is not None:
-        told_by = dict(zip(place.remainder.teacher.tolist(), place.remainder.student.tolist(), strict=True))
-        return told_by.get(place.actual) != place.label
-    rank, trie = v.trie.rank[place.label], v.trie
-    ends_here = (trie.low[n] <= rank < trie.low[n] + trie.ends[n] for n in place.way)
-    return not any(ends_here) if place.way else v.first[place.actual] != place.label
+        return place.label not in place.remainder.student[place.remainder.teacher == place.actual]
+    rank, trie, node = v.trie.rank[place.label], v.trie, place.way[-1] if place.way else 0
+    last = place.then[-1] if place.way else place.actual
+    node = trie.child.get((node, last), node)
+    ended = v.ended[node] if node else v.first[place.actual]
+    return place.label != ended and not trie.low[node] <= rank < trie.low[node] + trie.ends[node]
 
 
 def main(*parts: str) -> None:

@@ -62,7 +62,8 @@ def test_against_float64_over_the_runs(distance, temperature):
     want, want_gradient = with_gradient(truth, student)
     value, gradient = made.loss(spec, student.clone())
     worst = float((value.double() - want).abs().max())
-    assert worst < 5e-6 * spec.temperature**2 + 1e-5 * float(want.max()), (
+    # A small difference of numbers near 10 / T, of which float32 has seven digits, times T squared.
+    assert worst < 2e-5 * (spec.temperature + spec.temperature**2) + 1e-5 * float(want.max()), (
         f"seed {seed}, {spec}: value off by {worst:.1e}"
     )
     error = float((gradient.double() - want_gradient).norm() / torch.softmax(student.double(), -1).norm())

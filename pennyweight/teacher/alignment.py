@@ -1,8 +1,9 @@
 """One text, cut by two tokenizers: where each position of the student stands among the teacher's tokens.
 
 At a byte offset where both have a boundary a *way* begins: the nodes of the student's vocabulary that the teacher's own
-tokens lead through, as far as they do. A position inside a teacher token has a *remainder* instead: the teacher tokens
-that begin with what the student has of it already, and what would be left of each. docs/across.md has the mathematics.
+tokens lead through, as long as there are tokens beyond. A position inside a teacher token has a *remainder* instead:
+the teacher tokens that begin with what the student has of it already, and what would be left of each. docs/across.md
+has the mathematics.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -56,6 +57,14 @@ class Vocabularies:
         found = [(i, cut[n]) for cut, i in known[a:b] if len(cut) > n]
         both = np.array(found, np.int64).reshape(-1, 2)
         return Remainder(both[:, 0], both[:, 1])
+
+    def with_actual(self, rest: Remainder, actual: int, had: int) -> Remainder:
+        """``rest`` with the token that does come, of which the student has ``had`` bytes, where it cuts the text
+        otherwise than that token by itself."""
+        if actual in rest.teacher:
+            return rest
+        (cut,) = self.student.cut([(self.teacher.pieces[actual] or b"")[had:]])
+        return Remainder(np.append(rest.teacher, actual), np.append(rest.student, cut[0])) if cut else rest
 
 
 def compare(
@@ -115,55 +124,56 @@ def _align_run(mine: list[int], theirs: list[int], row: int, v: Vocabularies) ->
     starts, their_starts = _starts(mine, theirs, v)
     end = their_starts.pop()
     at = {start: k for k, (start, t) in enumerate(zip(their_starts, theirs, strict=True)) if v.teacher.pieces[t]}
-    before: list[tuple[int, tuple[int, ...]]] = []  # where the ways of earlier tokens began, as long as they go on
+    before: list[tuple[int, tuple[int, ...]]] = []  # where earlier tokens began, and the nodes led through from there
     for i, (start, u) in enumerate(zip(starts, mine, strict=False)):
         spelt = v.student.pieces[u]
-        if spelt is None:
+        if spelt is None and u in v.student_ends and theirs[-1] in v.teacher_ends:
             # By its role: the teacher's end of text is the student's, whatever they are called.
-            ended = u in v.student_ends and theirs[-1] in v.teacher_ends
-            k, place = len(theirs) - 1, Place(u, row + len(theirs) - 1, theirs[-1]) if ended else Place(u)
-        elif start >= end:
-            k, place = len(theirs), Place(u)
+            k, nodes = len(theirs) - 1, ()
+        elif spelt is None or start >= end:
+            yield Place(u)
+            continue
         elif start in at:
             k = at[start]
-            place = Place(u, row + k, theirs[k], *_way(u, theirs[k:], v))
+            nodes = _nodes(theirs[k:], v.trie)
         else:
             k = bisect_left(their_starts, max(start, 0) + 1) - 1
             since = bisect_left(starts, their_starts[k], hi=i) if start >= 0 else i
             skipped = (v.teacher.pieces[theirs[k]] or b"")[: max(0, starts[since] - their_starts[k])]
             rest = v.remainder(mine[since:i], skipped, spelt[: max(0, -start)])
-            yield Place(u, row + k, theirs[k], remainder=rest)
+            yield Place(
+                u, row + k, theirs[k], remainder=v.with_actual(rest, theirs[k], max(start, 0) - their_starts[k])
+            )
             continue
-        before = [(began, way) for began, way in before if began + len(way) >= k]
-        yield replace(place, barred=_barred(place, k, before, v.trie)) if before else place
-        if place.way:
-            before.append((k, place.way))
+        way = tuple(n for n in nodes[: len(theirs) - k - 1] if v.trie.first_child[n] < v.trie.first_child[n + 1])
+        before = [(began, passed) for began, passed in before if began + len(passed) >= k]
+        barred = _barred(k, len(way), before, v.trie)
+        yield Place(u, row + k, theirs[k], way, tuple(theirs[k + 1 : k + 1 + len(way)]), barred)
+        if nodes:
+            before.append((k, nodes))
+
+
+def _nodes(theirs: list[int], trie: Trie) -> tuple[int, ...]:
+    """The nodes that these teacher tokens lead through."""
+    nodes: list[int] = []
+    for t in theirs:
+        node = trie.child.get((nodes[-1] if nodes else 0, t))
+        if node is None:
+            break
+        nodes.append(node)
+    return tuple(nodes)
 
 
 def _barred(
-    place: Place, k: int, before: Sequence[tuple[int, tuple[int, ...]]], trie: Trie
+    k: int, depth: int, before: Sequence[tuple[int, tuple[int, ...]]], trie: Trie
 ) -> tuple[tuple[int, int], ...]:
-    """Where earlier tokens could have been longer, along the way that begins at the teacher's token ``k``."""
+    """Where earlier tokens could have been longer, along a way of ``depth`` from the teacher's token ``k`` on."""
     reached = [
-        (d, way[k + d - began - 1])
-        for began, way in before
-        for d in range(min(len(place.way) + 1, began + len(way) - k + 1))
+        (d, nodes[k + d - began - 1])
+        for began, nodes in before
+        for d in range(min(depth + 1, began + len(nodes) - k + 1))
     ]
     return tuple((d, node) for d, node in reached if trie.first_child[node] < trie.first_child[node + 1])
-
-
-def _way(label: int, theirs: list[int], v: Vocabularies) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The nodes that these teacher tokens lead through, what follows each, and where a text that leaves there ends."""
-    way: list[int] = []
-    rank = v.trie.rank[label]
-    for t in theirs:
-        node = v.trie.child.get((way[-1] if way else 0, t))
-        if node is None:
-            break
-        way.append(node)
-    then = tuple([*theirs[1:], -1][: len(way)])
-    here = [v.trie.low[n] <= rank < v.trie.low[n] + v.trie.ends[n] for n in way]
-    return tuple(way), then, tuple(label if yes else int(v.ended[n]) for n, yes in zip(way, here, strict=True))
 
 
 def _starts(mine: list[int], theirs: list[int], v: Vocabularies) -> tuple[list[int], list[int]]:
@@ -181,7 +191,7 @@ def _starts(mine: list[int], theirs: list[int], v: Vocabularies) -> tuple[list[i
         parts = [t[at : at + 20].decode(errors="replace") for t in (one, other)]
         raise DataError(
             f"the student's tokenizer spells a text otherwise than the teacher's ({parts[0]!r} for {parts[1]!r}): one "
-            "of them normalises it or does not know a character; normalise the data, or drop this sample"
+            "normalises it or does not know a character; normalise the data, or drop this sample"
         )
     sides = ((mine, v.student, spare[0]), (theirs, v.teacher, spare[1]))
     offsets = [list(accumulate((len(y.pieces[i] or b"") for i in x), initial=-first)) for x, y, first in sides]

@@ -120,10 +120,9 @@ class Place:
 
     ``label`` is the student's next token, ``row`` the teacher's position whose distribution speaks first, counted among
     its own that carry loss, and -1 where none does; ``actual`` the teacher token that follows it in the text. ``way``
-    are trie nodes, ``then`` the teacher token that follows each in the text (-1: none does), ``ended`` the student
-    token of a text that leaves the trie there. ``barred`` are pairs (d, node): the teacher token after d more does not
-    lead on from that node (but for the actual one), or an earlier student token would be longer than it is.
-    ``remainder`` is there inside a teacher token.
+    are the trie nodes after which the teacher is asked again, ``then`` the teacher token that follows each in the text.
+    ``barred`` are pairs (d, node): the teacher token after d more does not lead on from that node (but for the actual
+    one), or an earlier student token would be longer than it is. ``remainder`` is there inside a teacher token.
     """
 
     label: int
@@ -131,6 +130,5 @@ class Place:
     actual: int = -1
     way: tuple[int, ...] = ()
     then: tuple[int, ...] = ()
-    ended: tuple[int, ...] = ()
     barred: tuple[tuple[int, int], ...] = ()
     remainder: Remainder | None = None
