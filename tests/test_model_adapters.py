@@ -13,10 +13,9 @@ from pennyweight.data.pack import Packer
 from pennyweight.errors import MissingExtra, RecipeError, Stopped
 from pennyweight.methods.sft import sft
 from pennyweight.model.adapters import FrozenLinear, merge
-from pennyweight.model.adapters import attach as attach_to
 from pennyweight.model.device import choose
 from pennyweight.model.load import load
-from pennyweight.model.loaded import blocks_of
+from pennyweight.model.options import ready
 from pennyweight.quant.formats import FORMATS, decode, encode
 from pennyweight.recipe import SftMethod
 from pennyweight.records import Encoded
@@ -28,7 +27,7 @@ pytest.importorskip("peft", reason="needs peft: pip install 'pennyweight[lora]'"
 
 
 def attach(model, lora, seed):
-    attach_to(model, blocks_of(model), lora, seed)
+    ready(model, Schedule(lora=lora), seed)
 
 
 def logits(model):

@@ -7,16 +7,18 @@ bits while it trains; here they are in a format of ours, decoded where they are 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import MissingExtra, RecipeError
-from pennyweight.quant.footprint import near_divisor
 from pennyweight.quant.formats import FORMATS, Coded, Float, Format, decode, encode
 from pennyweight.settings import Lora
+
+FormatOf = Callable[[tuple[int, int]], Format | None]
+"""A weight's shape (out, in) -> its format; None where the format's tiles do not divide it"""
 
 
 class FrozenLinear(nn.Linear):
@@ -59,9 +61,12 @@ class _Decoded(torch.autograd.Function):
         return grads[0] @ ctx.layer.weight.to(grads[0].dtype), None
 
 
-def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int) -> None:
+def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int, format_of: FormatOf) -> None:
     """Freeze ``model`` and give every Linear of its ``blocks`` (their name, and they themselves) low-rank factors A
     (rank, in), random, and B (out, rank), zero; the Linears themselves are kept in ``lora.base``.
+
+    Args:
+        format_of: ``lora.base`` for a weight of some shape, where that is a low-bit format.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -81,7 +86,14 @@ def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int) -> 
         )
     if lora.base != "full":
         for name in names:
-            _replace(model, name, FrozenLinear(model.get_submodule(name), _fitting(model, name, lora.base)))
+            layer = model.get_submodule(name)
+            to, group = format_of(layer.weight.shape), FORMATS[lora.base].tile[1]
+            if to is None:
+                raise RecipeError(
+                    f"train.lora.base={lora.base} shares a scale among {group} weights, which does "
+                    f"not divide the {layer.in_features} columns of {name}; set train.lora.base=int4"
+                )
+            _replace(model, name, FrozenLinear(layer, to))
     alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
     config = LoraConfig(r=lora.rank, lora_alpha=cast(int, alpha), lora_dropout=lora.dropout, target_modules=names)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -112,19 +124,6 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-
-
-def _fitting(model: Any, name: str, base: str) -> Format:
-    shape = model.get_submodule(name).weight.shape
-    to = FORMATS[base]
-    if isinstance(to.element, int):
-        return to.grouped(near_divisor(shape[1], 32))
-    if shape[1] % to.tile[1]:
-        raise RecipeError(
-            f"train.lora.base={base} shares a scale among {to.tile[1]} weights, which does not divide the {shape[1]} "
-            f"columns of {name}; set train.lora.base=int4"
-        )
-    return to
 
 
 def _storage(to: Format) -> torch.dtype:

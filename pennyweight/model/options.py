@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import torch
+
 from pennyweight.errors import RecipeError
 from pennyweight.model.adapters import attach
 from pennyweight.model.head import trunk_of
 from pennyweight.model.loaded import blocks_of
+from pennyweight.quant.packing import storable
 from pennyweight.settings import Schedule
 
 
@@ -19,8 +22,10 @@ def ready(model: Any, schedule: Schedule, seed: int) -> None:
     Raises:
         RecipeError, MissingExtra: it cannot be had.
     """
-    if schedule.lora:
-        attach(model, blocks_of(model), schedule.lora, seed)
+    lora = schedule.lora
+    if lora:
+        format_of = lambda shape: storable(lora.base, shape, 32, torch.bfloat16)  # noqa: E731
+        attach(model, blocks_of(model), lora, seed, format_of)
     if schedule.gradient_checkpointing:
         checkpoint_gradients(model)
     if schedule.compile:
