@@ -11,13 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from test_train_loop import FLOAT32, model, samples
+from test_train_loop import FLOAT32, model, samples, weighted
 
 from pennyweight.data.pack import Packer
 from pennyweight.errors import RecipeError, Stopped
-from pennyweight.loss.divergence import Divergence
-from pennyweight.loss.signals import Dense
-from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.projection import attach
 from pennyweight.quant.linear import compute_in
 from pennyweight.settings import Schedule, Tripwires
@@ -28,30 +25,31 @@ from pennyweight.train.loop import train
 STEPS, BATCH, SEED = 10, 7, 5
 CASES = {
     "sft": {},
-    "kd": {"kind": "kd"},
-    "kd, packed, untied": {"kind": "kd", "pack": True, "tied": False},
-    "hidden states through a map": {"kind": "hidden"},
+    "kd": {"kind": "jsd"},
+    "kd, packed, untied": {"kind": "jsd", "pack": True, "tied": False},
+    "hidden states through a map": {"kind": "jsd", "hidden": 0.5},
     "fewer rows than processes": {"batch": 1, "micro": 1},
     "fp8": {"precision": "fp8"},
     "bfloat16": {"weights": "bfloat16", "moments": "bfloat16"},
 }
 
 
-def weighted(batch, teacher, kind):
-    if kind == "sft":
-        return batch.weighted(1.0, 0.0, Divergence(), None)
-    with torch.no_grad():
-        states = forward_hidden(teacher, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
-    target = Dense.live(states, head_of(teacher).logits)
-    return batch.weighted(0.3, 0.7, Divergence("jsd", 0.4), target, hidden=0.5 if kind == "hidden" else 0.0)
-
-
 def fit(
-    folder, group: Group, stop_at=None, steps=STEPS, kind="sft", pack=False, tied=True, batch=BATCH, micro=2, **low
+    folder,
+    group: Group,
+    stop_at=None,
+    steps=STEPS,
+    kind="sft",
+    hidden=0.0,
+    pack=False,
+    tied=True,
+    batch=BATCH,
+    micro=2,
+    **low,
 ):
     """(weights by name, log lines by step) of a training by ``group``, until it is done or stopped."""
-    student, teacher = model(SEED, tied), model(SEED + 1, hidden=48 if kind == "hidden" else 32)
-    if kind == "hidden":
+    student, teacher = model(SEED, tied), model(SEED + 1, hidden=48 if hidden else 32)
+    if hidden:
         attach(student, 32, 48, SEED)
     schedule = Schedule(steps=steps, batch=batch, lr=3e-3, checkpoint_every=4, warmup=0.1, **low)
     compute_in(student, schedule.precision, schedule.weights)
@@ -60,7 +58,7 @@ def fit(
     with group.together(), suppress(Stopped):
         train(
             student,
-            lambda step: [weighted(b, teacher, kind) for b in packer(step)],
+            lambda step: [weighted(b, teacher, kind, hidden) for b in packer(step)],
             schedule=schedule,
             tripwires=Tripwires(),
             compute=FLOAT32,

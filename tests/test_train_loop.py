@@ -49,13 +49,13 @@ def samples(n=24, seed=0):
     return out
 
 
-def weighted(batch, teacher, kind):
+def weighted(batch, teacher, kind, hidden=0.0):
     if kind == "sft":
         return batch.weighted(1.0, 0.0, Divergence(), None)
     with torch.no_grad():
-        hidden = forward_hidden(teacher, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
-    target = Dense.live(hidden, head_of(teacher).logits)
-    return batch.weighted(0.3, 0.7, Divergence(kind, 0.4, 1.5, 0.2), target)
+        states = forward_hidden(teacher, batch.ids, batch.positions).flatten(0, 1)[batch.selected]
+    target = Dense.live(states, head_of(teacher).logits)
+    return batch.weighted(0.3, 0.7, Divergence(kind, 0.4, 1.5, 0.2), target, hidden=hidden)
 
 
 def gradient(student, batches):
