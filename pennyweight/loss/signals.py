@@ -169,8 +169,8 @@ class Sets:
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """A teacher that tells some tokens apart only as sets: ids of ``sample`` are outcomes of ``sets``, and those of one
-    position have no token in common."""
+    """A teacher that tells some tokens apart only as sets: ids of ``sample`` are outcomes of ``sets``. Where several
+    distributions speak at a position (docs/across.md), its outcomes may share tokens, and weights may be negative."""
 
     sample: Sparse
     sets: Sets
@@ -185,8 +185,8 @@ class Grouped:
         return Grouped(self.sample.to(device), self.sets.to(device))
 
     def loss(self, spec: Divergence, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward KL between the outcomes' probabilities: never above that of the tokens' (data processing), and
-        estimated without bias from a sample.
+        """Forward KL between the outcomes' probabilities, linear in the weights, so that a sample estimates it without
+        bias. Of one distribution over disjoint outcomes it is never above that of the tokens (data processing).
 
         A set's probability is a log-sum-exp of its own: one that the student holds for all but impossible still has a
         gradient.

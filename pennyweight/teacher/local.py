@@ -90,8 +90,8 @@ class LocalTeacher:
             seed=seed,
             batch=self.rows,
             context=self.context or self.loaded.context,
+            progress=progress,
         )
-        progress(len(prompts))
         return [(tokenizer.decode(list(g.ids), skip_special_tokens=True), g.end in ends) for g in written]
 
     @torch.no_grad()
