@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
+from pennyweight.data.both_tokenizers import BothTokenizers
 from pennyweight.data.files import read_text
 from pennyweight.data.pack import Batch, Packer, packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.store import read_samples
-from pennyweight.errors import ModelError, RecipeError
+from pennyweight.errors import RecipeError
 from pennyweight.evaluate.held_out import HeldOut, hold_out
+from pennyweight.loss.signals import Sparse
 from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
-from pennyweight.model.load import language_of, load, open_tokenizer, same_tokenizer, stored_dtype
-from pennyweight.model.loaded import Language, Loaded, refuse_low_bit
+from pennyweight.model.load import language_of, load, open_tokenizer, stored_dtype
+from pennyweight.model.loaded import Language, Loaded
 from pennyweight.model.options import ready
 from pennyweight.model.projection import attach
-from pennyweight.model.student import align_vocabulary, cut, from_shape
+from pennyweight.model.student import cut, fitted, from_shape
+from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
-from pennyweight.quant.export import export, formats_of
-from pennyweight.quant.rounding import Recovery, recovery_of, rounded_to
 from pennyweight.quant.scoring import check_scoring, for_scoring
 from pennyweight.recipe import (
     DenseTargets,
@@ -38,19 +39,16 @@ from pennyweight.recipe import (
     TeacherSamples,
     TopKTargets,
 )
-from pennyweight.records import ROUNDED, Encoded, Sample
-from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_keep
-from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
+from pennyweight.records import Encoded, Sample
+from pennyweight.teacher.across import AcrossTeacher
+from pennyweight.teacher.alignment import compare
+from pennyweight.teacher.cache import LABELLED_AS, CacheFacts, TargetCache, settled_keep
+from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.refusals import check_targets
 from pennyweight.teacher.targets import Keep
 from pennyweight.train.group import join
 from pennyweight.train.optim import NO_FP8_PARTS
-
-ANSWERS = "answers.jsonl"
-"""File of a RUN folder: every answer of an endpoint, as it was paid for."""
-
-LABELLED_AS = "labelling.json"
-"""File of a RUN folder: the threshold that was settled on, and what it was found from."""
 
 
 class Bench:
@@ -107,15 +105,36 @@ class Bench:
         return load(str(path), device=self.compute.device, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
     @cached_property
-    def language(self) -> Language:
-        """Of all models of the run: the teacher's; with an endpoint the student's, or that of the tokenizer named."""
+    def own_language(self) -> Language | None:
+        """What the student brings: its folder's, or that of a tokenizer that is named; an endpoint's brings none."""
         t, s = self.recipe.teacher, self.recipe.student
-        if not isinstance(t, EndpointTeacher):
-            return self.teacher.language
         if isinstance(s, FolderStudent):
             return language_of(s.path, s.trust_remote_code)
-        tokenizer = open_tokenizer(t.tokenizer or "")
+        named = getattr(s, "tokenizer", None) or (t.tokenizer if isinstance(t, EndpointTeacher) else None)
+        if named is None:
+            return None
+        tokenizer = open_tokenizer(named)
         return Language(tokenizer, len(tokenizer), self.recipe.data.context)
+
+    @cached_property
+    def language(self) -> Language:
+        """Of all students of the run: the teacher's, where theirs is the same or it is not behind a server."""
+        own = self.own_language
+        if self.served and own:
+            return own
+        return own if own and difference(own.tokenizer, self.teacher.tokenizer) else self.teacher.language
+
+    @property
+    def apart(self) -> bool:
+        """Whether the teacher is in this process and its tokens are not the student's."""
+        return not self.served and self.language is self.own_language
+
+    @cached_property
+    def both(self) -> BothTokenizers | None:
+        """The samples in the tokens of both, where they are apart and the teacher's distribution is asked for."""
+        if not self.apart or self.recipe.method.kind == "sft":
+            return None
+        return BothTokenizers(self.language, self.teacher.language, self.context)
 
     @cached_property
     def context(self) -> int:
@@ -138,6 +157,11 @@ class Bench:
         return self._writing(r.temperature, r.top_p, r.max_tokens)
 
     @property
+    def asked_in(self) -> int:
+        """The longest sequence in which the teacher is asked, in its own tokens."""
+        return min(self.recipe.data.context, self.teacher.context) if self.apart else self.context
+
+    @property
     def answering(self) -> LocalTeacher | ServedTeacher:
         return self.served or self.local
 
@@ -157,9 +181,11 @@ class Bench:
         return self.served.from_nothing(*how) if self.served else self._writing(*how)
 
     def _writing(self, temperature: float, top_p: float, max_tokens: int) -> LocalTeacher:
-        return LocalTeacher(self.teacher, self.compute, 128, temperature, top_p, max_tokens, self.context)
+        return LocalTeacher(self.teacher, self.compute, 128, temperature, top_p, max_tokens, self.asked_in)
 
     def encode(self, samples: list[Sample]) -> list[Encoded]:
+        if self.both:
+            return self.both.encode(samples, self.recipe.data.too_long)
         encoded = encode_all(samples, self.language.tokenizer, self.context, self.recipe.data.too_long)
         return (
             [e for e in (e.learnt_from(self.untold) for e in encoded) if e.loss_positions] if self.untold else encoded
@@ -201,11 +227,10 @@ class Bench:
         return student
 
     def _check_targets(self) -> None:
-        if self.recipe.method.kind == "sft":
+        m, t, precision = self.recipe.method, self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
+        if m.kind == "sft":
             return  # which uses none
-        t, precision = self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
-        if isinstance(t, TopKTargets) and t.k > self.language.vocabulary:
-            raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.language.vocabulary:,}")
+        check_targets(m, t, self.language.vocabulary, across=self.apart)
         if self.served and isinstance(t, TopKTargets):
             same_tokenizer(self.served.tokenizer, self.language.tokenizer)
             self.served.telling(t.k)
@@ -218,52 +243,13 @@ class Bench:
         s = self.recipe.student
         return torch.float32 if s.kind == "shape" else stored_dtype(self.teacher_path if s.kind == "cut" else s.path)
 
-    def as_teacher(self, path: Path) -> LocalTeacher:
-        """A folder that this run saved, as the teacher of its own copies."""
-        return LocalTeacher(self.opened(path), self.compute)
-
-    @property
-    def copies(self) -> list[str]:
-        """Names of the low-bit copies: one a format, and one that is rounded only beside each that is taught."""
-        formats = self.recipe.quantize.formats
-        return [*formats, *(f"{fmt}{ROUNDED}" for fmt in formats if self.recovery(fmt))]
-
-    def recovery(self, name: str) -> Recovery | None:
-        """How a copy of this name is taught; None where it is not."""
-        return recovery_of(name, self.recipe.quantize, self.recipe.train, self.recipe.seeds[0])
-
-    def check_copies(self, student: Path, work: Path) -> None:
-        """Write a low-bit copy of the untouched student and open it, since not every architecture takes one."""
-        q = self.recipe.quantize
-        if not q.formats:
-            return
-        model = self.opened(student).model
-        codes, _ = rounded_to(model, formats_of(model, q.formats[0], q.group))
-        export(model, codes, student, work / "copy")
-        try:
-            self.opened(work / "copy")
-        except ModelError as e:
-            raise RecipeError(f"low-bit copies of this student would not work: {e}; set quantize.formats=[]") from None
-
     def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
         if s.kind == "shape":
             return from_shape(s.shape, self.language.tokenizer, self.context, seed, self.language.vocabulary)
         if s.kind == "cut":
             return cut(self.teacher.model, s).float()
-        given = self._opened(s.path, s.trust_remote_code)
-        refuse_low_bit(given.model)
-        same_tokenizer(self.language.tokenizer, given.tokenizer)
-        if given.context < self.context:
-            raise RecipeError(
-                f"the student {s.path} takes {given.context:,} tokens and data.context is {self.context:,}; set "
-                f"data.context={given.context}"
-            )
-        before = given.vocabulary
-        if align_vocabulary(given.model, self.language.vocabulary):
-            now = self.language.vocabulary
-            say(f"the student's vocabulary of {before:,} is set to the teacher's {now:,} (padding)")
-        return given.model
+        return fitted(self._opened(s.path, s.trust_remote_code), s.path, self.language, self.context)
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
@@ -278,7 +264,8 @@ class Bench:
                 f"targets take {made.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples "
                 "have few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
             )
-        return {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}, made.damaged
+        facts = {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}
+        return facts | ({"across": True} if self.both else {}), made.damaged
 
     def fill_cache(self, own: bool = True) -> CacheFacts:
         """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
@@ -293,7 +280,22 @@ class Bench:
             return self.local.dense(batch)
         if not self.cache.filled:
             self.fill_cache()
-        return self.cache.signal(batch, self.compute.device, lambda: self.local.head)
+        told = self.cache.signal(batch, self.compute.device, lambda: self.local.head)
+        return self.across.signal(batch.placed, told) if self.both and isinstance(told, Sparse) else told
+
+    @property
+    def labels(self) -> Any:
+        """The teacher as it labels the student's tokens."""
+        return self.served or (self.across if self.both else self.labelling)
+
+    @cached_property
+    def across(self) -> AcrossTeacher:
+        """The teacher as it labels for a student of another tokenizer."""
+        assert self.both
+        bos, spellings = self.teacher.tokenizer.bos_token_id, self.both.spellings
+        ends = self.both.ends(self.encoded), sorted(self.teacher.eos_ids | ({bos} - {None}))
+        v = compare(*spellings, *ends, self.language.vocabulary, self.teacher.vocabulary)
+        return AcrossTeacher(self.labelling, v, self.both.theirs)
 
     @cached_property
     def cache(self) -> TargetCache:
@@ -302,21 +304,13 @@ class Bench:
         assert not isinstance(t, DenseTargets)
         self._check_targets()
         keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
-        asked = {
-            "teacher": self.answering.fingerprint,
-            "compute": self.compute.name,
-            "asked": t.model_dump(mode="json"),
-        }
-        expected = lambda some, tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
-        keep = settled_keep(self.folder / LABELLED_AS, t, keep, self.encoded, self.language.vocabulary, asked, expected)
-        return TargetCache(
-            self.folder / "targets",
-            f"{self.answering.fingerprint} on {self.compute.name}",
-            keep,
-            self.language.vocabulary,
-            t.shard,
-            lambda samples, keep: (self.served or self.labelling).targets(samples, keep),
-        )
+        entries = self.across.vocabularies.trie.outcomes if self.both else self.language.vocabulary
+        asked = {"teacher": self.labels.fingerprint, "compute": self.compute.name, "asked": t.model_dump(mode="json")}
+        expected = lambda some, tried: self.labels.expected(some, tried, keep.temperature)  # noqa: E731
+        keep = settled_keep(self.folder / LABELLED_AS, t, keep, self.encoded, entries, asked, expected)
+        label = lambda some, keep: self.labels.targets(some, keep)  # noqa: E731
+        made_by = f"{self.labels.fingerprint} on {self.compute.name}"
+        return TargetCache(self.folder / "targets", made_by, keep, entries, t.shard, label)
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -325,9 +319,19 @@ class Bench:
         return hold_out(samples, self.recipe.evaluate, self.language.tokenizer, self.context, self.encode)
 
     @property
+    def teachers_held_out(self) -> HeldOut:
+        """The same in the teacher's tokens."""
+        if not self.apart:
+            return self.held_out
+        own, samples = self.teacher, read_samples(self.folder / "data" / "eval.jsonl")
+        encode = lambda some: encode_all(some, own.tokenizer, own.context, "drop")  # noqa: E731
+        return hold_out(samples, self.recipe.evaluate, own.tokenizer, own.context, encode)
+
+    @property
     def reference(self) -> Loaded | None:
-        """The teacher that models are measured against; None where it is behind a server, which shows too little."""
-        return None if self.served else self.teacher
+        """The teacher that models are measured against token by token; None where it is behind a server, which shows
+        too little, or has other tokens."""
+        return None if self.served or self.apart else self.teacher
 
     @property
     def measuring(self) -> Compute:

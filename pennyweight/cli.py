@@ -70,7 +70,7 @@ def distill(
     teacher: Annotated[str, typer.Option(help="Hugging Face folder, hub id, or a server: http://HOST:PORT/v1.")],
     teacher_model: opt.TeacherModel = None,
     data: Annotated[str | None, typer.Option(help="JSONL, CSV, Parquet, text, dataset folder or hub name.")] = None,
-    student: Annotated[str | None, typer.Option(help="Folder of a student with the teacher's tokenizer.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder of a student, of any tokenizer.")] = None,
     cut: Annotated[str | None, typer.Option(help="Cut from the teacher: layers=N[,hidden=N][,intermediate=N].")] = None,
     method: Annotated[str, typer.Option(help="kd or sft.")] = "kd",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 300,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pennyweight.data.both_tokenizers import BothTokenizers
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
@@ -18,14 +19,15 @@ from pennyweight.ledger.store import Ledger, Verification
 from pennyweight.model.cache import NewCache, whole_cache
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.generate import stream
-from pennyweight.model.load import language_of, load, same_tokenizer
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.load import language_of, load
+from pennyweight.model.loaded import Language, Loaded
 from pennyweight.model.student import align_vocabulary
+from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.kv_cache import low_cache
-from pennyweight.recipe import CutStudent
+from pennyweight.recipe import CutStudent, Recipe, TrainedTeacher
 from pennyweight.recipe_file import task_of
-from pennyweight.records import Message, Sample
+from pennyweight.records import Encoded, Message, Sample
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, read_object, recipe_of
 from pennyweight.verifiers import judge
@@ -206,13 +208,25 @@ def show_sample(folder: str, number: int, as_json: bool = False) -> str:
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
         teacher, data = ((ledger.stage_finished(name) or {"facts": {}})["facts"] for name in ("teacher", "data"))
     context = min(recipe.data.context, teacher.get("context") or shared.context, shared.context)
-    encoded = encode_all([samples[number]], tokenizer, context, recipe.data.too_long)
+    encoded = _encoded(samples[number], recipe, root, shared, context)
     streams = [e.learnt_from(data.get("untold", 0)) for e in encoded]
     if not as_json:
         return "\n\n".join(shown(e, tokenizer) for e in streams)
     names = tokenizer.convert_ids_to_tokens
     rows = [{"ids": e.ids, "tokens": names(list(e.ids)), "learnt": e.mask} for e in streams]
     return json.dumps(rows, ensure_ascii=False)
+
+
+def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, context: int) -> list[Encoded]:
+    """A training sample in the student's tokens, cut as the run cuts it where the teacher's are others."""
+    t = recipe.teacher
+    path = str(root / "teacher") if isinstance(t, TrainedTeacher) else getattr(t, "path", None)
+    if path and recipe.method.kind != "sft":
+        teacher = language_of(path, getattr(t, "trust_remote_code", False))
+        if difference(student.tokenizer, teacher.tokenizer):
+            room = min(recipe.data.context, student.context)
+            return BothTokenizers(student, teacher, room).encode([sample], recipe.data.too_long)
+    return encode_all([sample], student.tokenizer, context, recipe.data.too_long)
 
 
 def redraw(folder: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pennyweight.bench import LABELLED_AS, Bench
+from pennyweight.bench import Bench
 from pennyweight.data.pack import Batch, collate
 from pennyweight.errors import RunError
 from pennyweight.evaluate.fidelity import Gradient, Stand, compare, drawn, hidden_states, k_for, norm_of, sampled, top_k
@@ -21,7 +21,7 @@ from pennyweight.recipe import SampledTargets, TopKTargets
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, recipe_of, write_json
-from pennyweight.teacher.cache import read_settled
+from pennyweight.teacher.cache import LABELLED_AS, read_settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.loop import batch_loss
 
@@ -46,6 +46,11 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
             teacher.
     """
     root, bench = _bench(folder)
+    if bench.apart:
+        raise RunError(
+            f"the student of {root} has other tokens than its teacher, which cannot be measured token by token; "
+            "inspect a run whose student has its teacher's tokenizer"
+        )
     if bench.served:
         raise RunError(
             f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "

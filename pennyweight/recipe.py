@@ -165,7 +165,7 @@ TeacherChoice = Annotated[_Teachers, Discriminator("kind")]
 
 
 class FolderStudent(Settings):
-    """A given student with the teacher's tokenizer."""
+    """A given student. Where its tokenizer is not the teacher's, the teacher's distribution is carried over."""
 
     kind: Literal["folder"] = "folder"
     path: str
@@ -173,10 +173,11 @@ class FolderStudent(Settings):
 
 
 class ShapeStudent(Settings):
-    """A student made from nothing, with the teacher's tokenizer."""
+    """A student made from nothing, with the teacher's tokenizer or another."""
 
     kind: Literal["shape"] = "shape"
     shape: Shape
+    tokenizer: str | None = Field(default=None, description="folder or hub id that holds it; default: the teacher's")
 
 
 class CutStudent(Settings):

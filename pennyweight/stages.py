@@ -14,10 +14,8 @@ from typing import Any
 
 from pennyweight.bench import Bench
 from pennyweight.data.pack import packer
-from pennyweight.data.prepare import Writer, both_sides, gather, told
+from pennyweight.data.prepare import Writer, both_sides, gather, problems_of, told
 from pennyweight.data.render import encode_all
-from pennyweight.data.sources import read_tasks
-from pennyweight.data.split import is_held_out
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
@@ -32,14 +30,16 @@ from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
-from pennyweight.quant.recovery import low_bit
-from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
+from pennyweight.quant.recovery import check_copies, low_bit
+from pennyweight.quant.rounding import copies_of, recovery_of
+from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TeacherSamples, TrainedTeacher
 from pennyweight.records import ROUNDED, Teacher, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
+from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
@@ -66,7 +66,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
         if not bench.group.first:
             return {}  # of several processes one does what is not shared
         student = the_student(line, arms)
-        copies = {name: a_copy(line, name, student, data) for name in bench.copies}
+        copies = {name: a_copy(line, name, student, data) for name in copies_of(recipe.quantize, recipe.train)}
         made = Finished(teacher, data, starts, targets, arms, student, copies)
         return the_report(line, made, the_evaluations(line, made))
 
@@ -120,8 +120,7 @@ def the_teacher(line: Line) -> Done:
 def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     t, place, held_out = line.recipe.teacher, line.folder / "teacher", line.recipe.data.eval_fraction
     assert isinstance(t, TrainedTeacher)
-    drawn = read_tasks(TaskData(tasks=t.tasks, seed=t.seed))
-    problems = [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
+    problems = problems_of(t.tasks, t.seed, held_out)
     line.run.ledger.add_records(problems, "teacher-train", None)
     if store.adopt(store.place_of(key), place):
         say("teacher: trained by an earlier run, taken from the cache")
@@ -164,6 +163,7 @@ def the_data(line: Line, teacher: Done) -> Done:
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
+    depends |= {"tokenizer": own.identity} if (own := line.bench.own_language) else {}
     return line.run.stage("data", depends, lambda work: _data(line, work))
 
 
@@ -171,9 +171,9 @@ def _data(line: Line, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
     def writer(teacher: Teacher | None = None) -> Writer:
-        room, speaker = (line.bench.context, d.too_long), teacher or line.bench.answering
+        speaker = teacher or line.bench.answering
         tokenizer = speaker.tokenizer or line.bench.language.tokenizer
-        return Writer(speaker, tokenizer, work, recipe.seed, counting, *room)
+        return Writer(speaker, tokenizer, work, recipe.seed, counting, line.bench.asked_in, d.too_long)
 
     own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
     gathered = gather(d.source, own, recipe.teacher.licence)
@@ -204,7 +204,7 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     def make(work: Path) -> Made:
         student = line.bench.first_student(seed)
         save(student, line.bench.language.tokenizer, line.folder / place, line.bench.student_dtype)
-        line.bench.check_copies(line.folder / place, work)
+        check_copies(line.bench.opened, line.recipe.quantize, line.folder / place, work)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)
@@ -266,13 +266,14 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
 
 def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
     """A low-bit copy of the student, taught by it, or rounded only."""
-    q, seed, recovery = line.recipe.quantize, line.recipe.seeds[0], line.bench.recovery(name)
+    q, seed = line.recipe.quantize, line.recipe.seeds[0]
+    recovery = recovery_of(name, q, line.recipe.train, seed)
     depends = {"student": student.outputs, "quantize": q.model_dump(mode="json", exclude={"formats"})}
     depends |= {"data": data.facts["train_stream"], "recovery": repr(recovery), "compute": line.compute.name}
 
     def make(work: Path) -> Made:
         parent, out, how = line.folder / "student", line.folder / f"student-{name}", []
-        teacher, samples = line.bench.as_teacher(parent), line.bench.encoded
+        teacher, samples = LocalTeacher(line.bench.opened(parent), line.compute), line.bench.encoded
         fit = lambda model, schedule, batches: how.append(_fit(line, work, name, seed, model, schedule, batches))  # noqa: E731
         formats = formats_of(teacher.loaded.model, name.removesuffix(ROUNDED), q.group)
         codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
@@ -314,7 +315,8 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
-        held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.reference, parent)
+        held_out = line.bench.teachers_held_out if name == "teacher" else line.bench.held_out
+        references = None if name == "teacher" else line.bench.reference, parent
         with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())

@@ -116,20 +116,10 @@ def test_code_that_comes_with_a_model_is_not_run(says, broken):
     assert "--trust-remote-code" in says("evaluate", broken, "--tasks", "chain_sum")
 
 
-def test_tokenizers_that_differ(says, teacher, broken, rows, tmp_path):
-    train_tokenizer(["quite another text 0123456789"], 64, 64).save_pretrained(broken)
-    said = says(
-        "distill",
-        "--teacher",
-        teacher,
-        "--student",
-        broken,
-        "--data",
-        rows,
-        "--out",
-        tmp_path / "r",
-    )
-    assert "tokenizers differ" in said
+def test_a_tokenizer_that_knows_no_character_of_the_data(says, teacher, broken, rows, tmp_path):
+    train_tokenizer(["ABC xyz"], 64, 64).save_pretrained(broken)
+    said = says("distill", "--teacher", teacher, "--student", broken, "--data", rows, "--out", tmp_path / "r")
+    assert "samples can be used: the student's tokenizer spells a text otherwise" in said
 
 
 @pytest.mark.parametrize(
@@ -292,7 +282,7 @@ def test_a_student_of_the_same_tokenizer_and_another_padding_is_aligned(teacher,
     command = (*map(str, command), "--seeds", "1", "--out", str(tmp_path / "r"))
     run = subprocess.run([sys.executable, "-m", "pennyweight.cli", *command], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-500:]
-    assert "the student's vocabulary of 160 is set to the teacher's" in run.stderr
+    assert "the student's vocabulary of 160 is set to " in run.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "student").config.vocab_size < 160
 
 

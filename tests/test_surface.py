@@ -55,7 +55,7 @@ FIELDS = {
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
     "EndpointTeacher": "kind url model api key_env concurrency timeout retries tokenizer licence",
     "FolderStudent": "kind path trust_remote_code",
-    "ShapeStudent": "kind shape",
+    "ShapeStudent": "kind shape tokenizer",
     "CutStudent": "kind layers hidden intermediate",
     "SftMethod": "kind",
     "KdMethod": "kind divergence beta alpha temperature cross_entropy hidden",

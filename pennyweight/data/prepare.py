@@ -9,9 +9,9 @@ from typing import Any
 
 from pennyweight.data.render import prompt_of
 from pennyweight.data.sources import read, read_tasks
-from pennyweight.data.split import Split, split
+from pennyweight.data.split import Split, is_held_out, split
 from pennyweight.errors import DataError
-from pennyweight.recipe import Data, Responses, Source, TaskData, TeacherSamples
+from pennyweight.recipe import Data, Responses, Source, TaskData, TaskSource, TeacherSamples
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
@@ -35,6 +35,12 @@ class Writer:
     counting: Counting
     context: int
     too_long: str
+
+
+def problems_of(tasks: list[TaskSource], seed: int, held_out: float) -> list[Sample]:
+    """Problems of tasks, less those of the share that is held out."""
+    drawn = read_tasks(TaskData(tasks=tasks, seed=seed))
+    return [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
 
 
 def gather(source: Source, writer: Writer | None, licence: str) -> list[Sample]:
@@ -146,14 +152,14 @@ def _settled(
     kept = [s for s in samples if s.id in whole]
     return kept, {
         f"{name}_tokens": sum(len(e.ids) for e in encoded),
-        f"{name}_too_long": len(samples) - len(kept),
+        f"{name}_left_out": len(samples) - len(kept),
         f"{name}_stream": sha256_json([[e.id, e.token_hash] for e in encoded]),
     }
 
 
 def told(found: dict[str, Any]) -> str:
     """The facts in one line."""
-    too_long = found["train_too_long"] + found["eval_too_long"]
-    left_out = f"{found['rejected']:,} rejected" + (f", {too_long:,} too long" if too_long else "")
+    others = found["train_left_out"] + found["eval_left_out"]
+    left_out = f"{found['rejected']:,} rejected" + (f", {others:,} left out" if others else "")
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
     return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

@@ -34,7 +34,6 @@ _OF_CODES = (
 )  # of low-bit layers: no parameters of the model
 _TOKENIZER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 _TOKENIZER_FILES += ("generation_config.json",)  # says what ends a response
-_HARD = ["Hello, world!", " 12345  67.8\n\tx=y", "안녕하세요 세계", "naïve café 🙂👩‍👩‍👧", "<|endoftext|></s>[INST]"]
 
 
 def load(
@@ -130,27 +129,6 @@ def _identity(folder: Path, fingerprint: str) -> str:
         }
     )
     return sha256_json([fingerprint, [[f.name, hash_file(f)] for f in files if f.is_file()]])
-
-
-def same_tokenizer(a: Any, b: Any) -> None:
-    """Raise ModelError, naming the first difference, unless both give every text the same token ids."""
-    cure = (
-        "distillation compares token by token; use a student with the teacher's tokenizer, or cut one from the teacher"
-    )
-    first, second = a.get_vocab(), b.get_vocab()
-    if len(first) != len(second):
-        raise ModelError(f"the tokenizers differ: {len(first):,} and {len(second):,} entries; {cure}")
-    for token, i in first.items():
-        if second.get(token) != i:
-            raise ModelError(
-                f"the tokenizers differ: {token!r} is {i} in one and {second.get(token)} in the other; {cure}"
-            )
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(a, name) != getattr(b, name):
-            raise ModelError(f"the tokenizers differ: {name} is {getattr(a, name)} and {getattr(b, name)}; {cure}")
-    for text in _HARD:
-        if a(text)["input_ids"] != b(text)["input_ids"]:
-            raise ModelError(f"the tokenizers differ: they cut {text!r} differently; {cure}")
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pennyweight.errors import ModelError, RecipeError
+from pennyweight.records import sha256_json
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,13 @@ class Language:
     tokenizer: Any
     vocabulary: int
     context: int
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what makes text into tokens, the chat template included."""
+        t = self.tokenizer
+        cuts = t.backend_tokenizer.to_str() if t.is_fast else sorted(t.get_vocab().items())
+        return sha256_json([cuts, t.chat_template, t.bos_token_id, t.eos_token_id])
 
     @property
     def pad_id(self) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pennyweight.errors import RecipeError
-from pennyweight.model.loaded import blocks_of, refuse_low_bit
+from pennyweight.model.loaded import Language, Loaded, blocks_of, refuse_low_bit
+from pennyweight.progress import say
 from pennyweight.recipe import CutStudent
 from pennyweight.settings import Shape
 
@@ -63,6 +64,25 @@ def align_vocabulary(model: Any, vocabulary: int) -> bool:
         torch.manual_seed(0)
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return True
+
+
+def fitted(given: Loaded, path: str, language: Language, context: int) -> Any:
+    """The model of a student that was given (at ``path``), with as many vocabulary entries as ``language`` has.
+
+    Raises:
+        ModelError: it is a low-bit copy.
+        RecipeError: it takes fewer tokens than ``context``.
+    """
+    refuse_low_bit(given.model)
+    if given.context < context:
+        raise RecipeError(
+            f"the student {path} takes {given.context:,} tokens and data.context is {context:,}; set "
+            f"data.context={given.context}"
+        )
+    before = given.vocabulary
+    if align_vocabulary(given.model, language.vocabulary):
+        say(f"the student's vocabulary of {before:,} is set to {language.vocabulary:,} (padding)")
+    return given.model
 
 
 def cut(teacher: Any, settings: CutStudent) -> Any:

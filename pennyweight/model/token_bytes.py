@@ -12,6 +12,33 @@ from pennyweight.model.spelling import Spelling, is_byte_level, joined, spelt
 
 _HARD = ["Hello, world!  12345 67.8\n\n\tx = y;", " naïve café – “quoted”", "안녕하세요 세계", "🙂👩‍👩‍👧 ½ 𝔘 한국어\n"]
 
+_ALSO_HARD = [*_HARD, " 12345  67.8\n\tx=y", "<|endoftext|></s>[INST]"]
+
+
+def difference(a: Any, b: Any) -> str:
+    """The first difference between two tokenizers of transformers; empty where both give every text the same ids."""
+    first, second = a.get_vocab(), b.get_vocab()
+    if len(first) != len(second):
+        return f"{len(first):,} and {len(second):,} entries"
+    for token, i in first.items():
+        if second.get(token) != i:
+            return f"{token!r} is {i} in one and {second.get(token)} in the other"
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(a, name) != getattr(b, name):
+            return f"{name} is {getattr(a, name)} and {getattr(b, name)}"
+    texts = (text for text in _ALSO_HARD if a(text)["input_ids"] != b(text)["input_ids"])
+    return next((f"they cut {text!r} differently" for text in texts), "")
+
+
+def same_tokenizer(a: Any, b: Any) -> None:
+    """Raise ModelError, naming the first difference, unless both give every text the same token ids."""
+    found = difference(a, b)
+    if found:
+        raise ModelError(
+            f"the tokenizers differ: {found}; what is compared here is compared token by token, so use models of one "
+            "tokenizer"
+        )
+
 
 def spelling_of(tokenizer: Any, whose: str = "the model's") -> Spelling:
     """What the tokens of a tokenizer of transformers spell.

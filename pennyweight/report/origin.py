@@ -74,6 +74,12 @@ def _overlap(found: Mapping[str, Any]) -> str | None:
     return "; ".join(parts)
 
 
+_ACROSS = (
+    "the student’s tokens are not its teacher’s, whose distribution is carried over to them; so nothing here compares "
+    "the two token by token"
+)
+
+
 def targets(view: View) -> Html | None:
     """What was kept of the teacher's distribution."""
     t: Mapping[str, Any] = view.summary.get("targets") or {}
@@ -92,6 +98,7 @@ def targets(view: View) -> Html | None:
         facts(
             [
                 ("Targets", f"{t['kind']}: {kind}" if kind != t["kind"] else kind),
+                ("Tokenizers", _ACROSS if t.get("across") else None),
                 (
                     "Tokens labelled",
                     count(t["tokens"]) if t.get("tokens") is not None and t["kind"] != "text" else None,

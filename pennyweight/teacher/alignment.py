@@ -100,18 +100,45 @@ def align(student: Encoded, teacher: Encoded, v: Vocabularies) -> list[Place]:
     Raises:
         DataError: they learn another number of turns, or spell other bytes.
     """
+    places: list[Place] = []
+    row = 0
+    for ours, of_teacher in _turns(student, teacher):
+        places += _align_run(ours, of_teacher, row, v)
+        row += len(of_teacher)
+    return places
+
+
+def check_same_text(student: Encoded, teacher: Encoded, spelling: Spelling, teachers: Spelling, whole: bool) -> None:
+    """Raise DataError, as ``align`` does, for two encodings of a sample that it could not align; of ``whole`` ones also
+    where one spells more than spaces beyond the other's end."""
+    for ours, of_teacher in _turns(student, teacher):
+        starts, their_starts = _starts(ours, of_teacher, spelling, teachers)
+        n = min(starts[-1], their_starts[-1])
+        more = [
+            joined(ids, x)[n - s[0] :] for ids, x, s in ((ours, spelling, starts), (of_teacher, teachers, their_starts))
+        ]
+        if whole and any(m.strip() for m in more):
+            raise _otherwise(*more)
+
+
+def _otherwise(one: bytes, other: bytes) -> DataError:
+    """Of two spellings, from where they differ."""
+    parts = [t[:20].decode(errors="replace") for t in (one, other)]
+    return DataError(
+        f"the student's tokenizer spells a text otherwise than the teacher's ({parts[0]!r} for {parts[1]!r}): one "
+        "normalises it or does not know a character; normalise the data, or drop this sample"
+    )
+
+
+def _turns(student: Encoded, teacher: Encoded) -> Iterator[tuple[list[int], list[int]]]:
+    """The learnt tokens of both, turn by turn."""
     mine, theirs = list(_runs(student)), list(_runs(teacher))
     if len(mine) != len(theirs):
         raise DataError(
             f"the student's chat template gives {len(mine)} turns of a sample to learn, and the teacher's "
             f"{len(theirs)}; give conversations of one turn"
         )
-    places: list[Place] = []
-    row = 0
-    for ours, of_teacher in zip(mine, theirs, strict=True):
-        places += _align_run(ours, of_teacher, row, v)
-        row += len(of_teacher)
-    return places
+    return zip(mine, theirs, strict=True)
 
 
 def _runs(encoded: Encoded) -> Iterator[list[int]]:
@@ -121,7 +148,7 @@ def _runs(encoded: Encoded) -> Iterator[list[int]]:
 
 
 def _align_run(mine: list[int], theirs: list[int], row: int, v: Vocabularies) -> Iterator[Place]:
-    starts, their_starts = _starts(mine, theirs, v)
+    starts, their_starts = _starts(mine, theirs, v.student, v.teacher)
     end = their_starts.pop()
     at = {start: k for k, (start, t) in enumerate(zip(their_starts, theirs, strict=True)) if v.teacher.pieces[t]}
     before: list[tuple[int, tuple[int, ...]]] = []  # where earlier tokens began, and the nodes led through from there
@@ -176,24 +203,20 @@ def _barred(
     return tuple((d, node) for d, node in reached if trie.first_child[node] < trie.first_child[node + 1])
 
 
-def _starts(mine: list[int], theirs: list[int], v: Vocabularies) -> tuple[list[int], list[int]]:
+def _starts(mine: list[int], theirs: list[int], student: Spelling, teacher: Spelling) -> tuple[list[int], list[int]]:
     """Byte offsets of the tokens of both and of the ends, from the first byte that both have: a space that one put
     first is at -1.
 
     Raises:
         DataError: neither's text begins with the other's.
     """
-    one, other = joined(mine, v.student), joined(theirs, v.teacher)
+    one, other = joined(mine, student), joined(theirs, teacher)
     n = min(len(one), len(other))
     spare = next((x for x in ((0, 0), (1, 0), (0, 1)) if _same(one, other, *x)), None)
     if spare is None:
         at = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), n)
-        parts = [t[at : at + 20].decode(errors="replace") for t in (one, other)]
-        raise DataError(
-            f"the student's tokenizer spells a text otherwise than the teacher's ({parts[0]!r} for {parts[1]!r}): one "
-            "normalises it or does not know a character; normalise the data, or drop this sample"
-        )
-    sides = ((mine, v.student, spare[0]), (theirs, v.teacher, spare[1]))
+        raise _otherwise(one[at:], other[at:])
+    sides = ((mine, student, spare[0]), (theirs, teacher, spare[1]))
     offsets = [list(accumulate((len(y.pieces[i] or b"") for i in x), initial=-first)) for x, y, first in sides]
     return offsets[0], offsets[1]
 

@@ -31,6 +31,9 @@ from pennyweight.records import Encoded, sha256_json
 from pennyweight.teacher.shards import Shard, encode, encode_hidden
 from pennyweight.teacher.targets import Keep, Kept, join, restore, threshold_within
 
+LABELLED_AS = "labelling.json"
+"""File of a RUN folder: the threshold that was settled on, and what it was found from."""
+
 _RULE = 1  # goes into every KEY: raise it when the same teacher, tokens and settings would give other targets
 
 Label = Callable[[Sequence[Encoded], Keep], list[Kept] | list[Tensor]]

@@ -1,9 +1,19 @@
-"""What a teacher behind a server cannot do, said before anything is asked of it, and so before anything is paid."""
+"""What a teacher cannot do, behind a server or of another tokenizer, said before anything is asked of it or paid."""
 
 from __future__ import annotations
 
 from pennyweight.errors import MethodError, RecipeError
-from pennyweight.recipe import CutStudent, EndpointTeacher, KdMethod, Recipe, ShapeStudent, TeacherSamples, TopKTargets
+from pennyweight.recipe import (
+    CutStudent,
+    EndpointTeacher,
+    KdMethod,
+    Recipe,
+    SampledTargets,
+    ShapeStudent,
+    TargetChoice,
+    TeacherSamples,
+    TopKTargets,
+)
 
 
 def check_teacher(recipe: Recipe) -> None:
@@ -20,10 +30,10 @@ def check_teacher(recipe: Recipe) -> None:
             "a student cannot be cut from an endpoint, whose weights nobody here has; give a student folder "
             "(--student FOLDER), or make one from nothing (student.kind=shape)"
         )
-    if isinstance(recipe.student, ShapeStudent) and not t.tokenizer:
+    if isinstance(recipe.student, ShapeStudent) and not (t.tokenizer or recipe.student.tokenizer):
         raise RecipeError(
             "a student made from nothing takes its teacher's tokenizer, and an endpoint hands over none; name a folder "
-            "or hub id that holds one with teacher.tokenizer"
+            "or hub id that holds one with teacher.tokenizer, or student.tokenizer for another"
         )
     if isinstance(recipe.data.source, TeacherSamples) and t.api == "chat":
         raise RecipeError(
@@ -55,4 +65,41 @@ def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher) -> None:
         raise MethodError(
             f"targets.precision={recipe.targets.precision} is for a teacher in this process, and a server computes as "
             "it was started; set targets.precision=auto"
+        )
+
+
+def check_targets(method: KdMethod, targets: TargetChoice, vocabulary: int, across: bool) -> None:
+    """Refuse targets that do not suit a vocabulary of so many entries; and those that cannot be carried ``across``
+    to a student whose tokenizer is not its teacher's (docs/across.md).
+
+    Raises:
+        RecipeError, MethodError: with the reason and the cure.
+    """
+    if across:
+        _check_across(method, targets)
+    if isinstance(targets, TopKTargets) and targets.k > vocabulary:
+        raise RecipeError(f"targets.k={targets.k} is more than the teacher's vocabulary of {vocabulary:,}")
+
+
+def _check_across(method: KdMethod, targets: TargetChoice) -> None:
+    here = "the student's tokenizer is not its teacher's"
+    if not isinstance(targets, SampledTargets):
+        raise MethodError(
+            f"targets.kind={targets.kind}, but {here}: what is carried over is a sum over sets of tokens, which is "
+            "sampled; set targets.kind=sampled, or use a student with the teacher's tokenizer"
+        )
+    if method.divergence != "forward_kl":
+        raise MethodError(
+            f"method.divergence={method.divergence}, but {here}: only forward KL is linear in what the teacher tells; "
+            "set method.divergence=forward_kl, or use a student with the teacher's tokenizer"
+        )
+    if method.temperature != 1.0:
+        raise MethodError(
+            f"method.temperature={method.temperature:g}, but {here}: tempered probabilities of pieces do not multiply "
+            "to those of a token; set method.temperature=1, or use a student with the teacher's tokenizer"
+        )
+    if method.hidden:
+        raise MethodError(
+            f"method.hidden={method.hidden:g}, but {here}: their hidden states stand at other places of the text; set "
+            "method.hidden=0, or use a student with the teacher's tokenizer"
         )
