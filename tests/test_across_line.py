@@ -170,7 +170,7 @@ def test_a_prompt_that_leaves_the_teacher_no_room_is_left_out(both, models, caps
     narrow = BothTokenizers(both.student, Language(both.teacher.tokenizer, both.teacher.vocabulary, 8), 64)
     long, short = answered("two three four five six", "one"), answered("2?", "two")
     assert [e.id for e in narrow.encode([long, short], "refuse")] == [short.id]
-    assert "leaves no room in the teacher's context of 8 tokens" in capsys.readouterr().err
+    assert "leaves no room for a response in the teacher's context of 8 tokens" in capsys.readouterr().err
 
 
 def test_too_long_for_the_student_is_as_everywhere(both):

@@ -114,9 +114,7 @@ def check_same_text(student: Encoded, teacher: Encoded, spelling: Spelling, teac
     for ours, of_teacher in _turns(student, teacher):
         starts, their_starts = _starts(ours, of_teacher, spelling, teachers)
         n = min(starts[-1], their_starts[-1])
-        more = [
-            joined(ids, x)[n - s[0] :] for ids, x, s in ((ours, spelling, starts), (of_teacher, teachers, their_starts))
-        ]
+        more = joined(ours, spelling)[n - starts[0] :], joined(of_teacher, teachers)[n - their_starts[0] :]
         if whole and any(m.strip() for m in more):
             raise _otherwise(*more)
 
