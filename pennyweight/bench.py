@@ -14,19 +14,19 @@ from pennyweight.data.files import read_text
 from pennyweight.data.pack import Batch, Packer, packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.store import read_samples
-from pennyweight.errors import ModelError, RecipeError
+from pennyweight.errors import RecipeError
+from pennyweight.evaluate.agreement import Routed
 from pennyweight.evaluate.held_out import HeldOut, hold_out
 from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
 from pennyweight.model.load import language_of, load, open_tokenizer, same_tokenizer, stored_dtype
 from pennyweight.model.loaded import Language, Loaded, refuse_low_bit
+from pennyweight.model.mixture import mixed
 from pennyweight.model.options import ready
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
-from pennyweight.quant.export import export, formats_of
-from pennyweight.quant.rounding import Recovery, recovery_of, rounded_to
 from pennyweight.quant.scoring import check_scoring, for_scoring
 from pennyweight.recipe import (
     DenseTargets,
@@ -35,22 +35,18 @@ from pennyweight.recipe import (
     FolderTeacher,
     Recipe,
     Schedule,
+    SeveralTeachers,
     TeacherSamples,
     TopKTargets,
 )
-from pennyweight.records import ROUNDED, Encoded, Sample
-from pennyweight.teacher.cache import CacheFacts, TargetCache, settled_keep
-from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
+from pennyweight.records import Encoded, Sample
+from pennyweight.teacher.cache import LABELLED_AS, AssignedCache, CacheFacts, TargetCache, settled_keep
+from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.several import Team, added, cut_from, shared_language
 from pennyweight.teacher.targets import Keep
 from pennyweight.train.group import join
 from pennyweight.train.optim import NO_FP8_PARTS
-
-ANSWERS = "answers.jsonl"
-"""File of a RUN folder: every answer of an endpoint, as it was paid for."""
-
-LABELLED_AS = "labelling.json"
-"""File of a RUN folder: the threshold that was settled on, and what it was found from."""
 
 
 class Bench:
@@ -59,10 +55,11 @@ class Bench:
     Args:
         recipe: the resolved recipe.
         folder: the RUN folder.
+        member: of a bench for one of several teachers (``members``), which; ``whole`` is then that of the run.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path):
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: Path, member: str = "", whole: Bench | None = None):
+        self.recipe, self.folder, self.member, self.whole = recipe, folder, member, whole
         if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
             read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
         self.group = join()
@@ -72,9 +69,26 @@ class Bench:
         self.compute = self.group.placed(choose(recipe.compute.device, recipe.compute.dtype))
 
     @cached_property
+    def team(self) -> Team | None:
+        """Of several teachers, a bench each, as if it were the run's only one."""
+        t, alone = self.recipe.teacher, lambda m: self.recipe.model_copy(update={"teacher": m})
+        if not isinstance(t, SeveralTeachers):
+            return None
+        return Team(t, {n: Bench(alone(m), self.folder, n, self) for n, m in t.members.items()}, self.folder / "data")
+
+    def of(self, member: str | None) -> Bench:
+        """The bench of one of several teachers, with no other in memory; or this one."""
+        return self.team.of(member) if self.team and member else self
+
+    def _file(self, name: str) -> Path:
+        return self.folder / (f"{self.member}-{name}" if self.member else name)
+
+    @cached_property
     def teacher_path(self) -> str:
-        """The folder of the teacher, or its address."""
+        """The folder of the teacher, or its address; of several teachers, of the one that a student is cut from."""
         t = self.recipe.teacher
+        if self.team:
+            return self.team.benches[cut_from(self.recipe)].teacher_path
         if isinstance(t, EndpointTeacher):
             return t.url
         return t.path if isinstance(t, FolderTeacher) else str(self.folder / "teacher")
@@ -82,9 +96,16 @@ class Bench:
     @cached_property
     def teacher(self) -> Loaded:
         """The teacher in this process: on a GPU as it is stored, since it only reads; elsewhere in float32."""
+        if self.team:
+            return mixed(*self.team.parts(lambda bench: bench.local), 1.0).loaded
         dtype = None if self.compute.device.type == "cuda" else torch.float32
         trust = getattr(self.recipe.teacher, "trust_remote_code", False)
-        return load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
+        opened = load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
+        return replace(opened, name=f"{opened.name} ({self.member})") if self.member else opened
+
+    def facts(self) -> dict[str, Any]:
+        """What the ledger and the report keep of the teacher, or of all."""
+        return self.team.facts() if self.team else self.answering.facts()
 
     def opened(self, path: str | Path) -> Loaded:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
@@ -110,6 +131,10 @@ class Bench:
     def language(self) -> Language:
         """Of all models of the run: the teacher's; with an endpoint the student's, or that of the tokenizer named."""
         t, s = self.recipe.teacher, self.recipe.student
+        if self.team:
+            return shared_language({name: b.language for name, b in self.team.benches.items()}, same_tokenizer)
+        if isinstance(t, FolderTeacher) and self.whole:  # which opens one of several at a time
+            return language_of(t.path, t.trust_remote_code)
         if not isinstance(t, EndpointTeacher):
             return self.teacher.language
         if isinstance(s, FolderStudent):
@@ -119,7 +144,7 @@ class Bench:
 
     @cached_property
     def context(self) -> int:
-        return min(self.recipe.data.context, self.language.context)
+        return self.whole.context if self.whole else min(self.recipe.data.context, self.language.context)
 
     @cached_property
     def served(self) -> ServedTeacher | None:
@@ -129,7 +154,7 @@ class Bench:
             return None
         tokenizer = open_tokenizer(t.tokenizer) if t.tokenizer else None
         how = (r.temperature, r.top_p, r.max_tokens)
-        return ServedTeacher(endpoint_of(t, self.folder / ANSWERS), t.api, tokenizer, *how)
+        return ServedTeacher(endpoint_of(t, self._file(ANSWERS)), t.api, tokenizer, *how, member=self.member)
 
     @cached_property
     def local(self) -> LocalTeacher:
@@ -145,6 +170,8 @@ class Bench:
     def labelling(self) -> LocalTeacher:
         """The teacher in this process as it labels: as it answers, or a copy in the precision that was asked for."""
         precision = getattr(self.recipe.targets, "precision", "auto")
+        if self.team:
+            return mixed(*self.team.parts(lambda b: b.labelling), getattr(self.recipe.method, "temperature", 1.0))
         if precision == "auto":
             return self.local
         model, head = for_scoring(self.teacher.model, precision)
@@ -169,17 +196,22 @@ class Bench:
     def untold(self) -> int:
         """First tokens of a text that are not learnt, because a server that labels tells nothing of them."""
         t = self.recipe.targets
+        if self.team:
+            return max(b.untold for b in self.team.benches.values())
         if not self.served or self.recipe.method.kind == "sft" or not isinstance(t, TopKTargets):
             return 0
         return 2 if self.served.telling(t.k).silent_first else 0
 
     def asked(self) -> dict[str, Any]:
         """What a server was asked for, as it counts, and the first tokens of a text that are not learnt."""
-        return {"untold": self.untold, "usage": self.served.endpoint.paid.usage} if self.served else {}
+        served = [b.served for b in (self.team.benches.values() if self.team else [self]) if b.served]
+        return {"untold": self.untold, "usage": added([s.endpoint.paid.usage for s in served])} if served else {}
 
     @cached_property
     def encoded(self) -> list[Encoded]:
-        """The training samples as tokens."""
+        """The training samples as tokens; of one of several teachers, those that are its."""
+        if self.whole and self.whole.team:
+            return [e for e in self.whole.encoded if self.whole.team.owner(e) == self.member]
         return self.encode(read_samples(self.folder / "data" / "train.jsonl"))
 
     def batches(self, schedule: Schedule, seed: int) -> Packer:
@@ -192,7 +224,8 @@ class Bench:
         student = self._first_student(seed)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        both = (student, *(() if self.served else (self.teacher.model,)))
+        unseen = self.served or (self.team and not self.team.mixture)
+        both = (student, *(() if unseen else (self.teacher.model,)))
         if self.recipe.train.pack and not all(keeps_samples_apart(m) for m in both):
             raise RecipeError(
                 f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
@@ -203,13 +236,15 @@ class Bench:
     def _check_targets(self) -> None:
         if self.recipe.method.kind == "sft":
             return  # which uses none
+        for name in self.team.benches if self.team else ():
+            self.of(name)._check_targets()
         t, precision = self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
         if isinstance(t, TopKTargets) and t.k > self.language.vocabulary:
             raise RecipeError(f"targets.k={t.k} is more than the teacher's vocabulary of {self.language.vocabulary:,}")
         if self.served and isinstance(t, TopKTargets):
             same_tokenizer(self.served.tokenizer, self.language.tokenizer)
             self.served.telling(t.k)
-        elif precision != "auto":
+        elif precision != "auto" and not self.team:
             check_scoring(self.teacher.model, precision)
 
     @property
@@ -222,35 +257,12 @@ class Bench:
         """A folder that this run saved, as the teacher of its own copies."""
         return LocalTeacher(self.opened(path), self.compute)
 
-    @property
-    def copies(self) -> list[str]:
-        """Names of the low-bit copies: one a format, and one that is rounded only beside each that is taught."""
-        formats = self.recipe.quantize.formats
-        return [*formats, *(f"{fmt}{ROUNDED}" for fmt in formats if self.recovery(fmt))]
-
-    def recovery(self, name: str) -> Recovery | None:
-        """How a copy of this name is taught; None where it is not."""
-        return recovery_of(name, self.recipe.quantize, self.recipe.train, self.recipe.seeds[0])
-
-    def check_copies(self, student: Path, work: Path) -> None:
-        """Write a low-bit copy of the untouched student and open it, since not every architecture takes one."""
-        q = self.recipe.quantize
-        if not q.formats:
-            return
-        model = self.opened(student).model
-        codes, _ = rounded_to(model, formats_of(model, q.formats[0], q.group))
-        export(model, codes, student, work / "copy")
-        try:
-            self.opened(work / "copy")
-        except ModelError as e:
-            raise RecipeError(f"low-bit copies of this student would not work: {e}; set quantize.formats=[]") from None
-
     def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
         if s.kind == "shape":
             return from_shape(s.shape, self.language.tokenizer, self.context, seed, self.language.vocabulary)
         if s.kind == "cut":
-            return cut(self.teacher.model, s).float()
+            return cut(self.of(cut_from(self.recipe)).teacher.model, s).float()
         given = self._opened(s.path, s.trust_remote_code)
         refuse_low_bit(given.model)
         same_tokenizer(self.language.tokenizer, given.tokenizer)
@@ -272,12 +284,8 @@ class Bench:
         if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
-        budget = getattr(self.recipe.targets, "budget", math.inf)
-        if made.bytes_per_token > budget:
-            say(
-                f"targets take {made.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples "
-                "have few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
-            )
+        if over := made.over(getattr(self.recipe.targets, "budget", math.inf)):
+            say(over)
         return {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}, made.damaged
 
     def fill_cache(self, own: bool = True) -> CacheFacts:
@@ -285,19 +293,23 @@ class Bench:
         with counting("targets", len(self.encoded), "samples") as c:
             made = self.cache.fill(self.encoded, c.advance, clean=own and self.group.first)
         self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
+        if self.team:
+            self.team.put_away()
         return made
 
     def signal(self, batch: Batch):
         """The teacher at a batch's loss positions, live or from the cache."""
         if self.recipe.targets.kind == "dense":
-            return self.local.dense(batch)
+            return self.labelling.dense(batch)
         if not self.cache.filled:
             self.fill_cache()
         return self.cache.signal(batch, self.compute.device, lambda: self.local.head)
 
     @cached_property
-    def cache(self) -> TargetCache:
+    def cache(self) -> TargetCache | AssignedCache:
         """The targets of the training samples, on disk."""
+        if self.team and not self.team.mixture:
+            return AssignedCache(self.team.owner, lambda name: self.of(name).cache)
         t, temperature = self.recipe.targets, getattr(self.recipe.method, "temperature", 1.0)
         assert not isinstance(t, DenseTargets)
         self._check_targets()
@@ -308,7 +320,7 @@ class Bench:
             "asked": t.model_dump(mode="json"),
         }
         expected = lambda some, tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
-        keep = settled_keep(self.folder / LABELLED_AS, t, keep, self.encoded, self.language.vocabulary, asked, expected)
+        keep = settled_keep(self._file(LABELLED_AS), t, keep, self.encoded, self.language.vocabulary, asked, expected)
         return TargetCache(
             self.folder / "targets",
             f"{self.answering.fingerprint} on {self.compute.name}",
@@ -325,9 +337,20 @@ class Bench:
         return hold_out(samples, self.recipe.evaluate, self.language.tokenizer, self.context, self.encode)
 
     @property
-    def reference(self) -> Loaded | None:
-        """The teacher that models are measured against; None where it is behind a server, which shows too little."""
-        return None if self.served else self.teacher
+    def measurable(self) -> bool:
+        """Whether the teacher can be measured: not behind a server, which shows too little of it."""
+        if self.team:  # unless they are mixed, an evaluation text is none's
+            return self.team.here and bool(self.team.mixture or not self.recipe.evaluate.text)
+        return not isinstance(self.recipe.teacher, EndpointTeacher)
+
+    @property
+    def reference(self) -> Loaded | Routed | None:
+        """The teacher that models are measured against, of several each sample's own; None where it cannot be."""
+        if not self.measurable:
+            return None
+        if self.team and not self.team.mixture:
+            return Routed(self.team.owner, lambda name: self.of(name).teacher, self.language.tokenizer)
+        return self.teacher
 
     @property
     def measuring(self) -> Compute:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pennyweight.bench import LABELLED_AS, Bench
+from pennyweight.bench import Bench
 from pennyweight.data.pack import Batch, collate
 from pennyweight.errors import RunError
 from pennyweight.evaluate.fidelity import Gradient, Stand, compare, drawn, hidden_states, k_for, norm_of, sampled, top_k
@@ -21,7 +21,7 @@ from pennyweight.recipe import SampledTargets, TopKTargets
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, recipe_of, write_json
-from pennyweight.teacher.cache import read_settled
+from pennyweight.teacher.cache import LABELLED_AS, read_settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.loop import batch_loss
 
@@ -46,14 +46,20 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
             teacher.
     """
     root, bench = _bench(folder)
+    if bench.team and not bench.team.mixture:
+        raise RunError(
+            f"the records of {root} have several teachers, and none stands for all to be measured against; inspect a "
+            "run with one teacher, or with a mixture"
+        )
     if bench.served:
         raise RunError(
             f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "
             "whose teacher is a folder"
         )
     batches = _batches(bench, min(tokens, max(64, _ENTRIES // bench.teacher.vocabulary)))
-    whole, labelled = _logits(bench.local, batches), None
-    if bench.labelling is not bench.local:
+    # A mixture is mixed at the temperature of the labels, and is then the whole teacher.
+    whole, labelled = _logits(bench.labelling if bench.team else bench.local, batches), None
+    if bench.labelling is not bench.local and not bench.team:
         labelled = _logits(bench.labelling, batches)
     temperature = getattr(bench.recipe.method, "temperature", 1.0)
     students = _students(bench, root)
@@ -95,11 +101,12 @@ def help_to_label(folder: str) -> dict[str, Any]:
     root, bench = _bench(folder)
     if bench.recipe.targets.kind == "dense" or bench.recipe.method.kind == "sft":
         raise RunError(f"{root} keeps no targets (its teacher runs live, or is not needed); there is nothing to label")
-    labelled_as = read_settled(root / LABELLED_AS)
-    if labelled_as and labelled_as["made_from"].get("compute") != bench.compute.name:
+    labelled_as = [read_settled(file) for file in (root / LABELLED_AS, *root.glob(f"*-{LABELLED_AS}"))]
+    others = {known["made_from"].get("compute") for known in labelled_as if known} - {bench.compute.name}
+    if others:
         raise RunError(
-            f"{root} is labelled on {labelled_as['made_from'].get('compute')} and this process would on "
-            f"{bench.compute.name}, whose targets differ; help from a machine like the first"
+            f"{root} is labelled on {', '.join(map(str, others))} and this process would on {bench.compute.name}, "
+            "whose targets differ; help from a machine like the first"
         )
     try:
         return asdict(bench.fill_cache(own=False))

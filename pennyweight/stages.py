@@ -32,15 +32,17 @@ from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
-from pennyweight.quant.recovery import low_bit
+from pennyweight.quant.recovery import check_copies, low_bit
+from pennyweight.quant.rounding import copies_of, recovery_of
 from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
-from pennyweight.records import ROUNDED, Teacher, sha256_json
+from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.refusals import check_teacher
+from pennyweight.teacher.several import all_of, seed_of, who_teaches
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
@@ -66,7 +68,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
         if not bench.group.first:
             return {}  # of several processes one does what is not shared
         student = the_student(line, arms)
-        copies = {name: a_copy(line, name, student, data) for name in bench.copies}
+        copies = {name: a_copy(line, name, student, data) for name in copies_of(recipe.quantize, recipe.train)}
         made = Finished(teacher, data, starts, targets, arms, student, copies)
         return the_report(line, made, the_evaluations(line, made))
 
@@ -107,10 +109,10 @@ def the_teacher(line: Line) -> Done:
     """A folder or a server as it is; or one trained from nothing on worked solutions, kept for the next run."""
     recipe = line.recipe
     if not isinstance(recipe.teacher, TrainedTeacher):
-        depends = {"teacher": recipe.hash_of("teacher")}
-        if isinstance(recipe.teacher, FolderTeacher):
-            depends["identity"] = identity_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
-        return line.run.stage("teacher", depends, lambda work: Made(line.bench.answering.facts()))
+        folders = [t for t in all_of(recipe.teacher) if isinstance(t, FolderTeacher)]
+        known = [identity_of(t.path, t.trust_remote_code) for t in folders]
+        depends = {"teacher": recipe.hash_of("teacher")} | ({"identity": ",".join(known)} if known else {})
+        return line.run.stage("teacher", depends, lambda work: Made(line.bench.facts()))
     held_out = recipe.data.eval_fraction
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
     key = sha256_json([depends, __version__])
@@ -164,23 +166,24 @@ def the_data(line: Line, teacher: Done) -> Done:
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
-    return line.run.stage("data", depends, lambda work: _data(line, work))
+    return line.run.stage("data", depends, lambda work: _data(line, teacher, work))
 
 
-def _data(line: Line, work: Path) -> Made:
+def _data(line: Line, teacher: Done, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
-    def writer(teacher: Teacher | None = None) -> Writer:
-        room, speaker = (line.bench.context, d.too_long), teacher or line.bench.answering
-        tokenizer = speaker.tokenizer or line.bench.language.tokenizer
-        return Writer(speaker, tokenizer, work, recipe.seed, counting, *room)
+    def writer(member: str | None, source: TeacherSamples | None = None) -> Writer:
+        bench, seed = line.bench.of(member), seed_of(recipe.seed, member)
+        speaker = bench.sampling(source) if source else bench.answering
+        told_by = (speaker, speaker.tokenizer or line.bench.language.tokenizer, work / (member or ""))
+        return Writer(*told_by, seed, counting, line.bench.context, d.too_long, bench.recipe.teacher.licence)
 
-    own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
-    gathered = gather(d.source, own, recipe.teacher.licence)
+    gathered = gather(d.source, partial(writer, source=d.source), recipe.teacher)
     sides, found = both_sides(gathered, d, writer, judge_sample, line.bench.encode)
     for name, samples in sides.items():
         write_samples(folder / f"{name}.jsonl", samples)
-        line.run.ledger.add_records(samples, name, line.bench.answering.fingerprint, line.bench.answering.name)
+        for known, taught in who_teaches(samples, teacher.facts):
+            line.run.ledger.add_records(taught, name, known["fingerprint"], known["name"])
     say(told(found))
     return Made(found | line.bench.asked(), found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 
@@ -204,7 +207,7 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     def make(work: Path) -> Made:
         student = line.bench.first_student(seed)
         save(student, line.bench.language.tokenizer, line.folder / place, line.bench.student_dtype)
-        line.bench.check_copies(line.folder / place, work)
+        check_copies(line.bench.opened, line.recipe.quantize, line.folder / place, work)
         return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)
@@ -266,7 +269,8 @@ def the_student(line: Line, arms: dict[str, dict[int, Done]]) -> Done:
 
 def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
     """A low-bit copy of the student, taught by it, or rounded only."""
-    q, seed, recovery = line.recipe.quantize, line.recipe.seeds[0], line.bench.recovery(name)
+    q, seed = line.recipe.quantize, line.recipe.seeds[0]
+    recovery = recovery_of(name, q, line.recipe.train, seed)
     depends = {"student": student.outputs, "quantize": q.model_dump(mode="json", exclude={"formats"})}
     depends |= {"data": data.facts["train_stream"], "recovery": repr(recovery), "compute": line.compute.name}
 
@@ -286,8 +290,7 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
     teacher = made.teacher.facts["identity"]
-    served = line.recipe.teacher.kind == "endpoint"  # which shows too little to be measured
-    models: dict[str, tuple[str | Path, Any]] = {} if served else {"teacher": (line.bench.teacher_path, teacher)}
+    models: dict[str, tuple[str | Path, Any]] = {"teacher": ("", teacher)} if line.bench.measurable else {}
     for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
     for by_seed in made.arms.values():
@@ -311,7 +314,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
     samples = 0 if name.endswith(ROUNDED) else e.samples  # which is only there to be looked at beside the other
 
     def make(work: Path) -> Made:
-        model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
+        model = line.bench.reference if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.reference, parent)

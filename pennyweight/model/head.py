@@ -62,8 +62,10 @@ def head_of(model: Any) -> Head:
     """The head of a Hugging Face causal LM: its output embedding, with the scaling its architecture applies.
 
     Gemma caps logits (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Granite divides
-    (``logits_scaling``).
+    (``logits_scaling``). A mixture (``model/mixture.py``) has its own.
     """
+    if (own := getattr(model, "own_head", None)) is not None:
+        return own
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise ModelError(

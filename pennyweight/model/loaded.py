@@ -33,7 +33,7 @@ class Loaded:
     """A causal language model in evaluation mode, with its tokenizer.
 
     ``fingerprint`` is the SHA-256 of its weights and architecture, ``identity`` that of these and its tokenizer;
-    ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
+    ``writes`` is False of a mixture, which is only read. ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
     tokens; ``shape`` is a short summary of sizes.
     """
 
@@ -46,6 +46,7 @@ class Loaded:
     bytes: int
     context: int
     shape: dict[str, Any] = field(default_factory=dict)
+    writes: bool = True
 
     @property
     def eos_ids(self) -> set[int]:

@@ -21,16 +21,17 @@ import torch
 from torch import nn
 
 from pennyweight.data.pack import Batch, Packer, collate
+from pennyweight.errors import ModelError, RecipeError
 from pennyweight.methods.kd import kd
 from pennyweight.model.generate import generate
-from pennyweight.model.loaded import blocks_of
-from pennyweight.quant.export import storage_dtype
+from pennyweight.model.loaded import Loaded, blocks_of
+from pennyweight.quant.export import export, formats_of, storage_dtype
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.learned import RoundedLinear, rounded_once
-from pennyweight.quant.rounding import Recovery, coded_for_storage
+from pennyweight.quant.rounding import Recovery, coded_for_storage, rounded_to
 from pennyweight.recipe import KdMethod, SampledTargets
 from pennyweight.records import Encoded
-from pennyweight.settings import Schedule
+from pennyweight.settings import Quantize, Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep
@@ -41,6 +42,23 @@ _CALIBRATED, _ROWS = 128, 16  # samples that GPTQ looks at, and how many at once
 
 Fit = Callable[[nn.Module, Schedule, Callable[[int], list[Batch]]], object]
 """Trains a model in place: (model, schedule, batches by step)."""
+
+
+def check_copies(opened: Callable[[Path], Loaded], q: Quantize, student: Path, work: Path) -> None:
+    """Write a low-bit copy of the untouched student and open it, since not every architecture takes one.
+
+    Raises:
+        RecipeError: this one does not.
+    """
+    if not q.formats:
+        return
+    model = opened(student).model
+    codes, _ = rounded_to(model, formats_of(model, q.formats[0], q.group))
+    export(model, codes, student, work / "copy")
+    try:
+        opened(work / "copy")
+    except ModelError as e:
+        raise RecipeError(f"low-bit copies of this student would not work: {e}; set quantize.formats=[]") from None
 
 
 def low_bit(

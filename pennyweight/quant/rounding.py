@@ -39,6 +39,11 @@ class Recovery:
     on_policy: float = 0.0
 
 
+def copies_of(q: Quantize, s: Schedule) -> list[str]:
+    """Names of the low-bit copies: one a format, and one that is rounded only beside each that is taught."""
+    return [*q.formats, *(f"{fmt}{ROUNDED}" for fmt in q.formats if recovery_of(fmt, q, s, 0))]
+
+
 def recovery_of(name: str, q: Quantize, s: Schedule, seed: int) -> Recovery | None:
     """How a copy of this name is taught beside a student of this schedule; None where it is not: 8 bits lose next to
     nothing."""

@@ -173,9 +173,11 @@ def _copy(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dict[str, Any]]:
-    """The first ``count`` held-out prompts with the greedy output of every model but those rounded only; not picked, so
-    not flattering."""
-    evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED)}
+    """The first ``count`` held-out prompts with the greedy output of every model that writes but those rounded only; not
+    picked, so not flattering."""
+    evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED) and e["outputs"]}
+    if not evaluations:
+        return []
     first = next(iter(evaluations.values()))["outputs"][:count]
     return [
         {

@@ -25,6 +25,9 @@ from pennyweight.teacher.targets import Keep, Kept
 from pennyweight.teacher.token_names import TokenNames
 from pennyweight.teacher.told import Line, Telling, asking, find_telling, kept, read_line
 
+ANSWERS = "answers.jsonl"
+"""File of a RUN folder: every answer of an endpoint, as it was paid for."""
+
 _PLAIN = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
 """What turns off that llama.cpp, vLLM and others change a distribution by default; OpenAI's own server refuses it."""
 
@@ -171,7 +174,8 @@ def endpoint_of(t: EndpointTeacher, answers: Path) -> Endpoint:
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model at an endpoint as teacher; ``write_*`` are how it writes, and ``tokenizer`` is its own, where known."""
+    """A model at an endpoint as teacher; ``write_*`` are how it writes, and ``tokenizer`` is its own, where known;
+    ``member`` is its name among several."""
 
     endpoint: Endpoint
     api: str = "auto"
@@ -179,13 +183,15 @@ class ServedTeacher:
     write_temperature: float = 1.0
     write_top_p: float = 1.0
     write_tokens: int = 256
+    member: str = ""
 
     keeps = True
 
     @property
     def name(self) -> str:
         """Whom the ledger names as the author: ``model@host``."""
-        return f"{self.endpoint.model}@{self.endpoint.client.host}"
+        name = f"{self.endpoint.model}@{self.endpoint.client.host}"
+        return f"{name} ({self.member})" if self.member else name
 
     @property
     def fingerprint(self) -> str:
