@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +42,7 @@ from pennyweight.records import Encoded, Sample
 from pennyweight.teacher.cache import LABELLED_AS, AssignedCache, CacheFacts, TargetCache, settled_keep
 from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
-from pennyweight.teacher.several import Team, added, cut_from, shared_language
+from pennyweight.teacher.several import Team, added, cut_from, shared_language, with_tokenizer
 from pennyweight.teacher.targets import Keep
 from pennyweight.train.group import join
 from pennyweight.train.optim import NO_FP8_PARTS
@@ -55,11 +54,12 @@ class Bench:
     Args:
         recipe: the resolved recipe.
         folder: the RUN folder.
-        member: of a bench for one of several teachers (``members``), which; ``whole`` is then that of the run.
+        member: of a bench for one of several teachers (``team``), its name; ``whole`` is then that of the run.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, member: str = "", whole: Bench | None = None):
         self.recipe, self.folder, self.member, self.whole = recipe, folder, member, whole
+        self.prefix = f"{member}-" if member else ""  # of files that each teacher has its own of
         if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
             read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
         self.group = join()
@@ -80,15 +80,12 @@ class Bench:
         """The bench of one of several teachers, with no other in memory; or this one."""
         return self.team.of(member) if self.team and member else self
 
-    def _file(self, name: str) -> Path:
-        return self.folder / (f"{self.member}-{name}" if self.member else name)
-
     @cached_property
     def teacher_path(self) -> str:
-        """The folder of the teacher, or its address; of several teachers, of the one that a student is cut from."""
+        """The folder of the teacher, or its address; of several teachers, all."""
         t = self.recipe.teacher
         if self.team:
-            return self.team.benches[cut_from(self.recipe)].teacher_path
+            return ", ".join(b.teacher_path for b in self.team.benches.values())
         if isinstance(t, EndpointTeacher):
             return t.url
         return t.path if isinstance(t, FolderTeacher) else str(self.folder / "teacher")
@@ -102,10 +99,6 @@ class Bench:
         trust = getattr(self.recipe.teacher, "trust_remote_code", False)
         opened = load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
         return replace(opened, name=f"{opened.name} ({self.member})") if self.member else opened
-
-    def facts(self) -> dict[str, Any]:
-        """What the ledger and the report keep of the teacher, or of all."""
-        return self.team.facts() if self.team else self.answering.facts()
 
     def opened(self, path: str | Path) -> Loaded:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
@@ -131,10 +124,11 @@ class Bench:
     def language(self) -> Language:
         """Of all models of the run: the teacher's; with an endpoint the student's, or that of the tokenizer named."""
         t, s = self.recipe.teacher, self.recipe.student
-        if self.team:
-            return shared_language({name: b.language for name, b in self.team.benches.items()}, same_tokenizer)
-        if isinstance(t, FolderTeacher) and self.whole:  # which opens one of several at a time
-            return language_of(t.path, t.trust_remote_code)
+        if self.whole:
+            return self.whole.language
+        if isinstance(t, SeveralTeachers) and (shared := shared_language(t, language_of, same_tokenizer)):
+            return shared
+        t = with_tokenizer(t)
         if not isinstance(t, EndpointTeacher):
             return self.teacher.language
         if isinstance(s, FolderStudent):
@@ -154,7 +148,9 @@ class Bench:
             return None
         tokenizer = open_tokenizer(t.tokenizer) if t.tokenizer else None
         how = (r.temperature, r.top_p, r.max_tokens)
-        return ServedTeacher(endpoint_of(t, self._file(ANSWERS)), t.api, tokenizer, *how, member=self.member)
+        return ServedTeacher(
+            endpoint_of(t, self.folder / f"{self.prefix}{ANSWERS}"), t.api, tokenizer, *how, member=self.member
+        )
 
     @cached_property
     def local(self) -> LocalTeacher:
@@ -224,7 +220,7 @@ class Bench:
         student = self._first_student(seed)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        unseen = self.served or (self.team and not self.team.mixture)
+        unseen = self.served or (self.team and not (self.team.mixture and self.recipe.train.pack))
         both = (student, *(() if unseen else (self.teacher.model,)))
         if self.recipe.train.pack and not all(keeps_samples_apart(m) for m in both):
             raise RecipeError(
@@ -250,12 +246,8 @@ class Bench:
     @property
     def student_dtype(self) -> torch.dtype:
         """What students are kept in: as the teacher is stored where they are cut from it, or as they were given."""
-        s = self.recipe.student
-        return torch.float32 if s.kind == "shape" else stored_dtype(self.teacher_path if s.kind == "cut" else s.path)
-
-    def as_teacher(self, path: Path) -> LocalTeacher:
-        """A folder that this run saved, as the teacher of its own copies."""
-        return LocalTeacher(self.opened(path), self.compute)
+        s, source = self.recipe.student, self.of(cut_from(self.recipe))
+        return torch.float32 if s.kind == "shape" else stored_dtype(source.teacher_path if s.kind == "cut" else s.path)
 
     def _first_student(self, seed: int) -> Any:
         s = self.recipe.student
@@ -284,7 +276,7 @@ class Bench:
         if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
-        if over := made.over(getattr(self.recipe.targets, "budget", math.inf)):
+        if over := made.over(getattr(self.recipe.targets, "budget", float("inf"))):
             say(over)
         return {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}, made.damaged
 
@@ -309,7 +301,7 @@ class Bench:
     def cache(self) -> TargetCache | AssignedCache:
         """The targets of the training samples, on disk."""
         if self.team and not self.team.mixture:
-            return AssignedCache(self.team.owner, lambda name: self.of(name).cache)
+            return AssignedCache(self.team.owner, lambda name: self.of(name).cache)  # type: ignore[arg-type]
         t, temperature = self.recipe.targets, getattr(self.recipe.method, "temperature", 1.0)
         assert not isinstance(t, DenseTargets)
         self._check_targets()
@@ -320,12 +312,13 @@ class Bench:
             "asked": t.model_dump(mode="json"),
         }
         expected = lambda some, tried: self.labelling.expected(some, tried, keep.temperature)  # noqa: E731
-        keep = settled_keep(self._file(LABELLED_AS), t, keep, self.encoded, self.language.vocabulary, asked, expected)
+        file, vocabulary = self.folder / f"{self.prefix}{LABELLED_AS}", self.language.vocabulary
+        keep = settled_keep(file, t, keep, self.encoded, vocabulary, asked, expected)
         return TargetCache(
             self.folder / "targets",
             f"{self.answering.fingerprint} on {self.compute.name}",
             keep,
-            self.language.vocabulary,
+            vocabulary,
             t.shard,
             lambda samples, keep: (self.served or self.labelling).targets(samples, keep),
         )
@@ -338,19 +331,15 @@ class Bench:
 
     @property
     def measurable(self) -> bool:
-        """Whether the teacher can be measured: not behind a server, which shows too little of it."""
-        if self.team:  # unless they are mixed, an evaluation text is none's
-            return self.team.here and bool(self.team.mixture or not self.recipe.evaluate.text)
-        return not isinstance(self.recipe.teacher, EndpointTeacher)
+        """Whether the teacher can be measured: a server shows too little, and a text has none of several."""
+        return self.team.measurable(self.recipe.evaluate.text) if self.team else not self.served
 
     @property
     def reference(self) -> Loaded | Routed | None:
         """The teacher that models are measured against, of several each sample's own; None where it cannot be."""
-        if not self.measurable:
-            return None
-        if self.team and not self.team.mixture:
+        if self.measurable and self.team and not self.team.mixture:
             return Routed(self.team.owner, lambda name: self.of(name).teacher, self.language.tokenizer)
-        return self.teacher
+        return self.teacher if self.measurable else None
 
     @property
     def measuring(self) -> Compute:

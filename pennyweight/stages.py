@@ -14,10 +14,8 @@ from typing import Any
 
 from pennyweight.bench import Bench
 from pennyweight.data.pack import packer
-from pennyweight.data.prepare import Writer, both_sides, gather, told
+from pennyweight.data.prepare import Writer, both_sides, gather, problems_of, told
 from pennyweight.data.render import encode_all
-from pennyweight.data.sources import read_tasks
-from pennyweight.data.split import is_held_out
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
@@ -34,15 +32,16 @@ from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.recovery import check_copies, low_bit
 from pennyweight.quant.rounding import copies_of, recovery_of
-from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TaskData, TeacherSamples, TrainedTeacher
+from pennyweight.recipe import FileData, Recipe, SftMethod, TeacherSamples, TrainedTeacher
 from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
+from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
-from pennyweight.teacher.several import all_of, seed_of, who_teaches
+from pennyweight.teacher.several import identities, seed_of, who_teaches
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
@@ -109,10 +108,8 @@ def the_teacher(line: Line) -> Done:
     """A folder or a server as it is; or one trained from nothing on worked solutions, kept for the next run."""
     recipe = line.recipe
     if not isinstance(recipe.teacher, TrainedTeacher):
-        folders = [t for t in all_of(recipe.teacher) if isinstance(t, FolderTeacher)]
-        known = [identity_of(t.path, t.trust_remote_code) for t in folders]
-        depends = {"teacher": recipe.hash_of("teacher")} | ({"identity": ",".join(known)} if known else {})
-        return line.run.stage("teacher", depends, lambda work: Made(line.bench.facts()))
+        depends = {"teacher": recipe.hash_of("teacher"), **identities(recipe.teacher, identity_of)}
+        return line.run.stage("teacher", depends, lambda work: Made((line.bench.team or line.bench.answering).facts()))
     held_out = recipe.data.eval_fraction
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
     key = sha256_json([depends, __version__])
@@ -122,8 +119,7 @@ def the_teacher(line: Line) -> Done:
 def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     t, place, held_out = line.recipe.teacher, line.folder / "teacher", line.recipe.data.eval_fraction
     assert isinstance(t, TrainedTeacher)
-    drawn = read_tasks(TaskData(tasks=t.tasks, seed=t.seed))
-    problems = [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
+    problems = problems_of(t.tasks, t.seed, held_out)
     line.run.ledger.add_records(problems, "teacher-train", None)
     if store.adopt(store.place_of(key), place):
         say("teacher: trained by an earlier run, taken from the cache")
@@ -276,7 +272,7 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
 
     def make(work: Path) -> Made:
         parent, out, how = line.folder / "student", line.folder / f"student-{name}", []
-        teacher, samples = line.bench.as_teacher(parent), line.bench.encoded
+        teacher, samples = LocalTeacher(line.bench.opened(parent), line.compute), line.bench.encoded
         fit = lambda model, schedule, batches: how.append(_fit(line, work, name, seed, model, schedule, batches))  # noqa: E731
         formats = formats_of(teacher.loaded.model, name.removesuffix(ROUNDED), q.group)
         codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
@@ -315,6 +311,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
 
     def make(work: Path) -> Made:
         model = line.bench.reference if name == "teacher" else line.bench.opened(path)
+        assert model is not None
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out, references = line.bench.held_out, (None if name == "teacher" else line.bench.reference, parent)

@@ -10,9 +10,9 @@ from typing import Any
 
 from pennyweight.data.render import prompt_of
 from pennyweight.data.sources import read, read_tasks
-from pennyweight.data.split import Split, split
+from pennyweight.data.split import Split, is_held_out, split
 from pennyweight.errors import DataError
-from pennyweight.recipe import Data, Responses, Source, TaskData, TeacherSamples
+from pennyweight.recipe import Data, Responses, Source, TaskData, TaskSource, TeacherSamples
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
@@ -43,6 +43,12 @@ class Writer:
 
 Writers = Callable[[str | None], Writer]
 """One of several teachers by name, None where there is one -> that teacher as it writes"""
+
+
+def problems_of(tasks: list[TaskSource], seed: int, held_out: float) -> list[Sample]:
+    """Problems of tasks, less those of the share that is held out."""
+    drawn = read_tasks(TaskData(tasks=tasks, seed=seed))
+    return [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
 
 
 def gather(source: Source, writers: Writers, teacher: Any = None) -> list[Sample]:

@@ -47,9 +47,9 @@ def is_held_out(prompt_hash: str, eval_fraction: float) -> bool:
 def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int) -> Split:
     """Split samples by the content hash of their prompts.
 
-    Exact repeats are removed, unless they are for different teachers. Train keeps its order and all responses to a prompt. Evaluation keeps one response a
-    prompt (the one with the smallest id), in the order of prompt hashes, and of those the first ``eval_limit``; what
-    is beyond is left out, never moved to train.
+    Exact repeats are removed, unless they are for different teachers. Train keeps its order and all responses to a
+    prompt. Evaluation keeps one response a prompt (the one with the smallest id), in the order of prompt hashes, and of
+    those the first ``eval_limit``; what is beyond is left out, never moved to train.
 
     Raises:
         DataError: a side has no sample.

@@ -57,7 +57,7 @@ def examine(
     parent: Loaded | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Examined:
-    """Measure one model, or several as one that answers each sample by the model it has. ``teacher`` adds agreement with
+    """Measure one model, or several as one that answers each sample by the one it has. ``teacher`` adds agreement with
     it, ``parent`` agreement with that."""
     found = Examined()
     if held_out.encoded:
@@ -124,7 +124,7 @@ def _solve(
 ) -> None:
     """Greedy answers for pass@1, sampled ones for pass@k."""
     began = time.monotonic()
-    ask = partial(_answers, loaded, held_out.problems, held_out.prompts, sampling)
+    ask = partial(_asked, loaded, held_out.problems, held_out.prompts, sampling)
     greedy = ask(0.0, sampling.seed)
     found.tokens += _timed(found, loaded, greedy, began)
     progress(len(greedy))
@@ -156,7 +156,7 @@ def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampl
     """Greedy continuations, for the reader's eye: nothing judges them."""
     began, begun = time.monotonic(), [ids for ids, _ in held_out.openings]
     short = replace(sampling, max_tokens=min(64, sampling.max_tokens))
-    written = _answers(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
+    written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
     _timed(found, loaded, written, began)
     for (_, prompt), answer in zip(held_out.openings, written, strict=True):
         text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
@@ -171,7 +171,7 @@ def _timed(found: Examined, loaded: Loaded | Routed, written: Sequence[Generated
     return tokens
 
 
-def _answers(
+def _asked(
     loaded: Loaded | Routed,
     whose: Sequence[Encoded | Sample],
     prompts: Sequence[list[int]],
@@ -180,12 +180,17 @@ def _answers(
     seed: int,
 ) -> list[Generated]:
     """Answers to prompts, each of a sample in ``whose``."""
-    if isinstance(loaded, Routed):
-        out: dict[int, Generated] = {}
-        for model, places in loaded.parts(whose):
-            of = [whose[i] for i in places], [prompts[i] for i in places]
-            out |= zip(places, _answers(model, *of, sampling, temperature, seed), strict=True)
-        return [out[i] for i in range(len(prompts))]
+    if isinstance(loaded, Loaded):
+        return _answers(loaded, prompts, sampling, temperature, seed)
+    out: dict[int, Generated] = {}
+    for model, places in loaded.parts(whose):
+        out |= zip(places, _answers(model, [prompts[i] for i in places], sampling, temperature, seed), strict=True)
+    return [out[i] for i in range(len(prompts))]
+
+
+def _answers(
+    loaded: Loaded, prompts: Sequence[list[int]], sampling: Sampling, temperature: float, seed: int
+) -> list[Generated]:
     return generate(
         loaded.model,
         list(prompts),

@@ -218,13 +218,13 @@ class Grouped:
 Target = Dense | TopK | Sparse | Grouped
 
 
-def joined(parts: Sequence[TopK] | Sequence[Sparse]) -> TopK | Sparse:
+def joined(parts: Sequence[TopK | Sparse]) -> TopK | Sparse:
     """The positions of several targets of one kind, one part's after the other's."""
-    together = lambda name: torch.cat([getattr(p, name) for p in parts])  # noqa: E731
+    both = lambda name: torch.cat([getattr(p, name) for p in parts])  # noqa: E731
     if isinstance(parts[0], TopK):
-        return TopK(together("ids"), together("probs"))
+        return TopK(both("ids"), both("probs"))
     counts = torch.cat([p.starts.diff() for p in parts if isinstance(p, Sparse)])
-    return Sparse.of(counts, together("ids"), together("weights"), together("entropy"))
+    return Sparse.of(counts, both("ids"), both("weights"), both("entropy"))
 
 
 def _flat(rows: Tensor) -> Tensor:

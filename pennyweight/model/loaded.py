@@ -33,8 +33,8 @@ class Loaded:
     """A causal language model in evaluation mode, with its tokenizer.
 
     ``fingerprint`` is the SHA-256 of its weights and architecture, ``identity`` that of these and its tokenizer;
-    ``writes`` is False of a mixture, which is only read. ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
-    tokens; ``shape`` is a short summary of sizes.
+    ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
+    tokens; ``shape`` is a short summary of sizes; ``writes`` is False of a mixture, which is only read.
     """
 
     model: Any

@@ -51,7 +51,7 @@ class Mixed(nn.Module):
     def __init__(self, models: Sequence[Any], head: MixedHead):
         super().__init__()
         self.models, self.own_head = nn.ModuleList(models), head
-        self.config = models[0].config
+        self.config: Any = models[0].config
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
         states = [forward_hidden(m, input_ids, position_ids) for m in self.models]
@@ -61,7 +61,8 @@ class Mixed(nn.Module):
         return self
 
     def get_output_embeddings(self) -> Any:
-        return self.models[0].get_output_embeddings()
+        first: Any = self.models[0]
+        return first.get_output_embeddings()
 
 
 def mixed(members: Mapping[str, Any], shares: Mapping[str, float], facts: dict[str, Any], temperature: float) -> Any:

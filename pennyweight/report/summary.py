@@ -173,8 +173,8 @@ def _copy(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dict[str, Any]]:
-    """The first ``count`` held-out prompts with the greedy output of every model that writes but those rounded only; not
-    picked, so not flattering."""
+    """The first ``count`` held-out prompts with the greedy output of every model that writes, less those rounded only;
+    not picked, so not flattering."""
     evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED) and e["outputs"]}
     if not evaluations:
         return []

@@ -227,12 +227,14 @@ class AssignedCache:
             made[name] = cache.fill(own, progress, clean=False)
         if clean:
             cache.clean(path for c in self._caches.values() for path in c.files.values())
-        sums = (sum(getattr(m, what) for m in made.values()) for what in ("tokens", "bytes", "entries", "made"))
+        tokens, size, entries, new = (
+            sum(getattr(m, what) for m in made.values()) for what in ("tokens", "bytes", "entries", "made")
+        )
         members = {
             name: {"tokens": m.tokens, "bytes": m.bytes, **_threshold(self._caches[name].keep)}
             for name, m in made.items()
         }
-        return CacheFacts(*sums, tuple(name for m in made.values() for name in m.damaged), members)
+        return CacheFacts(tokens, size, entries, new, tuple(name for m in made.values() for name in m.damaged), members)
 
     def signal(self, batch: Batch, device: torch.device, head: Callable[[], Head]) -> Target:
         """As ``TargetCache.signal``: each sample's targets by its own teacher."""

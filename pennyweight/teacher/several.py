@@ -96,10 +96,14 @@ def by_teacher(samples: Iterable[Sample]) -> dict[str | None, list[Sample]]:
     return groups
 
 
+def folders_of(teacher: SeveralTeachers) -> dict[str, FolderTeacher]:
+    """The members in this process."""
+    return {name: m for name, m in teacher.members.items() if isinstance(m, FolderTeacher)}
+
+
 def cut_from(recipe: Recipe) -> str:
-    """Of several teachers, the one that a student is cut from, otherwise the first folder; empty where there is none."""
-    members = getattr(recipe.teacher, "members", {})
-    folders = [name for name, m in members.items() if isinstance(m, FolderTeacher)]
+    """Of several teachers, the one that a student is cut from: as named, or the first folder; empty of one teacher."""
+    folders = folders_of(recipe.teacher) if isinstance(recipe.teacher, SeveralTeachers) else ()
     return getattr(recipe.student, "member", None) or next(iter(folders), "")
 
 
@@ -108,15 +112,33 @@ def added(usages: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {what: sum(u[what] for u in usages) for what in usages[0]}
 
 
-def shared_language(languages: Mapping[str, Language], same: Callable[[Any, Any], None]) -> Language:
-    """The members' one tokenizer and vocabulary, and the shortest of their contexts.
+def identities(teacher: Any, identity_of: Callable[[str, bool], str]) -> dict[str, str]:
+    """``identity`` of the teachers that are folders, as a stage depends on it; nothing where none is."""
+    known = [identity_of(t.path, t.trust_remote_code) for t in all_of(teacher) if isinstance(t, FolderTeacher)]
+    return {"identity": ",".join(known)} if known else {}
+
+
+def with_tokenizer(teacher: Any) -> Any:
+    """Of several servers one whose tokenizer is named, if any is; or the one teacher."""
+    return max(all_of(teacher), key=lambda t: bool(getattr(t, "tokenizer", None)))
+
+
+def shared_language(
+    teacher: SeveralTeachers, language_of: Callable[[str, bool], Language], same: Callable[[Any, Any], None]
+) -> Language | None:
+    """The one tokenizer and vocabulary of the members that are folders, and the shortest of their contexts; None where
+    all are servers, which do not decide it.
 
     Args:
+        language_of: (path, trust_remote_code) -> what a folder's is.
         same: raises ModelError where two tokenizers differ.
 
     Raises:
         ModelError: tokenizers or vocabularies differ.
     """
+    languages = {name: language_of(m.path, m.trust_remote_code) for name, m in folders_of(teacher).items()}
+    if not languages:
+        return None
     (first, one), *others = languages.items()
     for name, other in others:
         try:
@@ -196,7 +218,7 @@ class Team:
 
     def facts(self) -> dict[str, Any]:
         """Of all as of one teacher; each is opened for it."""
-        return together(self.teacher, {name: self.of(name).facts() for name in self.benches})
+        return together(self.teacher, {name: self.of(name).answering.facts() for name in self.benches})
 
     def parts(self, read: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
         """What ``model.mixture.mixed`` makes one of: what ``read`` gives of each bench, the shares, and facts."""
@@ -204,10 +226,9 @@ class Team:
         facts = together(self.teacher, {name: part.facts() for name, part in parts.items()})
         return parts, self.mixture or {}, facts
 
-    @property
-    def here(self) -> bool:
-        """Whether all are in this process."""
-        return all(isinstance(m, FolderTeacher) for m in self.teacher.members.values())
+    def measurable(self, text: str | None) -> bool:
+        """Whether all are in this process; and either mixed, or measured on samples of their own, not on a text."""
+        return len(folders_of(self.teacher)) == len(self.benches) and bool(self.mixture or not text)
 
     @cached_property
     def _owners(self) -> dict[str, str | None]:
