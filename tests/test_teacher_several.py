@@ -8,6 +8,7 @@ import math
 import sqlite3
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from faulty import Faulty
 from pennyweight.bench import Bench
 from pennyweight.commands import show_sample, verify
 from pennyweight.data.pack import collate
-from pennyweight.data.prepare import both_licences
+from pennyweight.data.prepare import Writer, answer, both_licences
 from pennyweight.data.sources import read
 from pennyweight.data.split import is_held_out, split
 from pennyweight.errors import DataError, MethodError, ModelError, RecipeError, RunError
@@ -38,7 +39,7 @@ from pennyweight.run_folder import recipe_of
 from pennyweight.stages import run_line
 from pennyweight.teacher.cache import AssignedCache
 from pennyweight.teacher.local import LocalTeacher
-from pennyweight.teacher.several import Team, assigned, member_of, one_teacher_each, route_of
+from pennyweight.teacher.several import Team, assigned, member_of, one_teacher_each, route_of, seed_of
 from pennyweight.teacher.targets import Keep, draw, restore, uniforms
 
 CPU = choose("cpu", "float32")
@@ -164,6 +165,44 @@ def test_a_prompt_may_go_to_two_teachers_and_a_record_has_one():
 def test_licences_of_both_sides_are_kept():
     assert both_licences("MIT", "MIT") == "MIT" and both_licences("MIT", "CC0-1.0") == "MIT AND CC0-1.0"
     assert both_licences("MIT OR Apache-2.0", "undeclared") == "(MIT OR Apache-2.0) AND undeclared"
+
+
+class Numbering:
+    """A teacher that says who it is and what it was asked, and is stopped when it is told to."""
+
+    fingerprint, keeps, tokenizer = "f" * 64, False, None
+
+    def __init__(self, name, stops=False):
+        self.name, self.stops, self.asked = name, stops, []
+
+    def write(self, prompts, seed, progress):
+        if self.stops:
+            raise KeyboardInterrupt
+        self.asked += [p.messages[0].content for p in prompts]
+        return [(f"{self.name} on {p.messages[0].content} by {seed}", True) for p in prompts]
+
+
+def test_writing_that_is_killed_goes_on_with_the_teacher_that_it_was_at(folders, tmp_path):
+    tokenizer = load(str(folders / "a")).tokenizer
+    ask = [Sample((Message("user", f"q{i}"),), None, "x", "CC0-1.0", teacher="ab"[i % 2]) for i in range(9)]
+
+    def answered(place, teachers):
+        quiet = lambda *_: nullcontext(SimpleNamespace(advance=lambda n: None))  # noqa: E731
+        writer = lambda m: Writer(teachers[m], tokenizer, place / m, seed_of(5, m), quiet, 96, "refuse", m)  # noqa: E731
+        return answer(ask, "auto", writer, "train")
+
+    def fresh():
+        return {n: Numbering(n) for n in "ab"}
+
+    whole = answered(tmp_path / "whole", fresh())
+    assert [s.response.split(" by ")[0] for s in whole] == [f"{'ab'[i % 2]} on q{i}" for i in range(9)]
+    assert [(s.author, s.licence) for s in whole[:2]] == [("a", "CC0-1.0 AND a"), ("b", "CC0-1.0 AND b")]
+    assert len({s.response.split(" by ")[1] for s in whole}) == 2  # seeds of their own
+    with pytest.raises(KeyboardInterrupt):
+        answered(tmp_path / "r", {"a": Numbering("a"), "b": Numbering("b", stops=True)})
+    after = fresh()
+    assert answered(tmp_path / "r", after) == whole
+    assert after["a"].asked == [] and len(after["b"].asked) == 4
 
 
 # Mixtures
