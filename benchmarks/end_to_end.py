@@ -242,9 +242,9 @@ def check_equal(prepared: Path, scratch: Path) -> None:
 def measure(prepared: Path, folder: Path, sides: list[Trained]) -> None:
     """Held-out KL(teacher || student) of every student, in float32."""
     bench = Bench(recipe_of(1, 1), folder)
-    held_out, teacher = bench.held_out, as_scorer(bench.teacher, bench.measuring)
+    held_out, teacher = bench.held_out, as_scorer(bench.teacher, bench.compute.measuring)
     for side in sides:
-        student = as_scorer(bench.opened(side.folder), bench.measuring)
+        student = as_scorer(bench.opened(side.folder), bench.compute.measuring)
         scored = score(held_out.encoded, held_out.bytes, student, teacher, bench.teacher.pad_id)
         side.kl = scored.kl_to * (len(scored.tokens) / scored.tokens.sum())
 

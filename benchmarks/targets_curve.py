@@ -110,13 +110,13 @@ def final_kl(folder: str, way: str, setting: Any, seed: int, steps: int) -> tupl
             lambda step: [weigh(x) for x in batches(step)],
             schedule=schedule,
             tripwires=b.recipe.tripwires,
-            compute=b.measuring,
+            compute=b.compute.measuring,
             checkpoints=Checkpoints(Path(scratch)),
             seed=seed,
             admit=lambda ids: None,
             log=lambda line: None,
         )
-    sides = as_scorer(student, b.measuring), as_scorer(b.teacher, b.measuring)
+    sides = as_scorer(student, b.compute.measuring), as_scorer(b.teacher, b.compute.measuring)
     found = score(b.held_out.encoded, b.held_out.bytes, *sides, b.teacher.pad_id)
     return way, setting, seed, size, float(found.kl_to.sum() / found.tokens.sum())
 

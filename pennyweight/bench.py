@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,36 +15,30 @@ from pennyweight.data.pack import Batch, Packer, packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.store import read_samples
 from pennyweight.errors import RecipeError
+from pennyweight.evaluate.agreement import Routed
 from pennyweight.evaluate.held_out import HeldOut, hold_out
 from pennyweight.loss.signals import Sparse
-from pennyweight.model.device import Compute, choose, set_threads
-from pennyweight.model.head import keeps_samples_apart
+from pennyweight.model.device import choose, set_threads
+from pennyweight.model.head import check_packing
 from pennyweight.model.load import language_of, load, open_tokenizer, stored_dtype
 from pennyweight.model.loaded import Language, Loaded
+from pennyweight.model.mixture import mixed
 from pennyweight.model.options import ready
 from pennyweight.model.projection import attach
-from pennyweight.model.student import cut, fitted, from_shape
+from pennyweight.model.student import first
 from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
 from pennyweight.quant.scoring import check_scoring, for_scoring
-from pennyweight.recipe import (
-    DenseTargets,
-    EndpointTeacher,
-    FolderStudent,
-    FolderTeacher,
-    Recipe,
-    Schedule,
-    TeacherSamples,
-    TopKTargets,
-)
+from pennyweight.recipe import EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TopKTargets
 from pennyweight.records import Encoded, Sample
+from pennyweight.settings import Schedule
 from pennyweight.teacher.across import AcrossTeacher
-from pennyweight.teacher.alignment import compare
-from pennyweight.teacher.cache import LABELLED_AS, CacheFacts, TargetCache, settled_keep
+from pennyweight.teacher.cache import LABELLED_AS, AssignedCache, CacheFacts, TargetCache, settled_keep
 from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_targets
+from pennyweight.teacher.several import Team, added, cut_from, named_tokenizer, shared_language
 from pennyweight.teacher.targets import Keep
 from pennyweight.train.group import join
 from pennyweight.train.optim import NO_FP8_PARTS
@@ -57,10 +50,12 @@ class Bench:
     Args:
         recipe: the resolved recipe.
         folder: the RUN folder.
+        member: of a bench for one of several teachers (``team``), its name; ``whole`` is then that of the run.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path):
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: Path, member: str = "", whole: Bench | None = None):
+        self.recipe, self.folder, self.member, self.whole = recipe, folder, member, whole
+        self.prefix = f"{member}-" if member else ""  # of files that each teacher has its own of
         if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
             read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
         self.group = join()
@@ -70,19 +65,36 @@ class Bench:
         self.compute = self.group.placed(choose(recipe.compute.device, recipe.compute.dtype))
 
     @cached_property
+    def team(self) -> Team | None:
+        """Of several teachers, a bench each, as if it were the run's only one."""
+        t, alone = self.recipe.teacher, lambda m: self.recipe.model_copy(update={"teacher": m})
+        if not isinstance(t, SeveralTeachers):
+            return None
+        return Team(t, {n: Bench(alone(m), self.folder, n, self) for n, m in t.members.items()}, self.folder / "data")
+
+    def of(self, member: str | None) -> Bench:
+        """The bench of one of several teachers, with no other in memory; or this one."""
+        return self.team.of(member) if self.team and member else self
+
+    @cached_property
     def teacher_path(self) -> str:
-        """The folder of the teacher, or its address."""
+        """The folder of the teacher, or its address; of several teachers, all."""
         t = self.recipe.teacher
+        if self.team:
+            return ", ".join(b.teacher_path for b in self.team.benches.values())
         if isinstance(t, EndpointTeacher):
             return t.url
-        return t.path if isinstance(t, FolderTeacher) else str(self.folder / "teacher")
+        return getattr(t, "path", str(self.folder / "teacher"))
 
     @cached_property
     def teacher(self) -> Loaded:
         """The teacher in this process: on a GPU as it is stored, since it only reads; elsewhere in float32."""
+        if self.team:
+            return mixed(*self.team.parts(lambda bench: bench.local), 1.0).loaded
         dtype = None if self.compute.device.type == "cuda" else torch.float32
         trust = getattr(self.recipe.teacher, "trust_remote_code", False)
-        return load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
+        opened = load(self.teacher_path, device=self.compute.device, dtype=dtype, trust_remote_code=trust)
+        return replace(opened, name=f"{opened.name} ({self.member})") if self.member else opened
 
     def opened(self, path: str | Path) -> Loaded:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
@@ -107,38 +119,37 @@ class Bench:
     @cached_property
     def own_language(self) -> Language | None:
         """What the student brings: its folder's, or that of a tokenizer that is named; an endpoint's brings none."""
-        t, s = self.recipe.teacher, self.recipe.student
-        if isinstance(s, FolderStudent):
+        s, named = self.recipe.student, named_tokenizer(self.recipe)
+        if s.kind == "folder":
             return language_of(s.path, s.trust_remote_code)
-        named = getattr(s, "tokenizer", None) or (t.tokenizer if isinstance(t, EndpointTeacher) else None)
-        if named is None:
-            return None
-        tokenizer = open_tokenizer(named)
-        return Language(tokenizer, len(tokenizer), self.recipe.data.context)
+        tokenizer = open_tokenizer(named) if named else None
+        return None if tokenizer is None else Language(tokenizer, len(tokenizer), self.recipe.data.context)
 
     @cached_property
     def language(self) -> Language:
-        """Of all students of the run: the teacher's, where theirs is the same or it is not behind a server."""
-        own = self.own_language
-        if self.served and own:
-            return own
-        return own if own and difference(own.tokenizer, self.teacher.tokenizer) else self.teacher.language
+        """Of the students: the teachers', but where theirs is another, or all teachers are behind servers."""
+        t, own = self.recipe.teacher, self.own_language
+        if self.whole:
+            return self.whole.language
+        if isinstance(t, SeveralTeachers) and (shared := shared_language(t, language_of, same_tokenizer)):
+            return shared
+        apart = own and (self.served or self.team or difference(own.tokenizer, self.teacher.tokenizer))
+        return own if own and apart else self.teacher.language
 
     @property
     def apart(self) -> bool:
         """Whether the teacher is in this process and its tokens are not the student's."""
-        return not self.served and self.language is self.own_language
+        return not (self.served or self.team or self.whole) and self.language is self.own_language
 
     @cached_property
     def both(self) -> BothTokenizers | None:
         """The samples in the tokens of both, where they are apart and the teacher's distribution is asked for."""
-        if not self.apart or self.recipe.method.kind == "sft":
-            return None
-        return BothTokenizers(self.language, self.teacher.language, self.context)
+        asked = self.apart and self.recipe.method.kind != "sft"
+        return BothTokenizers(self.language, self.teacher.language, self.context) if asked else None
 
     @cached_property
     def context(self) -> int:
-        return min(self.recipe.data.context, self.language.context)
+        return self.whole.context if self.whole else min(self.recipe.data.context, self.language.context)
 
     @cached_property
     def served(self) -> ServedTeacher | None:
@@ -148,7 +159,8 @@ class Bench:
             return None
         tokenizer = open_tokenizer(t.tokenizer) if t.tokenizer else None
         how = (r.temperature, r.top_p, r.max_tokens)
-        return ServedTeacher(endpoint_of(t, self.folder / ANSWERS), t.api, tokenizer, *how)
+        endpoint = endpoint_of(t, self.folder / f"{self.prefix}{ANSWERS}")
+        return ServedTeacher(endpoint, t.api, tokenizer, *how, member=self.member)
 
     @cached_property
     def local(self) -> LocalTeacher:
@@ -169,6 +181,8 @@ class Bench:
     def labelling(self) -> LocalTeacher:
         """The teacher in this process as it labels: as it answers, or a copy in the precision that was asked for."""
         precision = getattr(self.recipe.targets, "precision", "auto")
+        if self.team:
+            return mixed(*self.team.parts(lambda b: b.labelling), getattr(self.recipe.method, "temperature", 1.0))
         if precision == "auto":
             return self.local
         model, head = for_scoring(self.teacher.model, precision)
@@ -187,25 +201,28 @@ class Bench:
         if self.both:
             return self.both.encode(samples, self.recipe.data.too_long)
         encoded = encode_all(samples, self.language.tokenizer, self.context, self.recipe.data.too_long)
-        return (
-            [e for e in (e.learnt_from(self.untold) for e in encoded) if e.loss_positions] if self.untold else encoded
-        )
+        return [e for e in (e.learnt_from(self.untold) for e in encoded) if e.loss_positions]
 
     @cached_property
     def untold(self) -> int:
         """First tokens of a text that are not learnt, because a server that labels tells nothing of them."""
         t = self.recipe.targets
+        if self.team:
+            return max(b.untold for b in self.team.benches.values())
         if not self.served or self.recipe.method.kind == "sft" or not isinstance(t, TopKTargets):
             return 0
         return 2 if self.served.telling(t.k).silent_first else 0
 
     def asked(self) -> dict[str, Any]:
         """What a server was asked for, as it counts, and the first tokens of a text that are not learnt."""
-        return {"untold": self.untold, "usage": self.served.endpoint.paid.usage} if self.served else {}
+        served = [b.served for b in (self.team.benches.values() if self.team else [self]) if b.served]
+        return {"untold": self.untold, "usage": added([s.endpoint.paid.usage for s in served])} if served else {}
 
     @cached_property
     def encoded(self) -> list[Encoded]:
-        """The training samples as tokens."""
+        """The training samples as tokens; of one of several teachers, those that are its."""
+        if self.whole and self.whole.team:
+            return [e for e in self.whole.encoded if self.whole.team.owner(e) == self.member]
         return self.encode(read_samples(self.folder / "data" / "train.jsonl"))
 
     def batches(self, schedule: Schedule, seed: int) -> Packer:
@@ -215,41 +232,35 @@ class Bench:
 
     def first_student(self, seed: int) -> Any:
         """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
-        student = self._first_student(seed)
+        cut_from_it = lambda: self.of(cut_from(self.recipe)).teacher.model  # noqa: E731
+        student = first(self.recipe.student, self.language, self.context, seed, cut_from_it, self._opened)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        both = (student, *(() if self.served else (self.teacher.model,)))
-        if self.recipe.train.pack and not all(keeps_samples_apart(m) for m in both):
-            raise RecipeError(
-                f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
-                "train.pack=false"
-            )
+        if self.team and self.own_language:
+            same_tokenizer(self.language.tokenizer, self.own_language.tokenizer)
+        if self.recipe.train.pack:
+            unseen = self.served or (self.team and not self.team.mixture)
+            check_packing(student, *(() if unseen else (self.teacher.model,)))
         return student
 
     def _check_targets(self) -> None:
         m, t, precision = self.recipe.method, self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
         if m.kind == "sft":
             return  # which uses none
+        for name in self.team.benches if self.team else ():
+            self.of(name)._check_targets()
         check_targets(m, t, self.language.vocabulary, across=self.apart)
         if self.served and isinstance(t, TopKTargets):
             same_tokenizer(self.served.tokenizer, self.language.tokenizer)
             self.served.telling(t.k)
-        elif precision != "auto":
+        elif precision != "auto" and not self.team:
             check_scoring(self.teacher.model, precision)
 
     @property
     def student_dtype(self) -> torch.dtype:
         """What students are kept in: as the teacher is stored where they are cut from it, or as they were given."""
-        s = self.recipe.student
-        return torch.float32 if s.kind == "shape" else stored_dtype(self.teacher_path if s.kind == "cut" else s.path)
-
-    def _first_student(self, seed: int) -> Any:
-        s = self.recipe.student
-        if s.kind == "shape":
-            return from_shape(s.shape, self.language.tokenizer, self.context, seed, self.language.vocabulary)
-        if s.kind == "cut":
-            return cut(self.teacher.model, s).float()
-        return fitted(self._opened(s.path, s.trust_remote_code), s.path, self.language, self.context)
+        s, source = self.recipe.student, self.of(cut_from(self.recipe))
+        return torch.float32 if s.kind == "shape" else stored_dtype(source.teacher_path if s.kind == "cut" else s.path)
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
@@ -258,12 +269,8 @@ class Bench:
         if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()
-        budget = getattr(self.recipe.targets, "budget", math.inf)
-        if made.bytes_per_token > budget:
-            say(
-                f"targets take {made.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples "
-                "have few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
-            )
+        if over := made.over(getattr(self.recipe.targets, "budget", float("inf"))):
+            say(over)
         facts = {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}
         return facts | ({"across": True} if self.both else {}), made.damaged
 
@@ -272,12 +279,14 @@ class Bench:
         with counting("targets", len(self.encoded), "samples") as c:
             made = self.cache.fill(self.encoded, c.advance, clean=own and self.group.first)
         self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
+        if self.team:
+            self.team.put_away()
         return made
 
     def signal(self, batch: Batch):
         """The teacher at a batch's loss positions, live or from the cache."""
         if self.recipe.targets.kind == "dense":
-            return self.local.dense(batch)
+            return self.labelling.dense(batch)
         if not self.cache.filled:
             self.fill_cache()
         told = self.cache.signal(batch, self.compute.device, lambda: self.local.head)
@@ -292,22 +301,23 @@ class Bench:
     def across(self) -> AcrossTeacher:
         """The teacher as it labels for a student of another tokenizer."""
         assert self.both
-        bos, spellings = self.teacher.tokenizer.bos_token_id, self.both.spellings
-        ends = self.both.ends(self.encoded), sorted(self.teacher.eos_ids | ({bos} - {None}))
-        v = compare(*spellings, *ends, self.language.vocabulary, self.teacher.vocabulary)
+        v = self.both.vocabularies(self.encoded, self.teacher.ends)
         return AcrossTeacher(self.labelling, v, self.both.theirs)
 
     @cached_property
-    def cache(self) -> TargetCache:
+    def cache(self) -> TargetCache | AssignedCache:
         """The targets of the training samples, on disk."""
+        if self.team and not self.team.mixture:
+            return AssignedCache(self.team.owner, lambda name: self.of(name).cache)  # type: ignore[arg-type]
         t, temperature = self.recipe.targets, getattr(self.recipe.method, "temperature", 1.0)
-        assert not isinstance(t, DenseTargets)
+        assert t.kind != "dense"
         self._check_targets()
         keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
         entries = self.across.vocabularies.trie.outcomes if self.both else self.language.vocabulary
         asked = {"teacher": self.labels.fingerprint, "compute": self.compute.name, "asked": t.model_dump(mode="json")}
         expected = lambda some, tried: self.labels.expected(some, tried, keep.temperature)  # noqa: E731
-        keep = settled_keep(self.folder / LABELLED_AS, t, keep, self.encoded, entries, asked, expected)
+        file = self.folder / f"{self.prefix}{LABELLED_AS}"
+        keep = settled_keep(file, t, keep, self.encoded, entries, asked, expected)
         label = lambda some, keep: self.labels.targets(some, keep)  # noqa: E731
         made_by = f"{self.labels.fingerprint} on {self.compute.name}"
         return TargetCache(self.folder / "targets", made_by, keep, entries, t.shard, label)
@@ -328,12 +338,14 @@ class Bench:
         return hold_out(samples, self.recipe.evaluate, own.tokenizer, own.context, encode)
 
     @property
-    def reference(self) -> Loaded | None:
-        """The teacher that models are measured against token by token; None where it is behind a server, which shows
-        too little, or has other tokens."""
-        return None if self.served or self.apart else self.teacher
+    def measurable(self) -> bool:
+        """Whether the teacher can be measured: a server shows too little, and a text has none of several."""
+        return self.team.measurable(self.recipe.evaluate.text) if self.team else not self.served
 
     @property
-    def measuring(self) -> Compute:
-        """How evaluation computes: as training does on a GPU, in float32 elsewhere."""
-        return self.compute if self.compute.device.type == "cuda" else replace(self.compute, autocast=None)
+    def reference(self) -> Loaded | Routed | None:
+        """The teacher that models are measured against token by token, of several each sample's own; None where it
+        cannot be measured, or has other tokens."""
+        if self.measurable and self.team and not self.team.mixture:
+            return Routed(self.team.owner, lambda name: self.of(name).teacher, self.language.tokenizer)
+        return self.teacher if self.measurable and not self.apart else None

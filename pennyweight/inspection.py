@@ -51,14 +51,20 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
             f"the student of {root} has other tokens than its teacher, which cannot be measured token by token; "
             "inspect a run whose student has its teacher's tokenizer"
         )
+    if bench.team and not bench.team.mixture:
+        raise RunError(
+            f"the records of {root} have several teachers, and none stands for all to be measured against; inspect a "
+            "run with one teacher, or with a mixture"
+        )
     if bench.served:
         raise RunError(
             f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "
             "whose teacher is a folder"
         )
     batches = _batches(bench, min(tokens, max(64, _ENTRIES // bench.teacher.vocabulary)))
-    whole, labelled = _logits(bench.local, batches), None
-    if bench.labelling is not bench.local:
+    # A mixture is mixed at the temperature of the labels, and is then the whole teacher.
+    whole, labelled = _logits(bench.labelling if bench.team else bench.local, batches), None
+    if bench.labelling is not bench.local and not bench.team:
         labelled = _logits(bench.labelling, batches)
     temperature = getattr(bench.recipe.method, "temperature", 1.0)
     students = _students(bench, root)
@@ -100,11 +106,12 @@ def help_to_label(folder: str) -> dict[str, Any]:
     root, bench = _bench(folder)
     if bench.recipe.targets.kind == "dense" or bench.recipe.method.kind == "sft":
         raise RunError(f"{root} keeps no targets (its teacher runs live, or is not needed); there is nothing to label")
-    labelled_as = read_settled(root / LABELLED_AS)
-    if labelled_as and labelled_as["made_from"].get("compute") != bench.compute.name:
+    labelled_as = [read_settled(file) for file in (root / LABELLED_AS, *root.glob(f"*-{LABELLED_AS}"))]
+    others = {known["made_from"].get("compute") for known in labelled_as if known} - {bench.compute.name}
+    if others:
         raise RunError(
-            f"{root} is labelled on {labelled_as['made_from'].get('compute')} and this process would on "
-            f"{bench.compute.name}, whose targets differ; help from a machine like the first"
+            f"{root} is labelled on {', '.join(map(str, others))} and this process would on {bench.compute.name}, "
+            "whose targets differ; help from a machine like the first"
         )
     try:
         return asdict(bench.fill_cache(own=False))
@@ -165,7 +172,7 @@ def _gradient(bench: Bench, path: Path, batches: list[Batch], temperature: float
         for batch in batches:
             index = torch.arange(a, a + batch.count, device=bench.compute.device)
             weighed = batch.weighted(0.0, 1.0, spec, target.take(index))
-            (batch_loss(model, head, weighed, bench.measuring).loss / total).backward()
+            (batch_loss(model, head, weighed, bench.compute.measuring).loss / total).backward()
             a += batch.count
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 

@@ -185,8 +185,8 @@ def _texts(parent: Loaded, compute: Compute, asked: Asked, work: Path) -> Texts:
     writer = Writer(speaker, parent.tokenizer, work / "written", asked.seed, counting, context, "drop")
     source = FileData(path=asked.data, limit=wanted) if asked.data else TeacherSamples(count=wanted)
     share = min(0.5, _HELD_OUT / wanted)
-    parts = split(gather(source, writer, "undeclared"), share, _HELD_OUT)
-    learnt, held_out, _ = prepare(parts, Responses(max_tokens=most), lambda: writer, judge_sample)
+    parts = split(gather(source, lambda member: writer), share, _HELD_OUT)
+    learnt, held_out, _ = prepare(parts, Responses(max_tokens=most), lambda member: writer, judge_sample)
     sides = [encode_all(side, parent.tokenizer, context, "truncate") for side in (learnt, held_out)]
     return Texts(sides[0], sides[1], learnt_bytes(sides[1], parent.tokenizer), ", ".join({s.source for s in learnt}))
 

@@ -160,7 +160,56 @@ class EndpointTeacher(Settings):
         return name
 
 
-_Teachers = FolderTeacher | TrainedTeacher | EndpointTeacher
+Member = Annotated[FolderTeacher | EndpointTeacher, Discriminator("kind")]
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=50)]
+Share = Annotated[float, Field(ge=0)]
+
+
+class SeveralTeachers(Settings):
+    """More than one teacher, of one tokenizer: each record has one of them, or all are mixed at each position.
+
+    One of ``route``, ``weights`` and ``mixture`` says which.
+    """
+
+    kind: Literal["several"] = "several"
+    members: dict[MemberName, Member] = Field(min_length=1)
+    route: str | None = Field(default=None, description="column of data.source whose value names the row's member")
+    default: str | None = Field(default=None, description="route: the member of rows that name none")
+    weights: dict[str, Share] | None = Field(default=None, description="shares of the records, by content hash")
+    mixture: dict[str, Share] | None = Field(
+        default=None, description="shares of each member's distribution in the target, and of the records it writes"
+    )
+
+    @model_validator(mode="after")
+    def _says_which(self) -> SeveralTeachers:
+        names = ", ".join(self.members)
+        if sum(x is not None for x in (self.route, self.weights, self.mixture)) != 1:
+            raise ValueError("set one of route, weights and mixture, which say whose a record is")
+        for what in ("weights", "mixture"):
+            given = getattr(self, what)
+            if given is not None and set(given) != set(self.members):
+                raise ValueError(f"{what} must name each member once ({names}), not {', '.join(given) or 'none'}")
+            if given is not None and not sum(given.values()):
+                raise ValueError(f"{what} are all 0; give at least one member a share")
+        if self.default is not None and (self.route is None or self.default not in self.members):
+            raise ValueError(f"default={self.default} must be a member ({names}), and goes with route only")
+        return self
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """In which records are dealt out among members; None where a column says whose they are."""
+        return self.weights or self.mixture
+
+    @property
+    def licence(self) -> str:
+        return "; ".join(f"{name}: {m.licence}" for name, m in self.members.items())
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return any(getattr(m, "trust_remote_code", False) for m in self.members.values())
+
+
+_Teachers = FolderTeacher | TrainedTeacher | EndpointTeacher | SeveralTeachers
 TeacherChoice = Annotated[_Teachers, Discriminator("kind")]
 
 
@@ -184,6 +233,7 @@ class CutStudent(Settings):
     """A student cut from the teacher: layers chosen, widths narrowed, everything else copied."""
 
     kind: Literal["cut"] = "cut"
+    member: str | None = Field(default=None, description="of several teachers, which; default: the first folder")
     layers: int | list[int] | None = Field(default=None, description="how many (spread evenly), or which, from 0")
     hidden: int | None = Field(default=None, ge=8)
     intermediate: int | None = Field(default=None, ge=8)
@@ -290,6 +340,7 @@ class Recipe(Settings):
     def hash_of(self, *sections: str) -> str:
         """SHA-256 of the named parts, as a stage depends on them; how often it saves, and with what patience a server
         is asked, changes no result."""
-        patience = {"key_env", "concurrency", "timeout", "retries"}
+        patience: dict[str, Any] = dict.fromkeys(("key_env", "concurrency", "timeout", "retries"), True)
+        patience["members"] = {"__all__": patience.copy()}
         whole = self.model_dump(mode="json", exclude={"train": {"checkpoint_every"}, "teacher": patience})
         return sha256_json({s: whole[s] for s in sections})

@@ -178,6 +178,7 @@ _TAGS = {
     "folder",
     "trained",
     "endpoint",
+    "several",
     "shape",
     "cut",
     "sft",
@@ -193,7 +194,8 @@ _TAGS = {
 def _plain(where: list[str]) -> list[str]:
     """A location without the union tags that pydantic puts after a tagged field."""
     tagged = {"teacher", "student", "method", "targets", "source"}
-    return [p for i, p in enumerate(where) if not (i and p in _TAGS and where[i - 1] in tagged)]
+    is_tag = lambda i: where[i - 1] in tagged or where[max(0, i - 2)] == "members"  # noqa: E731
+    return [p for i, p in enumerate(where) if not (i and p in _TAGS and is_tag(i))]
 
 
 def _fields_at(where: list[str]) -> list[str]:

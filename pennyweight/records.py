@@ -75,6 +75,7 @@ class Sample:
     ``prompt`` is empty for plain text. ``response`` is None until somebody has written it. ``author`` is
     ``given`` when it came with the data, else the teacher's name. ``complete`` is False for a response or text
     that was cut off, so that no end-of-text token is taught after it. ``source`` and ``licence`` are as declared.
+    ``teacher`` is the one of several that it is for, by its name in the recipe; None where there is one only.
     """
 
     prompt: tuple[Message, ...]
@@ -84,6 +85,7 @@ class Sample:
     author: str = "given"
     complete: bool = True
     task: Task | None = None
+    teacher: str | None = None
 
     @property
     def prompt_hash(self) -> str:
@@ -111,7 +113,8 @@ class Sample:
         return replace(self, response=response, author=author, complete=complete)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        return row if self.teacher else {k: v for k, v in row.items() if k != "teacher"}
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Sample:
@@ -124,6 +127,7 @@ class Sample:
             author=row["author"],
             complete=row["complete"],
             task=Task(**task) if task else None,
+            teacher=row.get("teacher"),
         )
 
 

@@ -32,8 +32,8 @@ from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.recovery import check_copies, low_bit
 from pennyweight.quant.rounding import copies_of, recovery_of
-from pennyweight.recipe import FileData, FolderTeacher, Recipe, SftMethod, TeacherSamples, TrainedTeacher
-from pennyweight.records import ROUNDED, Teacher, sha256_json
+from pennyweight.recipe import FileData, Recipe, SftMethod, TeacherSamples, TrainedTeacher
+from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
@@ -41,6 +41,7 @@ from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
+from pennyweight.teacher.several import identities, seed_of, who_teaches
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
@@ -107,10 +108,8 @@ def the_teacher(line: Line) -> Done:
     """A folder or a server as it is; or one trained from nothing on worked solutions, kept for the next run."""
     recipe = line.recipe
     if not isinstance(recipe.teacher, TrainedTeacher):
-        depends = {"teacher": recipe.hash_of("teacher")}
-        if isinstance(recipe.teacher, FolderTeacher):
-            depends["identity"] = identity_of(recipe.teacher.path, recipe.teacher.trust_remote_code)
-        return line.run.stage("teacher", depends, lambda work: Made(line.bench.answering.facts()))
+        depends = {"teacher": recipe.hash_of("teacher"), **identities(recipe.teacher, identity_of)}
+        return line.run.stage("teacher", depends, lambda work: Made((line.bench.team or line.bench.answering).facts()))
     held_out = recipe.data.eval_fraction
     depends = {"teacher": recipe.hash_of("teacher"), "held_out": held_out, "compute": line.compute.name}
     key = sha256_json([depends, __version__])
@@ -164,23 +163,24 @@ def the_data(line: Line, teacher: Done) -> Done:
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
     depends |= {"tokenizer": own.identity} if (own := line.bench.own_language) else {}
-    return line.run.stage("data", depends, lambda work: _data(line, work))
+    return line.run.stage("data", depends, lambda work: _data(line, teacher, work))
 
 
-def _data(line: Line, work: Path) -> Made:
+def _data(line: Line, teacher: Done, work: Path) -> Made:
     recipe, d, folder = line.recipe, line.recipe.data, line.folder / "data"
 
-    def writer(teacher: Teacher | None = None) -> Writer:
-        speaker = teacher or line.bench.answering
-        tokenizer = speaker.tokenizer or line.bench.language.tokenizer
-        return Writer(speaker, tokenizer, work, recipe.seed, counting, line.bench.asked_in, d.too_long)
+    def writer(member: str | None, source: TeacherSamples | None = None) -> Writer:
+        bench, seed = line.bench.of(member), seed_of(recipe.seed, member)
+        speaker = bench.sampling(source) if source else bench.answering
+        told_by = (speaker, speaker.tokenizer or line.bench.language.tokenizer, work / (member or ""))
+        return Writer(*told_by, seed, counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
 
-    own = writer(line.bench.sampling(d.source)) if isinstance(d.source, TeacherSamples) else None
-    gathered = gather(d.source, own, recipe.teacher.licence)
+    gathered = gather(d.source, partial(writer, source=d.source), recipe.teacher)
     sides, found = both_sides(gathered, d, writer, judge_sample, line.bench.encode)
     for name, samples in sides.items():
         write_samples(folder / f"{name}.jsonl", samples)
-        line.run.ledger.add_records(samples, name, line.bench.answering.fingerprint, line.bench.answering.name)
+        for known, taught in who_teaches(samples, teacher.facts):
+            line.run.ledger.add_records(taught, name, known["fingerprint"], known["name"])
     say(told(found))
     return Made(found | line.bench.asked(), found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 
@@ -287,8 +287,7 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
 def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     """Every model on the same held-out samples and problems; by name: teacher, base-0, sft-0, kd-0, int8, ..."""
     teacher = made.teacher.facts["identity"]
-    served = line.recipe.teacher.kind == "endpoint"  # which shows too little to be measured
-    models: dict[str, tuple[str | Path, Any]] = {} if served else {"teacher": (line.bench.teacher_path, teacher)}
+    models: dict[str, tuple[str | Path, Any]] = {"teacher": ("", teacher)} if line.bench.measurable else {}
     for name, done in {d.name: d for d in made.starts.values()}.items():
         models[name.replace("start", "base")] = (line.folder / next(iter(done.outputs)), done.outputs)
     for by_seed in made.arms.values():
@@ -312,13 +311,13 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
     samples = 0 if name.endswith(ROUNDED) else e.samples  # which is only there to be looked at beside the other
 
     def make(work: Path) -> Made:
-        model = line.bench.teacher if name == "teacher" else line.bench.opened(path)
+        model = line.bench.reference or line.bench.teacher if name == "teacher" else line.bench.opened(path)
         parent = line.bench.opened(line.folder / "student") if depends["parent"] else None
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out = line.bench.teachers_held_out if name == "teacher" else line.bench.held_out
         references = None if name == "teacher" else line.bench.reference, parent
         with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
-            found = examine(model, held_out, judge, sampling, line.bench.measuring, *references, progress=c.advance)
+            found = examine(model, held_out, judge, sampling, line.compute.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
 

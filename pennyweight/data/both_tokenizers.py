@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from pennyweight.model.spelling import Spelling
 from pennyweight.model.token_bytes import spelling_of
 from pennyweight.progress import say
 from pennyweight.records import Encoded, Sample
-from pennyweight.teacher.alignment import check_same_text
+from pennyweight.teacher.alignment import Vocabularies, check_same_text, compare
 
 _LONG, _USUAL = 16, 4  # characters a token: of a text that surely does not fit, and of most texts
 
@@ -52,6 +52,11 @@ class BothTokenizers:
         last = [e.ids[-1] for e in encoded if e.mask[-1] and pieces[e.ids[-1]] is None]
         found = sorted(set(last), key=lambda i: (-last.count(i), i))
         return [*found, *([eos] if eos is not None and eos not in found else [])]
+
+    def vocabularies(self, encoded: Sequence[Encoded], teachers_ends: Iterable[int]) -> Vocabularies:
+        """Both vocabularies, compared, for samples of ``encode``; the teacher's texts end in ``teachers_ends``."""
+        ends = self.ends(encoded), sorted(teachers_ends)
+        return compare(*self.spellings, *ends, self.student.vocabulary, self.teacher.vocabulary)
 
     def encode(self, samples: Sequence[Sample], too_long: str) -> list[Encoded]:
         """The student's encodings, as ``render.encode_all`` makes them, but that a plain text which is too long for one

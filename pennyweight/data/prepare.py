@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pennyweight.recipe import Data, Responses, Source, TaskData, TaskSource, Te
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
+from pennyweight.teacher.several import assigned, by_teacher, member_of, one_teacher_each, route_of
 
 Progress = Callable[[int], None]
 Counting = Callable[[str, int, str], Any]
@@ -25,7 +27,8 @@ Counting = Callable[[str, int, str], Any]
 class Writer:
     """A teacher that writes, its tokenizer, the folder its finished parts wait in, a seed, and how to show progress.
 
-    Prompts that leave no room in ``context`` are refused, or left out where ``too_long`` is not ``refuse``.
+    Prompts that leave no room in ``context`` are refused, or left out where ``too_long`` is not ``refuse``. ``licence``
+    is that of what it writes.
     """
 
     teacher: Teacher
@@ -35,6 +38,11 @@ class Writer:
     counting: Counting
     context: int
     too_long: str
+    licence: str = "undeclared"
+
+
+Writers = Callable[[str | None], Writer]
+"""One of several teachers by name, None where there is one -> that teacher as it writes"""
 
 
 def problems_of(tasks: list[TaskSource], seed: int, held_out: float) -> list[Sample]:
@@ -43,21 +51,33 @@ def problems_of(tasks: list[TaskSource], seed: int, held_out: float) -> list[Sam
     return [s for s in drawn if not is_held_out(s.prompt_hash, held_out)]
 
 
-def gather(source: Source, writer: Writer | None, licence: str) -> list[Sample]:
-    """Prompts and texts from where the recipe says; ``writer`` is needed for the teacher's own samples."""
+def gather(source: Source, writers: Writers, teacher: Any = None) -> list[Sample]:
+    """Prompts and texts from where the recipe says; of several teachers each has one.
+
+    Args:
+        writers: teachers as they write from nothing, asked for where their own samples are the data.
+        teacher: the recipe's.
+    """
     if isinstance(source, TaskData):
-        return read_tasks(source)
+        return assigned(read_tasks(source), teacher)
     if not isinstance(source, TeacherSamples):
-        return read(source)
-    assert writer is not None
-    with writer.counting("teacher writes samples", source.count, "samples") as c:
-        return own_samples(
-            writer.teacher, writer.tokenizer, source.count, writer.seed, writer.parts / "own", licence, c.advance
-        )
+        route = route_of(teacher)
+        samples = read(source, route)
+        if route:
+            route.check()
+        return assigned(samples, teacher)
+    shares, out = getattr(teacher, "shares", None), []
+    counts = Counter(member_of(f"own sample {i}", shares) if shares else None for i in range(source.count))
+    for member, count in sorted(counts.items(), key=str):
+        w = writers(member)
+        with w.counting("teacher writes samples", count, "samples") as c:
+            own = own_samples(w.teacher, w.tokenizer, count, w.seed, w.parts / "own", w.licence, c.advance)
+        out += [replace(s, teacher=member) for s in own]
+    return out
 
 
-def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], name: str) -> list[Sample]:
-    """Samples with a response each: theirs or the teacher's, as ``by`` (auto, given, teacher) says.
+def answer(samples: Sequence[Sample], by: str, writers: Writers, name: str) -> list[Sample]:
+    """Samples with a response each: theirs or their teacher's, as ``by`` (auto, given, teacher) says.
 
     Raises:
         DataError: ``by`` is given and a sample has none, or a prompt leaves no room for a response.
@@ -69,9 +89,14 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
             "leave it to the teacher with data.responses.by=auto"
         )
     asked = [s for s in samples if s.prompt] if by == "teacher" else missing
-    if not asked:
-        return list(samples)
-    w = writer()
+    found: dict[int, Sample | None] = {}
+    for member, group in by_teacher(asked).items():
+        found |= _answers(group, writers(member), name)
+    return [x for s in samples if (x := found.get(id(s), s)) is not None]
+
+
+def _answers(asked: Sequence[Sample], w: Writer, name: str) -> dict[int, Sample | None]:
+    """Samples answered by one teacher, by the ``id`` of what was asked; None where there is no room."""
     prompts = {id(s): prompt_of(s, w.tokenizer) for s in asked}
     fits = [s for s in asked if len(prompts[id(s)].ids) < w.context]
     if len(fits) < len(asked) and w.too_long == "refuse":
@@ -81,15 +106,21 @@ def answer(samples: Sequence[Sample], by: str, writer: Callable[[], Writer], nam
         )
     with w.counting(f"teacher answers ({name})", len(fits), "prompts") as c:
         prompt = lambda s: prompts[id(s)]  # noqa: E731
-        replies = iter(write_answers(fits, prompt, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance))
-    chosen = {id(s) for s in fits}
-    return [next(replies) if id(s) in chosen else s for s in samples if id(s) in chosen or id(s) not in prompts]
+        replies = write_answers(fits, prompt, w.teacher, w.parts / name, w.seed * 2 + (name == "eval"), c.advance)
+    licensed = [replace(r, licence=both_licences(r.licence, w.licence)) for r in replies]
+    return dict.fromkeys(prompts) | {id(s): r for s, r in zip(fits, licensed, strict=True)}
+
+
+def both_licences(prompt: str, response: str) -> str:
+    """The licence of a record whose two sides have one each, as SPDX writes it."""
+    bracketed = lambda x: f"({x})" if " OR " in x else x  # noqa: E731
+    return prompt if prompt == response else f"{bracketed(prompt)} AND {bracketed(response)}"
 
 
 def both_sides(
     gathered: list[Sample],
     data: Data,
-    writer: Callable[[], Writer],
+    writers: Writers,
     judge: Callable[[Sample], Verdict | None],
     encode: Callable[[list[Sample]], list[Encoded]],
 ) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
@@ -100,14 +131,14 @@ def both_sides(
         DataError: nothing is left on one side.
     """
     parts = split(gathered, data.eval_fraction, data.eval_limit)
-    train, held_out, rejected = prepare(parts, data.responses, writer, judge)
+    train, held_out, rejected = prepare(parts, data.responses, writers, judge)
     train, of_train = _settled("train", train, encode)
     held_out, of_eval = _settled("eval", held_out, encode)
     return {"train": train, "eval": held_out}, _facts(train, held_out, parts, rejected) | of_train | of_eval
 
 
 def prepare(
-    parts: Split, responses: Responses, writer: Callable[[], Writer], judge: Callable[[Sample], Verdict | None]
+    parts: Split, responses: Responses, writers: Writers, judge: Callable[[Sample], Verdict | None]
 ) -> tuple[list[Sample], list[Sample], int]:
     """(training samples, held-out samples, training samples turned down): answered, and judged where asked for.
 
@@ -115,8 +146,8 @@ def prepare(
         DataError: nothing is left on one side.
     """
     wanted = judge if responses.keep == "verified" else None
-    train, rejected = keep(answer(parts.train, responses.by, writer, "train"), wanted)
-    held_out, _ = keep(answer(parts.evaluation, responses.by, writer, "eval"), None)
+    train, rejected = keep(one_teacher_each(answer(parts.train, responses.by, writers, "train")), wanted)
+    held_out, _ = keep(answer(parts.evaluation, responses.by, writers, "eval"), None)
     if not train or not held_out:
         raise DataError(
             f"no sample is left of {len(parts.train):,} for training or {len(parts.evaluation):,} for evaluation; "
@@ -135,7 +166,8 @@ def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: 
         "duplicates": parts.duplicates,
         "rejected": rejected,
         "overlap": parts.overlap,
-        "authors": {a: sum(s.author == a for s in train) for a in sorted({s.author for s in train})},
+        "authors": dict(sorted(Counter(s.author for s in train).items())),
+        **({"teachers": of} if (of := dict(sorted(Counter(s.teacher for s in train if s.teacher).items()))) else {}),
     }
 
 
@@ -150,10 +182,11 @@ def _settled(
     encoded = encode(list(samples))
     whole = {e.id.partition(":")[0] for e in encoded}
     kept = [s for s in samples if s.id in whole]
+    teachers = [[s.teacher] for s in kept if s.teacher]  # whose distribution the same tokens get
     return kept, {
         f"{name}_tokens": sum(len(e.ids) for e in encoded),
         f"{name}_left_out": len(samples) - len(kept),
-        f"{name}_stream": sha256_json([[e.id, e.token_hash] for e in encoded]),
+        f"{name}_stream": sha256_json([[e.id, e.token_hash] for e in encoded] + teachers),
     }
 
 

@@ -6,7 +6,8 @@ names given in the recipe come first. Every message names the place of the row a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
+
+Route = Callable[[Mapping[str, Any], str], str]
+"""(row, the place it stands at) -> the teacher that it is for"""
 
 FILE_VERIFIERS = ("exact", "math")
 """Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
@@ -52,8 +56,8 @@ def read_tasks(source: TaskData) -> list[Sample]:
     return list(out.values())
 
 
-def read(source: FileData) -> list[Sample]:
-    """Samples of a file, a folder, a saved dataset or a hub dataset, in order.
+def read(source: FileData, route: Route | None = None) -> list[Sample]:
+    """Samples of a file, a folder, a saved dataset or a hub dataset, in order; ``route`` says whose each row is.
 
     ``Sample.source`` is the last part of the declared path (all of a hub name), never where it lies on this machine.
     Rows whose text is blank are passed over; a blank response is no response.
@@ -68,8 +72,11 @@ def read(source: FileData) -> list[Sample]:
         )
     name = source.path if not Path(source.path).expanduser().exists() else Path(source.path).expanduser().resolve().name
     form = _Form(source, name)
-    out = [form.sample(row, where) for where, row in islice(rows(source.path, source.split), source.limit)]
-    samples = [s for s in out if s is not None]
+    samples = []
+    for where, row in islice(rows(source.path, source.split), source.limit):
+        sample = form.sample(row, where)
+        if sample is not None:
+            samples.append(replace(sample, teacher=route(row, where)) if route else sample)
     if not samples:
         raise DataError(f"{name} has no rows; give a file with data in it")
     return samples

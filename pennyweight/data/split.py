@@ -47,23 +47,23 @@ def is_held_out(prompt_hash: str, eval_fraction: float) -> bool:
 def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int) -> Split:
     """Split samples by the content hash of their prompts.
 
-    Exact repeats are removed. Train keeps its order and all responses to a prompt. Evaluation keeps one response a
-    prompt (the one with the smallest id), in the order of prompt hashes, and of those the first ``eval_limit``; what
-    is beyond is left out, never moved to train.
+    Exact repeats are removed, unless they are for different teachers. Train keeps its order and all responses to a
+    prompt. Evaluation keeps one response a prompt (the one with the smallest id), in the order of prompt hashes, and of
+    those the first ``eval_limit``; what is beyond is left out, never moved to train.
 
     Raises:
         DataError: a side has no sample.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, str | None]] = set()
     train: list[Sample] = []
     held_out: dict[str, tuple[str, Sample]] = {}
     duplicates = 0
     for sample in samples:
         prompt, name = sample.prompt_hash, sample.id
-        if name in seen:
+        if (name, sample.teacher) in seen:
             duplicates += 1
             continue
-        seen.add(name)
+        seen.add((name, sample.teacher))
         if not is_held_out(prompt, eval_fraction):
             train.append(sample)
         elif prompt not in held_out or name < held_out[prompt][0]:

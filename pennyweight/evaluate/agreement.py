@@ -6,8 +6,9 @@ Sums per sample come out, so that means, bootstrap intervals and paired differen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pennyweight.model.cache import NewCache
 from pennyweight.model.device import Compute
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.loaded import Loaded
-from pennyweight.records import Encoded, Interval
+from pennyweight.records import Encoded, Interval, Sample
 
 _BINS = 15
 _TILE_ENTRIES = 1 << 23
@@ -45,6 +46,22 @@ def as_scorer(loaded: Loaded, compute: Compute, new_cache: NewCache | None = Non
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Several models of one tokenizer, each for samples of its own: ``owner`` names a sample's, and ``open`` opens the
+    one of a name; nothing that was opened before is used after that."""
+
+    owner: Callable[[Encoded | Sample], str]
+    open: Callable[[str], Loaded]
+    tokenizer: Any
+
+    def parts(self, samples: Sequence[Encoded | Sample]) -> Iterator[tuple[Loaded, list[int]]]:
+        """Each model that some samples have, and the places of these."""
+        names = [self.owner(s) for s in samples]
+        for name in sorted(set(names)):
+            yield self.open(name), [i for i, of in enumerate(names) if of == name]
+
+
+@dataclass(frozen=True)
 class Scored:
     """Per-sample sums, one entry a sample: tokens, UTF-8 bytes, nats of cross-entropy, and against the reference
     KL both ways and top-1 matches (zeros without one). ``bins`` is (samples, 15, 3): tokens, confidence, hits by
@@ -58,6 +75,12 @@ class Scored:
     kl_from: np.ndarray
     same: np.ndarray
     bins: np.ndarray
+
+    @staticmethod
+    def of(parts: Sequence[tuple[list[int], Scored]]) -> Scored:
+        """Samples that were scored in parts, at their places."""
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
+        return Scored(*(np.concatenate([getattr(s, f.name) for _, s in parts])[order] for f in fields(Scored)))
 
     def bits_per_byte(self, seed: int = 0) -> Interval:
         return ratio(self.nats / math.log(2), self.bytes, seed)

@@ -4,17 +4,18 @@ agreement with its teacher, and for a low-bit copy with its full-precision paren
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from pennyweight.evaluate.agreement import Scored, as_scorer, score
+from pennyweight.evaluate.agreement import Routed, Scored, as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import wilson
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
 from pennyweight.model.loaded import Loaded
-from pennyweight.records import Interval, Task, Verdict
+from pennyweight.records import Encoded, Interval, Sample, Task, Verdict
 
 Judge = Callable[[str, Task], Verdict]
 
@@ -47,16 +48,17 @@ class Sampling:
 
 
 def examine(
-    loaded: Loaded,
+    loaded: Loaded | Routed,
     held_out: HeldOut,
     judge: Judge,
     sampling: Sampling,
     compute: Compute,
-    teacher: Loaded | None = None,
+    teacher: Loaded | Routed | None = None,
     parent: Loaded | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Examined:
-    """Measure one model. ``teacher`` adds agreement with it, ``parent`` agreement with that."""
+    """Measure one model, or several as one that answers each sample by the one it has. ``teacher`` adds agreement with
+    it, ``parent`` agreement with that."""
     found = Examined()
     if held_out.encoded:
         scored = _scored(loaded, held_out, compute, teacher, progress)
@@ -66,19 +68,41 @@ def examine(
         beside = _scored(loaded, held_out, compute, parent, progress)
         found.metrics["kl_parent"] = beside.per_token("kl_to", sampling.seed)
         found.metrics["agreement_parent"] = beside.per_token("same", sampling.seed)
+    if isinstance(loaded, Loaded) and not loaded.writes:
+        return found
     if held_out.problems:
         _solve(found, loaded, held_out, judge, sampling, progress)
     elif held_out.openings:
-        _write_on(found, loaded, held_out.openings, sampling)
+        _write_on(found, loaded, held_out, sampling)
     return found
 
 
 def _scored(
-    loaded: Loaded, held_out: HeldOut, compute: Compute, reference: Loaded | None, progress: Callable[[int], None]
+    loaded: Loaded | Routed,
+    held_out: HeldOut,
+    compute: Compute,
+    reference: Loaded | Routed | None,
+    progress: Callable[[int], None],
 ) -> Scored:
-    other = as_scorer(reference, compute) if reference else None
-    model = as_scorer(loaded, compute)
-    return score(held_out.encoded, held_out.bytes, model, other, loaded.pad_id, progress=progress)
+    parts = []
+    for model, other, places in _sides(loaded, reference, held_out.encoded):
+        samples, sizes = [held_out.encoded[i] for i in places], [held_out.bytes[i] for i in places]
+        sides = as_scorer(model, compute), as_scorer(other, compute) if other else None
+        parts.append((places, score(samples, sizes, *sides, model.pad_id, progress=progress)))
+    return Scored.of(parts)
+
+
+def _sides(
+    loaded: Loaded | Routed, reference: Loaded | Routed | None, samples: Sequence[Encoded]
+) -> Iterator[tuple[Loaded, Loaded | None, list[int]]]:
+    """A model, what it is measured against, and the places of the samples that this is for."""
+    if isinstance(loaded, Routed):
+        assert reference is None
+        yield from ((model, None, places) for model, places in loaded.parts(samples))
+    elif isinstance(reference, Routed):
+        yield from ((loaded, other, places) for other, places in reference.parts(samples))
+    else:
+        yield loaded, reference, list(range(len(samples)))
 
 
 def _token_metrics(scored: Scored, with_teacher: bool, seed: int) -> dict[str, Interval]:
@@ -92,7 +116,7 @@ def _token_metrics(scored: Scored, with_teacher: bool, seed: int) -> dict[str, I
 
 def _solve(
     found: Examined,
-    loaded: Loaded,
+    loaded: Loaded | Routed,
     held_out: HeldOut,
     judge: Judge,
     sampling: Sampling,
@@ -100,11 +124,9 @@ def _solve(
 ) -> None:
     """Greedy answers for pass@1, sampled ones for pass@k."""
     began = time.monotonic()
-    greedy = _answers(loaded, held_out.prompts, sampling, 0.0, sampling.seed)
-    seconds = time.monotonic() - began
-    written = sum(len(g.ids) for g in greedy)
-    found.decode_tokens_per_second = round(written / max(seconds, 1e-9), 1)
-    found.tokens += written
+    ask = partial(_asked, loaded, held_out.problems, held_out.prompts, sampling)
+    greedy = ask(0.0, sampling.seed)
+    found.tokens += _timed(found, loaded, greedy, began)
     progress(len(greedy))
     verdicts = []
     for sample, answer in zip(held_out.problems, greedy, strict=True):
@@ -120,7 +142,7 @@ def _solve(
         return
     right = [0] * len(held_out.problems)
     for k in range(sampling.samples):
-        sampled = _answers(loaded, held_out.prompts, sampling, sampling.temperature, sampling.seed + 1 + k)
+        sampled = ask(sampling.temperature, sampling.seed + 1 + k)
         found.tokens += sum(len(g.ids) for g in sampled)
         progress(len(sampled))
         for i, (sample, answer) in enumerate(zip(held_out.problems, sampled, strict=True)):
@@ -130,15 +152,40 @@ def _solve(
     found.metrics["pass_at_k"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
 
 
-def _write_on(found: Examined, loaded: Loaded, openings: list[tuple[list[int], str]], sampling: Sampling) -> None:
+def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampling: Sampling) -> None:
     """Greedy continuations, for the reader's eye: nothing judges them."""
-    began = time.monotonic()
-    begun = [ids for ids, _ in openings]
-    written = _answers(loaded, begun, replace(sampling, max_tokens=min(64, sampling.max_tokens)), 0.0, sampling.seed)
-    found.decode_tokens_per_second = round(sum(len(g.ids) for g in written) / max(time.monotonic() - began, 1e-9), 1)
-    for (_, prompt), answer in zip(openings, written, strict=True):
+    began, begun = time.monotonic(), [ids for ids, _ in held_out.openings]
+    short = replace(sampling, max_tokens=min(64, sampling.max_tokens))
+    written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
+    _timed(found, loaded, written, began)
+    for (_, prompt), answer in zip(held_out.openings, written, strict=True):
         text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         found.outputs.append({"prompt": prompt, "gold": None, "text": text, "correct": None})
+
+
+def _timed(found: Examined, loaded: Loaded | Routed, written: Sequence[Generated], began: float) -> int:
+    """How many tokens were written; their number a second is noted where one model that was open wrote them."""
+    tokens = sum(len(g.ids) for g in written)
+    if isinstance(loaded, Loaded):
+        found.decode_tokens_per_second = round(tokens / max(time.monotonic() - began, 1e-9), 1)
+    return tokens
+
+
+def _asked(
+    loaded: Loaded | Routed,
+    whose: Sequence[Encoded | Sample],
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    temperature: float,
+    seed: int,
+) -> list[Generated]:
+    """Answers to prompts, each of a sample in ``whose``."""
+    if isinstance(loaded, Loaded):
+        return _answers(loaded, prompts, sampling, temperature, seed)
+    out: dict[int, Generated] = {}
+    for model, places in loaded.parts(whose):
+        out |= zip(places, _answers(model, [prompts[i] for i in places], sampling, temperature, seed), strict=True)
+    return [out[i] for i in range(len(prompts))]
 
 
 def _answers(

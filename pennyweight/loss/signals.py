@@ -6,7 +6,7 @@ can be cut to a run of positions (``span``) or to some of them (``take``), and h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,6 +216,15 @@ class Grouped:
 
 
 Target = Dense | TopK | Sparse | Grouped
+
+
+def joined(parts: Sequence[TopK | Sparse]) -> TopK | Sparse:
+    """The positions of several targets of one kind, one part's after the other's."""
+    both = lambda name: torch.cat([getattr(p, name) for p in parts])  # noqa: E731
+    if isinstance(parts[0], TopK):
+        return TopK(both("ids"), both("probs"))
+    counts = torch.cat([p.starts.diff() for p in parts if isinstance(p, Sparse)])
+    return Sparse.of(counts, both("ids"), both("weights"), both("entropy"))
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,11 @@ class Compute:
     def hardware(self) -> str:
         """The name with that of the GPU, where it is one: for the ledger and for people."""
         return f"{torch.cuda.get_device_name(self.device)}, {self.name}" if self.device.type == "cuda" else self.name
+
+    @property
+    def measuring(self) -> Compute:
+        """How evaluation computes: as training does on a GPU, in float32 elsewhere."""
+        return self if self.device.type == "cuda" else replace(self, autocast=None)
 
 
 def choose(device: str, dtype: str) -> Compute:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from pennyweight.errors import ModelError
+from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.cache import cache_argument
 
 _ENTRIES = 8192  # of the head multiplied at once: a CPU's product of all is up to a tenth slower
@@ -62,8 +62,10 @@ def head_of(model: Any) -> Head:
     """The head of a Hugging Face causal LM: its output embedding, with the scaling its architecture applies.
 
     Gemma caps logits (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Granite divides
-    (``logits_scaling``).
+    (``logits_scaling``). A mixture (``model/mixture.py``) has its own.
     """
+    if (own := getattr(model, "own_head", None)) is not None:
+        return own
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise ModelError(
@@ -102,6 +104,16 @@ def trunk_of(model: Any) -> Any:
 
 
 @torch.no_grad()
+def check_packing(*models: Any) -> None:
+    """Raise RecipeError where samples in one row of a model would see each other."""
+    for model in models:
+        if not keeps_samples_apart(model):
+            raise RecipeError(
+                f"train.pack=true, but samples in one row of a {type(model).__name__} would see each other; set "
+                "train.pack=false"
+            )
+
+
 def keeps_samples_apart(model: Any) -> bool:
     """Whether two samples packed into one row, positions restarting, are blind to each other in this architecture."""
     if "position_ids" not in inspect.signature(trunk_of(model).forward).parameters:

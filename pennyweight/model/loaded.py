@@ -42,7 +42,7 @@ class Loaded:
 
     ``fingerprint`` is the SHA-256 of its weights and architecture, ``identity`` that of these and its tokenizer;
     ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
-    tokens; ``shape`` is a short summary of sizes.
+    tokens; ``shape`` is a short summary of sizes; ``writes`` is False of a mixture, which is only read.
     """
 
     model: Any
@@ -54,6 +54,7 @@ class Loaded:
     bytes: int
     context: int
     shape: dict[str, Any] = field(default_factory=dict)
+    writes: bool = True
 
     @property
     def eos_ids(self) -> set[int]:
@@ -61,6 +62,11 @@ class Loaded:
         asked = getattr(self.model.generation_config, "eos_token_id", None)
         listed = asked if isinstance(asked, list) else [asked]
         return {i for i in (*listed, self.tokenizer.eos_token_id) if i is not None}
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens after which nothing of a text comes: those that end a response, and one that would begin another."""
+        return self.eos_ids | ({self.tokenizer.bos_token_id} - {None})
 
     @property
     def vocabulary(self) -> int:

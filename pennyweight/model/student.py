@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pennyweight.errors import RecipeError
 from pennyweight.model.loaded import Language, Loaded, blocks_of, refuse_low_bit
 from pennyweight.progress import say
-from pennyweight.recipe import CutStudent
+from pennyweight.recipe import CutStudent, StudentChoice
 from pennyweight.settings import Shape
 
 
@@ -64,6 +65,29 @@ def align_vocabulary(model: Any, vocabulary: int) -> bool:
         torch.manual_seed(0)
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return True
+
+
+def first(
+    s: StudentChoice,
+    language: Language,
+    context: int,
+    seed: int,
+    teacher: Callable[[], Any],
+    opened: Callable[[str, bool], Loaded],
+) -> Any:
+    """A student before training: made from nothing by ``seed``, cut from the model that ``teacher`` gives, or given.
+
+    Args:
+        opened: (path, trust_remote_code) -> a folder, in float32 on the run's device.
+
+    Raises:
+        ModelError, RecipeError: it cannot be made, or does not suit the run.
+    """
+    if s.kind == "shape":
+        return from_shape(s.shape, language.tokenizer, context, seed, language.vocabulary)
+    if s.kind == "cut":
+        return cut(teacher(), s).float()
+    return fitted(opened(s.path, s.trust_remote_code), s.path, language, context)
 
 
 def fitted(given: Loaded, path: str, language: Language, context: int) -> Any:

@@ -39,7 +39,8 @@ def data(view: View) -> Html | None:
                 ("Responses rejected", count(d["rejected"]) if "rejected" in d else None),
                 ("Responses written by", ", ".join(written).replace("given:", "the data itself:")),
                 ("Teacher", teacher.get("name")),
-                ("Licence of the teacher", teacher.get("licence")),
+                *_members(teacher.get("members") or {}, view.summary),
+                ("Licence of the teacher", teacher.get("licence") if not teacher.get("members") else None),
                 ("Teacher’s parameters", parameters(teacher["params"]) if teacher.get("params") else None),
                 (
                     "Teacher’s fingerprint",
@@ -48,6 +49,19 @@ def data(view: View) -> Html | None:
             ]
         ),
     )
+
+
+def _members(members: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of several teachers, each: what it is, and how many records it wrote, teaches and labelled."""
+    d, labelled = summary.get("data") or {}, (summary.get("targets") or {}).get("members") or {}
+    rows = []
+    for name, m in members.items():
+        wrote, teaches = (d.get("authors") or {}).get(m.get("name"), 0), (d.get("teachers") or {}).get(name, 0)
+        said = [str(m.get("name")), f"licence {m.get('licence')}", f"wrote {plural(wrote, 'record')}"]
+        said += [f"teaches {plural(teaches, 'record')}"] if not summary["teacher"].get("mixed") else []
+        said += [f"labelled {plural(labelled[name]['tokens'], 'token')}"] if name in labelled else []
+        rows.append((f"Teacher {name}", ", ".join(said)))
+    return rows
 
 
 def _amount(samples: Any, tokens: Any) -> str | None:

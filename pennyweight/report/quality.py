@@ -85,11 +85,24 @@ def _who_is_who(view: View) -> Html:
             "Before training is the student as it started. " if view.find("base") else None,
             f"{seeds} seeds of each arm were trained; its numbers are means over them. " if seeds > 1 else None,
             "One seed of each arm was trained. " if seeds == 1 else None,
-            "The teacher was not measured: it is behind a server, which shows too little of it. "
-            if view.teacher and not view.teacher.facts.get("params")
-            else None,
+            _about_teacher(view.teacher) if view.teacher else None,
         ]
     )
+
+
+def _about_teacher(teacher: Model) -> str | None:
+    """What the teacher is that the others are measured against, where that does not go without saying."""
+    several, measured = teacher.facts.get("members"), bool(teacher.facts.get("metrics"))
+    if not measured and not teacher.facts.get("params"):
+        who = "one of them" if several else "it"
+        return f"The teacher was not measured: {who} is behind a server, which shows too little of it. "
+    if not several:
+        return None
+    if not measured:
+        return "The teachers were not measured: records have one each, and an evaluation text has none. "
+    if teacher.facts.get("mixed"):
+        return "The teacher is the mixture: at each token, the weighted mean of its members’ distributions. "
+    return "The teacher of a held-out sample is the one that its record has; all are measured as one. "
 
 
 def _chart(view: View, metric: str) -> Html:

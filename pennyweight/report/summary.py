@@ -117,7 +117,8 @@ def summarise(
     """The measured part of summary.json.
 
     Args:
-        teacher, start: facts of the teacher and of the untouched student (name, params, bytes, fingerprint).
+        teacher, start: facts of the teacher and of the untouched student (name, params, bytes, fingerprint); of several
+            teachers also ``members``, their facts by name, and whether they are ``mixed``.
         trained: by arm, the steps and tokens of its training.
         evaluations: ``teacher`` -> evaluation, None of one that cannot be measured; each arm -> seed -> evaluation.
         copies: by name, facts of the low-bit copy and its evaluation; those rounded only, beside one of the same
@@ -146,6 +147,7 @@ def summarise(
         "seeds": list(recipe["seeds"]),
         "teacher": {
             **{k: teacher[k] for k in ("name", "path", "fingerprint", "licence", "params", "bytes")},
+            **{k: teacher[k] for k in ("members", "mixed") if k in teacher},
             "bytes_fp32": 4 * teacher["params"] if teacher["params"] else None,
             "decode_tokens_per_second": measured["decode_tokens_per_second"] if measured else None,
             "metrics": combine({0: measured}) if measured else {},
@@ -173,9 +175,11 @@ def _copy(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dict[str, Any]]:
-    """The first ``count`` held-out prompts with the greedy output of every model but those rounded only; not picked, so
-    not flattering."""
-    evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED)}
+    """The first ``count`` held-out prompts with the greedy output of every model that writes, less those rounded only;
+    not picked, so not flattering."""
+    evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED) and e["outputs"]}
+    if not evaluations:
+        return []
     first = next(iter(evaluations.values()))["outputs"][:count]
     return [
         {

@@ -14,9 +14,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pennyweight.atomic import write_whole
 from pennyweight.data.pack import Batch
-from pennyweight.loss.signals import Dense, Sparse, Target, TopK
+from pennyweight.loss.signals import Dense, Sparse, Target, TopK, joined
 from pennyweight.model.head import Head
 from pennyweight.records import Encoded, sha256_json
 from pennyweight.teacher.shards import Shard, encode, encode_hidden
@@ -42,13 +42,15 @@ Label = Callable[[Sequence[Encoded], Keep], list[Kept] | list[Tensor]]
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a labelled cache holds: loss positions, bytes of its shards, entries kept, shards made and re-made."""
+    """What a labelled cache holds: loss positions, bytes of its shards, entries kept, shards made and re-made; and of
+    several teachers, by name, what each labelled."""
 
     tokens: int
     bytes: int
     entries: int
     made: int
     damaged: tuple[str, ...]
+    members: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,7 +60,18 @@ class CacheFacts:
         """What the ledger and the report keep of it."""
         entries = self.entries / max(1, self.tokens) if keep.kind != "hidden" else None
         facts = {"bytes": self.bytes, "bytes_per_token": self.bytes_per_token, "entries_per_token": entries}
-        return facts | ({"threshold": keep.threshold} if keep.kind == "sampled" else {})
+        if self.members:
+            return facts | {"members": self.members}
+        return facts | _threshold(keep)
+
+    def over(self, budget: float) -> str | None:
+        """What to tell of a cache that takes more than ``budget`` bytes a token; None of one that does not."""
+        if self.bytes_per_token <= budget:
+            return None
+        return (
+            f"targets take {self.bytes_per_token:.1f} bytes a token, more than targets.budget={budget:g}: samples have "
+            "few tokens to learn, or the teacher is diffuse; a higher targets.threshold takes less"
+        )
 
 
 class TargetCache:
@@ -75,6 +88,7 @@ class TargetCache:
     def __init__(self, folder: Path, fingerprint: str, keep: Keep, vocabulary: int, shard: int, label: Label):
         self.folder, self.fingerprint, self.keep = folder, fingerprint, keep
         self.vocabulary, self.shard, self.label = vocabulary, shard, label
+        self.files: dict[str, Path] = {}
         self._place: dict[str, tuple[Shard, int]] = {}
 
     def fill(
@@ -92,6 +106,7 @@ class TargetCache:
         found: dict[str, Path] = {}
         damaged: list[str] = []
         made = 0
+        self.files = found
         for waits in (False, True):  # first what nobody else is at; then wait for what they have not finished
             for group in groups:
                 key = self._key(group)
@@ -102,14 +117,18 @@ class TargetCache:
                     found[key], made = path, made + new
                     progress(len(group))
         if clean:
-            for other in set(self.folder.iterdir()) - set(found.values()):
-                other.unlink(missing_ok=True)
+            self.clean(found.values())
         shards = [Shard(found[self._key(group)]) for group in groups]
         for shard, group in zip(shards, groups, strict=True):
             self._place.update({s.token_hash: (shard, i) for i, s in enumerate(group)})
         size = sum(p.stat().st_size for p in found.values())
         entries = sum(s.layout.entries for s in shards)
         return CacheFacts(sum(s.positions for s in shards), size, entries, made, tuple(damaged))
+
+    def clean(self, shards: Iterable[Path]) -> None:
+        """Remove from the folder all but these."""
+        for other in set(self.folder.iterdir()) - set(shards):
+            other.unlink(missing_ok=True)
 
     def kept(self, sample: Encoded) -> Kept:
         """The kept entries of one sample of those that ``fill`` was given."""
@@ -121,13 +140,16 @@ class TargetCache:
 
         ``head`` gives the teacher's output head, which makes logits of hidden states.
         """
-        places = [self._place[s.token_hash] for s in batch.placed]
         if self.keep.kind == "hidden":
+            places = [self._place[s.token_hash] for s in batch.placed]
             states = torch.cat([shard.hidden(i) for shard, i in places]).to(device)
             return Dense.live(states, head().logits)
-        counts, ids, weights, entropy = restore(
-            join([shard.read(i) for shard, i in places]), self.keep.threshold, self.keep.bits
-        )
+        return self.told(batch.placed, device)
+
+    def told(self, samples: Sequence[Encoded], device: torch.device) -> Sparse | TopK:
+        """What was kept at the samples' loss positions, in their order."""
+        kept = join([self.kept(s) for s in samples])
+        counts, ids, weights, entropy = restore(kept, self.keep.threshold, self.keep.bits)
         if self.keep.kind == "top_k":
             return TopK(ids.view(-1, self.keep.k).to(device), weights.view(-1, self.keep.k).to(device))
         return Sparse.of(counts, ids.to(device), weights.to(device), entropy.to(device))
@@ -180,6 +202,65 @@ class TargetCache:
         path = self.folder / f"{key}.{_digest(content)}.targets"
         write_whole(path, content)
         return path
+
+
+class AssignedCache:
+    """Targets of samples that each have one of several teachers: a cache a teacher, in one folder.
+
+    Args:
+        owner: the teacher that a sample has, by name.
+        cache_of: that teacher's cache; asked for once, one teacher after the other, so that no two need be in memory.
+    """
+
+    def __init__(self, owner: Callable[[Encoded], str], cache_of: Callable[[str], TargetCache]):
+        self.owner, self.cache_of = owner, cache_of
+        self._caches: dict[str, TargetCache] = {}
+
+    def fill(
+        self, samples: Sequence[Encoded], progress: Callable[[int], None] = lambda n: None, clean: bool = True
+    ) -> CacheFacts:
+        """As ``TargetCache.fill``, teacher by teacher."""
+        made: dict[str, CacheFacts] = {}
+        for name in sorted({self.owner(s) for s in samples}):
+            own = [s for s in samples if self.owner(s) == name]
+            self._caches[name] = cache = self.cache_of(name)
+            made[name] = cache.fill(own, progress, clean=False)
+        if clean:
+            cache.clean(path for c in self._caches.values() for path in c.files.values())
+        tokens, size, entries, new = (
+            sum(getattr(m, what) for m in made.values()) for what in ("tokens", "bytes", "entries", "made")
+        )
+        members = {
+            name: {"tokens": m.tokens, "bytes": m.bytes, **_threshold(self._caches[name].keep)}
+            for name, m in made.items()
+        }
+        return CacheFacts(tokens, size, entries, new, tuple(name for m in made.values() for name in m.damaged), members)
+
+    def signal(self, batch: Batch, device: torch.device, head: Callable[[], Head]) -> Target:
+        """As ``TargetCache.signal``: each sample's targets by its own teacher."""
+        places: dict[str, list[int]] = {}
+        for i, sample in enumerate(batch.placed):
+            places.setdefault(self.owner(sample), []).append(i)
+        parts = [self._caches[n].told([batch.placed[i] for i in of], device) for n, of in places.items()]
+        if len(parts) == 1:
+            return parts[0]
+        order = [i for of in places.values() for i in of]
+        counts = torch.tensor([len(batch.placed[i].loss_positions) for i in order])
+        sample = torch.repeat_interleave(torch.tensor(order), counts)
+        return joined(parts).take(torch.argsort(sample, stable=True).to(device))
+
+    @property
+    def keep(self) -> Keep:
+        """What is kept of one of them; thresholds may differ."""
+        return next(iter(self._caches.values())).keep
+
+    @property
+    def filled(self) -> bool:
+        return bool(self._caches)
+
+
+def _threshold(keep: Keep) -> dict[str, float]:
+    return {"threshold": keep.threshold} if keep.kind == "sampled" else {}
 
 
 def settled_keep(

@@ -174,7 +174,8 @@ def endpoint_of(t: EndpointTeacher, answers: Path) -> Endpoint:
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model at an endpoint as teacher; ``write_*`` are how it writes, and ``tokenizer`` is its own, where known."""
+    """A model at an endpoint as teacher; ``write_*`` are how it writes, and ``tokenizer`` is its own, where known;
+    ``member`` is its name among several."""
 
     endpoint: Endpoint
     api: str = "auto"
@@ -182,13 +183,15 @@ class ServedTeacher:
     write_temperature: float = 1.0
     write_top_p: float = 1.0
     write_tokens: int = 256
+    member: str = ""
 
     keeps = True
 
     @property
     def name(self) -> str:
         """Whom the ledger names as the author: ``model@host``."""
-        return f"{self.endpoint.model}@{self.endpoint.client.host}"
+        name = f"{self.endpoint.model}@{self.endpoint.client.host}"
+        return f"{name} ({self.member})" if self.member else name
 
     @property
     def fingerprint(self) -> str:

@@ -85,7 +85,7 @@ class LocalTeacher:
             max_tokens=self.write_tokens,
             temperature=self.write_temperature,
             top_p=self.write_top_p,
-            eos_ids=ends | ({tokenizer.bos_token_id} - {None}),
+            eos_ids=self.loaded.ends,
             pad_id=self.loaded.pad_id,
             seed=seed,
             batch=self.rows,

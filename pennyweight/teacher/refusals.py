@@ -1,4 +1,4 @@
-"""What a teacher cannot do, behind a server or of another tokenizer, said before anything is asked of it or paid."""
+"""What a teacher behind a server, or of other tokens, or several cannot do: said before anything is asked or paid."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pennyweight.errors import MethodError, RecipeError
 from pennyweight.recipe import (
     CutStudent,
     EndpointTeacher,
+    FileData,
+    FolderTeacher,
     KdMethod,
     Recipe,
     SampledTargets,
+    SeveralTeachers,
     ShapeStudent,
     TargetChoice,
     TeacherSamples,
@@ -17,12 +20,22 @@ from pennyweight.recipe import (
 
 
 def check_teacher(recipe: Recipe) -> None:
-    """Refuse a recipe that asks of an endpoint what no server gives.
+    """Refuse a recipe that asks of an endpoint what no server gives, or of several teachers what they cannot be.
 
     Raises:
         RecipeError, MethodError: with the reason and the cure.
     """
     t = recipe.teacher
+    if isinstance(t, SeveralTeachers):
+        _check_several(recipe, t)
+        for name, one in t.members.items():
+            if isinstance(one, EndpointTeacher):
+                _check_endpoint(recipe, one, f"teacher.members.{name}")
+        return
+    if getattr(recipe.student, "member", None):
+        raise RecipeError(
+            "student.member names one of several teachers, and this recipe has one; leave student.member out"
+        )
     if not isinstance(t, EndpointTeacher):
         return
     if isinstance(recipe.student, CutStudent):
@@ -35,16 +48,20 @@ def check_teacher(recipe: Recipe) -> None:
             "a student made from nothing takes its teacher's tokenizer, and an endpoint hands over none; name a folder "
             "or hub id that holds one with teacher.tokenizer, or student.tokenizer for another"
         )
+    _check_endpoint(recipe, t, "teacher")
+
+
+def _check_endpoint(recipe: Recipe, t: EndpointTeacher, where: str) -> None:
     if isinstance(recipe.data.source, TeacherSamples) and t.api == "chat":
         raise RecipeError(
             "a chat endpoint writes nothing from nothing; give prompts with data.source.path (--data FILE), or set "
-            "teacher.api=completions"
+            f"{where}.api=completions"
         )
     if isinstance(recipe.method, KdMethod):
-        _check_kd(recipe, recipe.method, t)
+        _check_kd(recipe, recipe.method, t, where)
 
 
-def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher) -> None:
+def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher, where: str) -> None:
     text_only = "or set method.kind=sft, which learns from its answers alone"
     if not isinstance(recipe.targets, TopKTargets):
         raise MethodError(
@@ -54,7 +71,7 @@ def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher) -> None:
     if not t.tokenizer:
         raise MethodError(
             "method kd compares token by token, and an endpoint does not say what its tokens are; name a folder or hub "
-            f"id with its tokenizer as teacher.tokenizer, {text_only}"
+            f"id with its tokenizer as {where}.tokenizer, {text_only}"
         )
     if method.temperature != 1.0:
         raise MethodError(
@@ -66,6 +83,59 @@ def _check_kd(recipe: Recipe, method: KdMethod, t: EndpointTeacher) -> None:
             f"targets.precision={recipe.targets.precision} is for a teacher in this process, and a server computes as "
             "it was started; set targets.precision=auto"
         )
+
+
+def _check_several(recipe: Recipe, t: SeveralTeachers) -> None:
+    folders = [name for name, one in t.members.items() if isinstance(one, FolderTeacher)]
+    served = [name for name in t.members if name not in folders]
+    if t.route and not isinstance(recipe.data.source, FileData):
+        raise RecipeError(
+            f"teacher.route={t.route} goes by a column of files, and data.source.kind={recipe.data.source.kind} has "
+            "none; give files with data.source.path, or deal records out with teacher.weights"
+        )
+    if t.mixture and served:
+        raise RecipeError(
+            f"teacher.mixture needs each member's whole distribution, and a server ({', '.join(served)}) tells its "
+            "most probable tokens at best; deal records out with teacher.weights, or mix folders only"
+        )
+    _check_student(recipe, t, folders)
+    if isinstance(recipe.method, KdMethod):
+        _check_kept(recipe, recipe.method, t)
+
+
+def _check_student(recipe: Recipe, t: SeveralTeachers, folders: list[str]) -> None:
+    s = recipe.student
+    named = getattr(s, "member", None)
+    if isinstance(s, CutStudent) and (not folders or (named and named not in folders)):
+        raise RecipeError(
+            f"a student cannot be cut from {named or 'an endpoint'}; its member must be a folder "
+            f"({', '.join(folders) or 'here is none'}): name one with student.member, or give a student folder or shape"
+        )
+    if (
+        isinstance(s, ShapeStudent)
+        and not folders
+        and not any(getattr(m, "tokenizer", None) for m in t.members.values())
+    ):
+        raise RecipeError(
+            "a student made from nothing takes its teachers' tokenizer, and endpoints hand over none; name a folder or "
+            "hub id that holds one as tokenizer of a member"
+        )
+
+
+def _check_kept(recipe: Recipe, method: KdMethod, t: SeveralTeachers) -> None:
+    kind, mixed = recipe.targets.kind, bool(t.mixture)
+    if method.hidden:
+        raise MethodError(
+            f"method.hidden={method.hidden:g} matches one teacher's hidden states, and there are {len(t.members)}; set "
+            "method.hidden=0"
+        )
+    if kind in ("sampled", "top_k") or (mixed and kind == "dense"):
+        return
+    why = "hidden states belong to one head" if mixed else "a batch's records have different teachers and heads"
+    raise MethodError(
+        f"targets.kind={kind} cannot be kept of several teachers by {'mixture' if mixed else 'record'}: {why}; set "
+        f"targets.kind to sampled or top_k{' or dense' if mixed else ', or mix them with teacher.mixture'}"
+    )
 
 
 def check_targets(method: KdMethod, targets: TargetChoice, vocabulary: int, across: bool) -> None:
