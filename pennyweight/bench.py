@@ -344,8 +344,7 @@ class Bench:
 
     @property
     def reference(self) -> Loaded | Routed | None:
-        """The teacher that models are measured against token by token, of several each sample's own; None where it
-        cannot be measured, or has other tokens."""
+        """The teacher that models are measured against, of several each sample's own; None where none can be."""
         if self.measurable and self.team and not self.team.mixture:
             return Routed(self.team.owner, lambda name: self.of(name).teacher, self.language.tokenizer)
         return self.teacher if self.measurable and not self.apart else None

@@ -46,21 +46,7 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
             teacher.
     """
     root, bench = _bench(folder)
-    if bench.apart:
-        raise RunError(
-            f"the student of {root} has other tokens than its teacher, which cannot be measured token by token; "
-            "inspect a run whose student has its teacher's tokenizer"
-        )
-    if bench.team and not bench.team.mixture:
-        raise RunError(
-            f"the records of {root} have several teachers, and none stands for all to be measured against; inspect a "
-            "run with one teacher, or with a mixture"
-        )
-    if bench.served:
-        raise RunError(
-            f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "
-            "whose teacher is a folder"
-        )
+    _check_measurable(root, bench)
     batches = _batches(bench, min(tokens, max(64, _ENTRIES // bench.teacher.vocabulary)))
     # A mixture is mixed at the temperature of the labels, and is then the whole teacher.
     whole, labelled = _logits(bench.labelling if bench.team else bench.local, batches), None
@@ -94,6 +80,25 @@ def inspect_targets(folder: str, tokens: int = 4096) -> dict[str, Any]:
     if (root / "summary.json").exists():
         draw(root)
     return found
+
+
+def _check_measurable(root: Path, bench: Bench) -> None:
+    """Raise RunError where no one teacher in this process has the student's tokens."""
+    if bench.apart:
+        raise RunError(
+            f"the student of {root} has other tokens than its teacher, which cannot be measured token by token; "
+            "inspect a run whose student has its teacher's tokenizer"
+        )
+    if bench.team and not bench.team.mixture:
+        raise RunError(
+            f"the records of {root} have several teachers, and none stands for all to be measured against; inspect a "
+            "run with one teacher, or with a mixture"
+        )
+    if bench.served:
+        raise RunError(
+            f"the teacher of {root} is behind a server, which shows too little of it to measure against; inspect a run "
+            "whose teacher is a folder"
+        )
 
 
 def help_to_label(folder: str) -> dict[str, Any]:
