@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread():
+    """Before each test: a command that is run in this process takes a thread per core, and leaves it so."""
     import torch
 
     torch.set_num_threads(1)
@@ -31,3 +35,23 @@ def stories() -> Path:
     if not (REAL / "stories260K").is_dir():
         pytest.skip("needs the real model stories260K, which lies beside a full checkout only")
     return REAL / "stories260K"
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Run a command line in this process; gives its exit code, what it printed, and what it said beside that."""
+
+    def run(*argv) -> tuple[int, str, str]:
+        from pennyweight import cli
+
+        monkeypatch.setattr(sys, "argv", ["pennyweight", *map(str, argv)])
+        capsys.readouterr()
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGINT, before)  # a command that fails is deaf to Ctrl-C from then on
+        return (stopped.value.code, *capsys.readouterr())
+
+    return run
