@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -35,6 +36,35 @@ def stories() -> Path:
     if not (REAL / "stories260K").is_dir():
         pytest.skip("needs the real model stories260K, which lies beside a full checkout only")
     return REAL / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """(RUN folder, its summary) of tiny.toml, finished; to be read, or copied."""
+    import pennyweight
+
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENNYWEIGHT_CACHE", str(out.parent / "cache"))
+        return out, pennyweight.run(Path(__file__).with_name("tiny.toml"), out=out)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _drawn_once():
+    """Problems of the same arguments are drawn in a process of their own once, not in each test: it starts slowly."""
+    from pennyweight.data import tasks
+
+    draw, drawn = tasks._drawn_elsewhere, {}
+
+    def once(*asked):
+        key = json.dumps(asked)
+        if key not in drawn:
+            drawn[key] = json.dumps(draw(*asked))
+        return json.loads(drawn[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_drawn_elsewhere", once)
+        yield
 
 
 @pytest.fixture
