@@ -75,6 +75,7 @@ def typed(monkeypatch, capsys):
         from pennyweight import cli
 
         monkeypatch.setattr(sys, "argv", ["pennyweight", *map(str, argv)])
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)  # of one core, one thread
         capsys.readouterr()
         before = signal.getsignal(signal.SIGINT)
         try:
