@@ -1,4 +1,5 @@
-"""What test_train_parallel.py runs in two processes at once: training alone and together, and what came of it as JSON.
+"""What test_train_parallel.py runs in two processes at once: training alone and together, and what came of it as JSON;
+and the whole line, as the folder ``whole``.
 
 torchrun --nproc-per-node 2 tests/several.py FOLDER
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from test_train_loop import FLOAT32, model, samples, weighted
 
+import pennyweight
 from pennyweight.data.pack import Packer
 from pennyweight.errors import RecipeError, Stopped
 from pennyweight.model.projection import attach
@@ -22,6 +24,9 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE, Group, join
 from pennyweight.train.loop import train
 
+TINY = Path(__file__).with_name("tiny.toml")
+LINE_STEPS = 24
+LINE = ["seeds=[0]", f"train.steps={LINE_STEPS}", "quantize.formats=[]", "evaluate.problems=2", "evaluate.samples=0"]
 STEPS, BATCH, SEED = 10, 7, 5
 CASES = {
     "sft": {},
@@ -86,6 +91,7 @@ def apart(a, b):
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     group, found = join(), {}
+    pennyweight.run(TINY, LINE, folder / "whole")
     runs = {name: fit(folder / name / "together", group, **case) for name, case in CASES.items()}
     together = runs["sft"]
     for place, stop_at in (("resumed", 5), ("damaged", 9), ("there and back", 5)):

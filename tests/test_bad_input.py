@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from pennyweight import cli
 from pennyweight.model.load import load, save
 from pennyweight.model.tokenizer import train_tokenizer
 from pennyweight.quant.export import export, formats_of
@@ -52,15 +51,13 @@ def broken(teacher, tmp_path):
 
 
 @pytest.fixture
-def says(monkeypatch, capsys, tmp_path):
+def says(typed):
     """Run a command that must fail with exit code 2; gives its one sentence."""
 
     def run(*argv, code=2) -> str:
-        monkeypatch.setattr(sys, "argv", ["pennyweight", *map(str, argv)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pennyweight: ")]
-        assert stopped.value.code == code
+        ended, _, err = typed(*argv)
+        told = [x for x in err.splitlines() if x.startswith("pennyweight: ")]
+        assert ended == code
         assert len(told) == 1, told
         return told[0]
 
@@ -68,7 +65,8 @@ def says(monkeypatch, capsys, tmp_path):
 
 
 def distill(teacher, *more, out):
-    return ("distill", "--teacher", teacher, "--cut", "layers=1", "--steps", 2, "--seeds", 1, *more, "--out", out)
+    quick = ("--steps", 2, "--seeds", 1, "--set", "compute.threads=1")
+    return ("distill", "--teacher", teacher, "--cut", "layers=1", *quick, *more, "--out", out)
 
 
 def test_missing_model_folder(says, tmp_path):
@@ -232,57 +230,46 @@ def test_a_full_disk_says_so(says, teacher, rows, tmp_path, monkeypatch, number)
     not shutil.which("mount") or os.geteuid() != 0,
     reason="mounting a small disk needs root",
 )
-def test_a_disk_that_is_really_full_loses_nothing(teacher, rows, tmp_path):
+def test_a_disk_that_is_really_full_loses_nothing(typed, teacher, rows, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        argv = [
-            *map(
-                str,
-                distill(teacher, "--data", rows, out=disk / "r"),
-            )
-        ]
-        command = [sys.executable, "-m", "pennyweight.cli", *argv]
-        run = subprocess.run(command, capture_output=True, text=True)
+        argv = [*map(str, distill(teacher, "--data", rows, out=disk / "r"))]
+        run = subprocess.run([sys.executable, "-m", "pennyweight.cli", *argv], capture_output=True, text=True)
         assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-2000:]
         assert "full" in run.stderr.splitlines()[-1] or "space" in run.stderr.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
-        again = subprocess.run(command, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr[-2000:]
+        code, _, err = typed(*argv)
+        assert code == 0, err[-2000:]
     finally:
-        subprocess.run(["umount", disk])
+        subprocess.run(["umount", "--lazy", disk])  # this process may hold files of it
 
 
-def test_prompts_that_leave_no_room_are_refused_or_left_out_and_counted(says, teacher, tmp_path):
+def test_prompts_that_leave_no_room_are_refused_or_left_out_and_counted(says, typed, teacher, tmp_path):
     rows = [{"prompt": f"what is {i}?"} for i in range(60)] + [{"prompt": "what is " * 60 + f"{i}?"} for i in range(20)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     short = ("--set", "data.responses.max_tokens=4", "--set", "quantize.formats=[]", "--set", "data.eval_fraction=0.3")
     command = distill(teacher, "--data", tmp_path / "p.jsonl", *short, out=tmp_path / "r")
     said = says(*command)
     assert "prompts leave no room for a response in the context of 64 tokens; set data.too_long=drop" in said
-    run = subprocess.run(
-        [sys.executable, "-m", "pennyweight.cli", *map(str, command), "--set", "data.too_long=drop"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-500:]
+    code, _, err = typed(*command, "--set", "data.too_long=drop")
+    assert code == 0, err[-500:]
     kept = [json.loads(x) for x in (tmp_path / "r" / "data" / "train.jsonl").read_text().splitlines()]
     assert kept and all(len(x["prompt"][0]["content"]) < 20 for x in kept)
 
 
-def test_a_student_of_the_same_tokenizer_and_another_padding_is_aligned(teacher, rows, tmp_path):
+def test_a_student_of_the_same_tokenizer_and_another_padding_is_aligned(typed, teacher, rows, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.resize_token_embeddings(160)
     save(model, AutoTokenizer.from_pretrained(teacher), tmp_path / "padded")
     command = ("distill", "--teacher", teacher, "--student", tmp_path / "padded", "--data", rows, "--steps", 2)
-    command = (*map(str, command), "--seeds", "1", "--out", str(tmp_path / "r"))
-    run = subprocess.run([sys.executable, "-m", "pennyweight.cli", *command], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-500:]
-    assert "the student's vocabulary of 160 is set to " in run.stderr
+    code, _, err = typed(*command, "--seeds", 1, "--out", tmp_path / "r")
+    assert code == 0, err[-500:]
+    assert "the student's vocabulary of 160 is set to " in err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "student").config.vocab_size < 160
 
 

@@ -17,18 +17,9 @@ from pennyweight.report.terminal import print_inspection
 TINY = Path(__file__).with_name("tiny.toml")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inspected") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENNYWEIGHT_CACHE", str(folder.parent / "cache"))
-        pennyweight.run(TINY, ["seeds=[0]", "quantize.formats=[]"], folder)
-    return folder
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def run(tiny_run, tmp_path):
+    return Path(shutil.copytree(tiny_run[0], tmp_path / "run"))
 
 
 def test_what_is_kept_is_measured_beside_the_other_ways(run, capsys):

@@ -19,16 +19,7 @@ from pennyweight.ledger.hashing import hash_folder
 from pennyweight.records import METRICS
 
 TINY = Path(__file__).with_name("tiny.toml")
-MODELS = ("student", "student-int8", "student-int4")
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished run, and its summary."""
-    out = tmp_path_factory.mktemp("line") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PENNYWEIGHT_CACHE", str(out.parent / "cache"))
-        return out, pennyweight.run(TINY, out=out)
+MODELS = ("student-int8", "student-int4", "student")
 
 
 def stages(out) -> list[str]:
@@ -40,16 +31,16 @@ def stages(out) -> list[str]:
     return [b["name"] for b in map(json.loads, (r[0] for r in rows)) if b["status"] == "started"]
 
 
-def test_the_folder_holds_what_is_promised(done):
-    out, summary = done
+def test_the_folder_holds_what_is_promised(tiny_run):
+    out, summary = tiny_run
     for name in ("recipe.json", "ledger.sqlite", "metrics.jsonl", "summary.json", "report.html", "targets", *MODELS):
         assert (out / name).exists(), name
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert not list(out.rglob(".making-*")) and not list((out / "work").iterdir())
 
 
-def test_the_summary_has_teacher_arms_copies_targets_and_stages(done):
-    _, summary = done
+def test_the_summary_has_teacher_arms_copies_targets_and_stages(tiny_run):
+    _, summary = tiny_run
     assert set(summary["arms"]) == {"base", "sft", "kd"} and set(summary["quantized"]) == {"int8", "int4"}
     assert set(summary["rounded"]) == {"int4"}  # int8 copies are not taught, so there is nothing to set beside them
     copies = (*summary["quantized"].values(), *summary["rounded"].values())
@@ -71,8 +62,8 @@ def test_the_summary_has_teacher_arms_copies_targets_and_stages(done):
     assert set(summary["gap_recovered"]) >= {"accuracy", "kl_to_teacher", "bits_per_byte"}
 
 
-def test_a_copy_that_was_rounded_only_is_measured_beside_the_one_that_was_taught(done):
-    out, summary = done
+def test_a_copy_that_was_rounded_only_is_measured_beside_the_one_that_was_taught(tiny_run):
+    out, summary = tiny_run
     taught, rounded = (summary[k]["int4"] for k in ("quantized", "rounded"))
     assert taught["bytes"] == rounded["bytes"] and rounded["path"] == "student-int4-rounded"
     assert set(taught["metrics"]) == {*rounded["metrics"], "pass_at_k"}
@@ -83,8 +74,8 @@ def test_a_copy_that_was_rounded_only_is_measured_beside_the_one_that_was_taught
     assert set(shown[0]["outputs"]) == {"teacher", "base-0", "sft-0", "sft-1", "kd-0", "kd-1", "int8", "int4"}
 
 
-def test_the_ledger_knows_every_training_record_and_verifies(done):
-    out, summary = done
+def test_the_ledger_knows_every_training_record_and_verifies(tiny_run):
+    out, summary = tiny_run
     found = verify(str(out))
     assert found.ok and found.problem is None
     assert (
@@ -95,23 +86,24 @@ def test_the_ledger_knows_every_training_record_and_verifies(done):
     assert summary["ledger"]["teacher-train"] > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_open_in_a_fresh_process(done, name):
-    out, _ = done
+def test_models_open_in_a_fresh_process(tiny_run):
+    out, _ = tiny_run
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
-        "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1])\n"
         "chat = [{'role': 'user', 'content': 'Calculate 1 + 2.'}]\n"
-        "ids = t.apply_chat_template(chat, return_tensors='pt')['input_ids']\n"
-        "made = m.generate(ids, max_new_tokens=4, do_sample=False)\n"
-        "print(made.shape[1] > ids.shape[1], m.generation_config.eos_token_id)"
+        "for folder in sys.argv[1:]:\n"
+        "    m, t = M.from_pretrained(folder), T.from_pretrained(folder)\n"
+        "    ids = t.apply_chat_template(chat, return_tensors='pt')['input_ids']\n"
+        "    made = m.generate(ids, max_new_tokens=4, do_sample=False)\n"
+        "    print(made.shape[1] > ids.shape[1], m.generation_config.eos_token_id)"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(out / name)], capture_output=True, text=True)
-    assert run.stdout.split() == ["True", "2"], run.stderr[-500:]
+    command = [sys.executable, "-c", code, *(str(out / name) for name in MODELS)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout.splitlines() == ["True 2"] * len(MODELS), run.stderr[-500:]
 
 
-def test_arms_start_alike_and_end_apart(done):
-    out, _ = done
+def test_arms_start_alike_and_end_apart(tiny_run):
+    out, _ = tiny_run
     weights = {
         n: AutoModelForCausalLM.from_pretrained(out / "arms" / n).state_dict()
         for n in ("base-0", "sft-0", "kd-0", "kd-1")
@@ -130,8 +122,8 @@ def test_arms_start_alike_and_end_apart(done):
     )
 
 
-def test_metrics_lines_are_unique_and_in_order(done):
-    out, _ = done
+def test_metrics_lines_are_unique_and_in_order(tiny_run):
+    out, _ = tiny_run
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     keys = [(x["arm"], x["seed"], x["step"]) for x in lines]
     assert len(set(keys)) == len(keys)
@@ -140,8 +132,8 @@ def test_metrics_lines_are_unique_and_in_order(done):
 
 
 @pytest.fixture
-def copy(done, tmp_path):
-    shutil.copytree(done[0], tmp_path / "run")
+def copy(tiny_run, tmp_path):
+    shutil.copytree(tiny_run[0], tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from architectures import make, save_with_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pennyweight import cli, quantizing
+from pennyweight import quantizing
 from pennyweight.errors import ModelError, QualityError, RecipeError, RunError, Stopped
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.load import load, save
@@ -72,13 +71,11 @@ def test_calibration_and_recovery_each_bring_the_copy_nearer(asked, tmp_path, fm
     assert kl["gptq"] < 0.95 * kl["nearest"] and kl["taught"] < 0.9 * kl["gptq"], kl
 
 
-def test_a_copy_that_is_not_good_enough_is_not_kept(asked, tmp_path, monkeypatch, capsys):
+def test_a_copy_that_is_not_good_enough_is_not_kept(asked, tmp_path, typed):
     argv = ["quantize", asked["model"], "--data", asked["data"], "--out", asked["out"], "--format", "ternary"]
-    monkeypatch.setattr(sys, "argv", ["pennyweight", *argv, "--min-agreement", "0.999"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pennyweight: ")]
-    assert stopped.value.code == 2 and len(told) == 1 and "less than the 99.9 % of --min-agreement" in told[0]
+    code, _, err = typed(*argv, "--min-agreement", "0.999")
+    told = [x for x in err.splitlines() if x.startswith("pennyweight: ")]
+    assert code == 2 and len(told) == 1 and "less than the 99.9 % of --min-agreement" in told[0]
     assert not (tmp_path / "copy").exists()
     with pytest.raises(QualityError):
         quantize(**asked, fmt="ternary", min_agreement=0.999)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train_loop import fit
+from truth import fresh
 
 import pennyweight
 from pennyweight.commands import verify
@@ -49,40 +49,48 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(never.parameters(), resumed.parameters(), strict=True))
 
 
-def test_killed_anywhere_it_ends_in_the_same_student(tmp_path):
-    """kill -9 at random moments, until a session finishes: same student, same targets, a ledger that verifies.
+COMMAND = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY)]
+
+
+def test_killed_anywhere_it_ends_in_the_same_student(tiny_run, tmp_path):
+    """kill -9 at random moments of the line, then to its end: same student, same targets, a ledger that verifies.
 
     Here a few kills on a warm teacher cache; `python -m benchmarks.kill` does twenty.
     """
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    pennyweight.run(TINY, out=whole)
-    command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    chance = random.Random(time.time_ns())
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(chance.uniform(3.0, 8.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    out, seed = tmp_path / "run", fresh()
+    chance = random.Random(seed)
+    for _ in range(2):
+        with subprocess.Popen([*COMMAND, "--out", str(out)], stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for _ in range(chance.randrange(1, 30)):  # stages, begun or skipped
+                process.stderr.readline()
+            time.sleep(chance.uniform(0.0, 0.3))
+            process.send_signal(signal.SIGKILL)
+    pennyweight.run(TINY, out=out)
     for name in ("student", "student-int4", "targets", "teacher"):
-        assert hash_folder(out / name) == hash_folder(whole / name), name
+        assert hash_folder(out / name) == hash_folder(tiny_run[0] / name), f"seed {seed}: {name}"
     assert verify(str(out)).ok
 
 
-@pytest.mark.parametrize("stage", ["data: ...", "sft-0: ...", "evaluate-teacher: ..."])
-def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(stage, tmp_path):
-    command = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY), "seeds=[0]", "train.steps=200"]
-    command += ["--out", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = ["seeds=[0]", "train.steps=60", "quantize.formats=[]", "evaluate.problems=2", "evaluate.samples=0"]
     hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
-        assert process.stderr is not None
-        before = next(line for line in process.stderr if line.startswith(stage))
-        process.send_signal(signal.SIGINT)
-        told = before + process.stderr.read()
-    assert process.returncode == 130 and "Traceback" not in told
-    assert [x for x in told.splitlines() if x.startswith("pennyweight: stopped")] == [told.splitlines()[-1]]
-    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert "teacher: finished before, skipped" in again.stderr
-    assert verify(str(tmp_path / "run")).ok
+    skipped = "teacher: finished before, skipped"
+    for stage in ("data: ...", "sft-0: ...", "evaluate-teacher: ..."):
+        command = [*COMMAND, *settings, "--out", str(out)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+            assert process.stderr is not None
+            told = ""
+            for line in process.stderr:
+                told += line
+                if line.startswith(stage):
+                    break
+            process.send_signal(signal.SIGINT)
+            told += process.stderr.read()
+        assert process.returncode == 130 and stage in told and "Traceback" not in told, told
+        assert [x for x in told.splitlines() if x.startswith("pennyweight: stopped")] == [told.splitlines()[-1]]
+        assert (skipped in told) == (stage != "data: ..."), told
+    pennyweight.run(TINY, settings, out)
+    assert skipped in capsys.readouterr().err
+    assert verify(str(out)).ok

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
+from functools import cache
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def plainly(p_RV, place, v):
     return out
 
 
+@cache
+def of_real_ones(student, teacher, ends, others_ends, more=(0, 0)):
+    """``compare`` of two real tokenizers, whose vocabularies have so many more ids than tokens."""
+    mine, theirs = real_spelling(student), real_spelling(teacher)
+    return compare(mine, theirs, ends, others_ends, len(mine.pieces) + more[0], len(theirs.pieces) + more[1])
+
+
 PAIRS = [
     ("stories260K", "tokenizers/gpt2"),
     ("tokenizers/gpt2", "stories260K"),
@@ -105,7 +113,7 @@ def test_tables_give_what_a_plain_walk_gives(teacher, student):
     seed = fresh()
     g = torch.Generator().manual_seed(seed)
     theirs, mine = real_spelling(teacher), real_spelling(student)
-    v = compare(mine, theirs, ENDS[student], ENDS[teacher], len(mine.pieces) + 3, len(theirs.pieces) + 5)
+    v = of_real_ones(student, teacher, ENDS[student], ENDS[teacher], (3, 5))
     cuts = [s.cut([STORY.encode()])[0] for s in (mine, theirs)]
     places = align(encoded(cuts[0], ENDS[student][:1]), encoded(cuts[1], ENDS[teacher][-1:]), v)
     assert [p.label for p in places] == [*cuts[0], ENDS[student][0]] and all(p.row >= 0 for p in places)
@@ -398,7 +406,7 @@ def test_spaces_that_a_tokenizer_puts_first_are_no_difference():
     mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("stories260K")
     text = b"Once upon a time"
     (ours,), (others,) = mine.cut([text]), theirs.cut([b" " + text])
-    v = compare(mine, theirs, [50256], [2], 50257, 512)
+    v = of_real_ones("tokenizers/gpt2", "stories260K", (50256,), (2,))
     places = align(encoded(ours), encoded(others), v)
     first = places[0]
     assert first.row == 0 and first.remainder is not None
@@ -409,7 +417,7 @@ def test_spaces_that_a_tokenizer_puts_first_are_no_difference():
         if t == first.actual
     }
     assert once == {b"Once"}  # whatever the teacher's token is, for the actual one the label is known
-    back = compare(theirs, mine, [2], [50256], 512, 50257)
+    back = of_real_ones("stories260K", "tokenizers/gpt2", (2,), (50256,))
     places = align(encoded(others), encoded(ours), back)
     assert places[0].row == 0 and places[0].remainder is not None
     assert all(theirs.pieces[s].startswith(b" ") for s in places[0].remainder.student)
@@ -417,7 +425,8 @@ def test_spaces_that_a_tokenizer_puts_first_are_no_difference():
 
 def test_what_cannot_be_aligned_is_refused():
     mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("tokenizers/smollm2")
-    v = compare(mine, theirs, [50256], [0], 50257, 49152)
+    ends = (ENDS["tokenizers/gpt2"], ENDS["tokenizers/smollm2"])
+    v = of_real_ones("tokenizers/gpt2", "tokenizers/smollm2", *ends, (3, 5))
     (one,), (other,) = mine.cut([b"A cat sat."]), theirs.cut([b"A cow sat."])
     with pytest.raises(DataError, match=r"'t sat.' for 'w sat.'|'at sat.' for 'ow sat.'"):
         align(encoded(one), encoded(other), v)
@@ -432,7 +441,7 @@ def test_what_cannot_be_aligned_is_refused():
 
 def test_what_was_cut_from_one_of_them_is_left_to_the_text():
     mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("stories260K")
-    v = compare(mine, theirs, [50256], [2], 50257, 512)
+    v = of_real_ones("tokenizers/gpt2", "stories260K", (50256,), (2,))
     (ours,), (others,) = (
         mine.cut([b"Once upon a time there was a cat."]),
         theirs.cut([b" Once upon a time there was a cat."]),
@@ -454,7 +463,7 @@ def test_what_was_cut_from_one_of_them_is_left_to_the_text():
 
 def test_turns_are_aligned_each_with_its_own():
     mine, theirs = real_spelling("tokenizers/gpt2"), real_spelling("stories260K")
-    v = compare(mine, theirs, [50256], [2], 50257, 512)
+    v = of_real_ones("tokenizers/gpt2", "stories260K", (50256,), (2,))
     texts = [b" one day", b" and another"]
     sides = []
     for spelling, end in ((mine, 50256), (theirs, 2)):

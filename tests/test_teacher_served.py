@@ -42,34 +42,29 @@ def rows(tmp_path) -> str:
     return str(file)
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pennyweight.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 def distill(url, out, student, rows, *more):
+    """Words of a command line."""
     settings = [w for s in QUICK for w in ("--set", s)]
     chosen = ("--student", student, "--data", rows, "--method", "sft", "--steps", "3", "--seeds", "1")
-    return command("distill", "--teacher", url, "--out", str(out), *chosen, *settings, *more)
+    return ("distill", "--teacher", url, "--out", str(out), *chosen, *settings, *more)
 
 
-def test_a_run_from_the_command_line_with_faults_on_the_way(tmp_path, student, rows, monkeypatch):
+def test_a_run_from_the_command_line_with_faults_on_the_way(tmp_path, student, rows, typed, monkeypatch):
     monkeypatch.setenv("SOME_KEY", KEY)
     out = tmp_path / "run"
     with Faulty(lambda number, body: "500" if number == 4 else "ok", key=KEY, echo=True) as server:
         more = ("--teacher-model", "small", "--set", "teacher.key_env=SOME_KEY", "--json")
-        ran = distill(server.url, out, student, rows, *more)
-        assert ran.returncode == 0, ran.stderr[-2000:]
+        code, printed, said = typed(*distill(server.url, out, student, rows, *more))
+        assert code == 0, said[-2000:]
         asked = len(server.seen)
-        again = distill(server.url, out, student, rows, *more)
-        assert again.returncode == 0 and len(server.seen) == asked and "data: finished before" in again.stderr
+        code, _, again = typed(*distill(server.url, out, student, rows, *more))
+        assert code == 0 and len(server.seen) == asked and "data: finished before" in again
         sent = [b for b in server.seen if b["messages"][-1]["content"].startswith("question")]
         assert {json.dumps(b["messages"]) for b in sent} == {
             json.dumps([{"role": "user", "content": f"question {i}"}]) for i in range(16)
         }
         assert len(sent) == 17 and set(server.delivered.values()) == {1}
-    summary = json.loads(ran.stdout)
+    summary = json.loads(printed)
     name = "small@" + server.url.split("/")[2]
     assert summary["teacher"]["name"] == name and summary["teacher"]["metrics"] == {}
     assert set(summary["data"]["authors"]) == {name} and set(summary["arms"]) == {"base", "sft"}
@@ -81,24 +76,25 @@ def test_a_run_from_the_command_line_with_faults_on_the_way(tmp_path, student, r
     page = (out / "report.html").read_text()
     assert "The teacher was not measured" in page and name in page and "texts alone" in page
     everything = b"".join(f.read_bytes() for f in out.rglob("*") if f.is_file())
-    for text in (ran.stdout, ran.stderr, again.stderr):
+    for text in (printed, said, again):
         assert KEY not in text
     assert KEY.encode() not in everything
-    shown = command("show", str(out))
-    assert shown.returncode == 0 and "sft" in shown.stdout and "teacher " not in shown.stdout.split("model")[1]
+    code, shown, _ = typed("show", out)
+    assert code == 0 and "sft" in shown and "teacher " not in shown.split("model")[1]
     with pytest.raises(RunError, match="behind a server"):
         inspect_targets(str(out))
 
 
-def test_a_teacher_that_cannot_be_reached_is_said_in_one_sentence(tmp_path, student, rows):
+def test_a_teacher_that_cannot_be_reached_is_said_in_one_sentence(tmp_path, student, rows, typed):
     with Faulty() as server:
         nobody = server.url
-    ran = distill(nobody, tmp_path / "run", student, rows)
+    command = [sys.executable, "-m", "pennyweight.cli", *distill(nobody, tmp_path / "run", student, rows)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2 and ran.stdout == ""
     said = ran.stderr.strip().splitlines()
     assert said[-1].startswith(f"pennyweight: {nobody} failed 3 times") and "Traceback" not in ran.stderr
-    ran = distill("http://me:secret@host/v1", tmp_path / "run", student, rows)
-    assert ran.returncode == 2 and "secret" not in ran.stderr and "teacher.url" in ran.stderr
+    code, _, said = typed(*distill("http://me:secret@host/v1", tmp_path / "run", student, rows))
+    assert code == 2 and "secret" not in said and "teacher.url" in said
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from several import LINE, LINE_STEPS, TINY
 from test_train_loop import samples
 from truth import fresh
 
@@ -18,8 +19,6 @@ from pennyweight.data.pack import Packer, dealt
 from pennyweight.ledger.hashing import hash_folder
 
 HERE = Path(__file__).resolve().parent
-STEPS = 24
-SETTINGS = ["seeds=[0]", f"train.steps={STEPS}", "quantize.formats=[]", "evaluate.problems=2", "evaluate.samples=0"]
 
 
 def environment() -> dict[str, str]:
@@ -28,7 +27,7 @@ def environment() -> dict[str, str]:
 
 
 def start(out: Path, *settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pennyweight", "run", str(HERE / "tiny.toml"), *SETTINGS, *settings]
+    command = [sys.executable, "-m", "pennyweight", "run", str(TINY), *LINE, *settings]
     command += ["--processes", "2", "--out", str(out)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -43,14 +42,20 @@ def worker_of(agent: int, rank: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def ran(tmp_path_factory):
+    """The folder that several.py has filled."""
     folder = tmp_path_factory.mktemp("several")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*launch, str(HERE / "several.py"), str(folder)], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(ran):
+    return json.loads((ran / "found.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -120,11 +125,8 @@ def at_work(run: subprocess.Popen[str], out: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a worker in /proc, which only Linux has")
-def test_stopped_by_the_user_and_robbed_of_a_worker_it_ends_in_the_same_student(tmp_path):
+def test_stopped_by_the_user_and_robbed_of_a_worker_it_ends_in_the_same_student(ran, tmp_path):
     """Ctrl-C stops all with a checkpoint; after a kill -9 all are started again, and go on from one."""
-    whole = start(tmp_path / "whole")
-    told = whole.communicate(timeout=300)[0]
-    assert whole.returncode == 0, told
     out = tmp_path / "stopped"
     stopped = start(out)
     at_work(stopped, out)
@@ -139,9 +141,9 @@ def test_stopped_by_the_user_and_robbed_of_a_worker_it_ends_in_the_same_student(
     assert killed.returncode == 0, told
     assert "a process was lost; all have been started again" in told and "Traceback" not in told
     for name in ("targets", "arms/sft-0", "arms/kd-0", "student"):
-        assert hash_folder(out / name) == hash_folder(tmp_path / "whole" / name), name
+        assert hash_folder(out / name) == hash_folder(ran / "whole" / name), name
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if x["arm"] == "kd"] == list(range(1, STEPS + 1))
+    assert [x["step"] for x in lines if x["arm"] == "kd"] == list(range(1, LINE_STEPS + 1))
 
 
 def test_an_error_in_a_stage_is_said_once_and_ends_all_with_exit_code_2(tmp_path):
