@@ -47,9 +47,10 @@ def test_the_kernels_are_right(interpret):
     run_checks("fused_checks.py", interpret)
 
 
-def test_without_triton_there_is_only_the_eager_loss():
-    told = "assert not any(fused.available(torch.device(x)) for x in ('cpu', 'cuda'))"
-    run("-c", f"import sys; sys.modules['triton'] = None; import torch; from pennyweight.loss import fused; {told}")
+def test_without_triton_there_is_only_the_eager_loss_and_products_are_emulated():
+    told = "assert not any(fused.available(torch.device(x)) for x in ('cpu', 'cuda')) and not linear.kernels"
+    before = "import sys; sys.modules['triton'] = None; import torch"
+    run("-c", f"{before}; from pennyweight.loss import fused; from pennyweight.quant import linear; {told}")
 
 
 @needs_triton

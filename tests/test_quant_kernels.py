@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
-from test_loss_fused import needs_triton, on_both, run, run_checks
+from test_loss_fused import needs_triton, on_both, run_checks
 
 SHARED = {"SIDE": 128, "BY_HAND": False}
 FLAGS = {
@@ -29,13 +30,6 @@ def test_the_kernels_are_right(interpret):
     run_checks("tile_checks.py", interpret)
 
 
-def test_without_triton_products_are_emulated():
-    run(
-        "-c",
-        "import sys; sys.modules['triton'] = None; from pennyweight.quant import linear; assert not linear.kernels",
-    )
-
-
 @needs_triton
 @pytest.mark.parametrize("chip", [89, 90, 100, 120])
 @pytest.mark.parametrize("name", FLAGS)
@@ -50,11 +44,12 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(name, chip, tmp_path, m
     from pennyweight.quant import kernels
 
     kernel = getattr(kernels, name)
-    for flags in FLAGS[name]:
+    chosen = FLAGS[name] if chip == 90 else [random.choice(FLAGS[name])]  # each in time, on every chip
+    for flags in chosen:
         names = kernel.arg_names
         types = {n: "constexpr" if n in flags or n in SHARED else "i32" for n in names}
         types |= {n: "*" + POINTERS[n] for n in names if n in POINTERS}
         fixed = {(names.index(n),): value for n, value in {**flags, **SHARED}.items()}
         options = {"num_warps": 8, "enable_fp_fusion": True}
         made = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", chip, 32), options=options)
-        assert made.asm["cubin"]
+        assert made.asm["cubin"], flags

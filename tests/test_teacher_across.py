@@ -87,8 +87,9 @@ def plainly(p_RV, place, v):
             says = [trie.outcome[children[node][t]] if t in children[node] else leave[t] for t in range(len(p))]
             asked.append((p, np.array(says)))
     for p, says in asked:
+        whole = p.sum()
         for t in np.flatnonzero(p):
-            out[int(says[t])] += p[t] / p.sum() / len(asked)
+            out[int(says[t])] += p[t] / whole / len(asked)
     return out
 
 

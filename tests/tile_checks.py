@@ -54,12 +54,21 @@ def same_codes(got, want):
 CASES = [(torch.float32, 1.0), (torch.float32, 1e-37), (torch.float32, 1e36), (torch.bfloat16, 1.0), (torch.float16, 1)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def agreed():
+    """Asked in an environment of low precision, and remembered: it takes as long as many of these tests."""
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        return linear.agree(DEVICE)
+
+
 @pytest.mark.parametrize("pow2", [True, False])
 @pytest.mark.parametrize(("n", "c"), SHAPES)
 def test_codes_and_scales_are_those_of_the_formats(pow2, n, c):
+    """Of every dtype and size in tiles that are whole in one direction only, and of three of them in other shapes."""
     along = FORMATS["fp8_act_pow2" if pow2 else "fp8_act"]
     across, block = replace(along, tile=(128, 1)), FORMATS["fp8_block_pow2" if pow2 else "fp8_block"]
-    for x in (*(drawn(n, c, *case) for case in CASES), every_magnitude(n, c)):
+    cases = CASES if (n, c) == (128, 144) else [CASES[0], CASES[3]]
+    for x in (*(drawn(n, c, *case) for case in cases), every_magnitude(n, c)):
         rows, columns = kernels.tiles(x, pow2, "of numbers")
         for got, turned, want in (
             (rows, False, encode(x, along)),
@@ -192,9 +201,8 @@ def test_a_layer_can_be_copied_and_stored_after_it_was_used():
         assert made.seen._last is None and torch.equal(made(x), out)
 
 
-def test_kernels_that_are_wrong_are_not_used(monkeypatch):
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        assert linear.agree.__wrapped__(DEVICE)
+def test_kernels_that_are_wrong_are_not_used(agreed, monkeypatch):
+    assert agreed
     for broken in ("tiles", "blocks", "product"):
         right = getattr(kernels, broken)
 
