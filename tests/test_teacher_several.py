@@ -25,7 +25,7 @@ from pennyweight.data.prepare import Writer, answer, both_licences
 from pennyweight.data.sources import read
 from pennyweight.data.split import is_held_out, split
 from pennyweight.errors import DataError, MethodError, ModelError, RecipeError, RunError
-from pennyweight.evaluate.agreement import Routed, as_scorer, score
+from pennyweight.evaluate.agreement import Routed, Scored, as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.inspection import help_to_label, inspect_targets
@@ -449,6 +449,9 @@ def test_models_are_measured_against_the_teacher_that_each_sample_has(folders):
     bits = nats / math.log(2) / sum(held_out.bytes)
     assert itself.metrics["bits_per_byte"].mean == pytest.approx(bits, rel=1e-5)
     assert itself.decode_tokens_per_second is None
+    halves = [[i for i in range(7) if i % 2 == odd] for odd in (1, 0)]
+    parts = [(at, score([samples[i] for i in at], [1] * len(at), as_scorer(a, CPU), None, 0)) for at in halves]
+    assert Scored.of(parts).nats == pytest.approx(alone["a"].nats, rel=1e-5)  # each at its place
 
 
 # Runs
