@@ -141,7 +141,8 @@ def test_a_copy_scores_like_the_model_which_stays_as_it_was(name):
     model = make(name, seed).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modules = [type(m) for m in model.modules()]
-    ids = torch.randint(0, V, (3, 20), generator=torch.Generator().manual_seed(seed))
+    routed = any("experts" in n for n, _ in model.named_modules())
+    ids = torch.randint(0, V, (16, 20), generator=torch.Generator().manual_seed(seed))
     model.eval()
     want = scored(model, head_of(model), ids)
     model.train()
@@ -149,12 +150,11 @@ def test_a_copy_scores_like_the_model_which_stays_as_it_was(name):
         copy, head = for_scoring(model, precision)
         assert not copy.training and model.training
         got = scored(copy, head, ids)
-        # As a share of how far two positions are apart. Random and narrow, these spread errors further than a teacher
-        # does, and a router near a tie picks another expert; what was misread would be at 1.
-        apart, chance = kl(want, got).mean(), kl(want, want.roll(1, 0)).mean()
-        assert 0 < float(apart) < (0.2 if "experts" in name or "deepseek" in name else 0.02) * float(chance), (
-            f"{precision}, seed {seed}"
-        )
+        # As a share of how far two positions are apart; what was misread would be at 1. A router near a tie picks
+        # another expert at some position, which later ones of its row may heed, and the median over rows does not feel.
+        apart, chance = kl(want, got), float(kl(want, want.roll(1, 0)).mean())
+        assert 0 < float(apart.median()) < 0.01 * chance, f"{precision}, seed {seed}"
+        assert float(apart.mean()) < (0.2 if routed else 0.02) * chance, f"{precision}, seed {seed}"
         whole = copy(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         assert float((whole - got).norm()) < 0.05 * float(got.norm()), f"{precision}, seed {seed}"
     assert [type(m) for m in model.modules()] == modules
