@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from pennyweight.model.cache import AnyRows, NewCache, prefilled, whole_cache
 from pennyweight.model.llama import LlamaRows
 from pennyweight.model.sampling import Choice, Ends, draws, pick, row_keys
 
-_LITTLE = 4_000_000  # multiplications a step: up to here a second thread costs more than it does
+_SMALL = 4_000_000  # parameters: up to here a step is many operations too small for a second thread to help with
+_SHARE = 16  # rows that are worth a thread of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +71,32 @@ def generate(
     """
     if not prompts:
         return []
-    live = _Live(_rooms(prompts, max_tokens, context), eos_ids, stops)
+    rooms = _rooms(prompts, max_tokens, context)
     choice, keys = Choice(temperature, top_p, top_k), row_keys(seed, len(prompts))
-    out: dict[int, Generated] = {}
-    most = min(batch, len(prompts), _fitting(model, int(max(live.rooms + [len(p) for p in prompts]))))
+    most = min(batch, len(prompts), _fitting(model, int(max(rooms + [len(p) for p in prompts]))))
     rows = _rows_of(model, pad_id, new_cache, most)
     # Taken from the end: the longest first, so that few are left over; like lengths together, so that little is padded.
-    first = [len(p) for p in prompts] if not rows.mixes else live.rooms
+    first = [len(p) for p in prompts] if not rows.mixes else rooms
     waiting = sorted(range(len(prompts)), key=lambda i: (first[i], len(prompts[i])), reverse=not rows.mixes)
-    with _threads(rows, most):
-        while waiting or len(live):
+    out: dict[int, Generated] = {}
+
+    def write(rows: LlamaRows | AnyRows, most: int, stopped: Callable[[], bool]) -> None:
+        live = _Live(rooms, eos_ids, stops)
+        while (waiting or len(live)) and not stopped():
             free = most - len(live)
             if waiting and (not len(live) or (rows.mixes and free >= max(1, most // 8))):
-                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                new = _taken(waiting, free)
                 rows.admit([prompts[i] for i in new])
                 live.admit(new, [prompts[i][-1] for i in new])
             logits = rows.step(torch.from_numpy(live.tokens).to(_device(model)), live.done)
             live.take(*pick(logits, choice, draws(keys[live.prompt], live.made) if temperature else None))
             if live.done.all() or (live.done.any() and (rows.mixes or 2 * live.done.sum() >= len(live))):
                 ended, order = live.let_go()
-                out |= ended
+                out.update(ended)
                 rows.keep(order)
                 progress(len(ended))
+
+    _side_by_side(write, rows, most)
     return [out[i] for i in range(len(prompts))]
 
 
@@ -168,14 +175,43 @@ def _rows_of(model: Any, pad_id: int, new_cache: NewCache, rows: int) -> LlamaRo
     return quick or AnyRows(model, pad_id, new_cache)
 
 
-@contextmanager
-def _threads(rows: LlamaRows | AnyRows, n: int) -> Iterator[None]:
-    """One thread where a step is so little work that a second costs more than it does."""
+def _taken(waiting: list[int], most: int) -> list[int]:
+    """Up to so many from the end, while others take from it, too."""
+    new: list[int] = []
+    with suppress(IndexError):
+        while len(new) < most:
+            new.append(waiting.pop())
+    return new
+
+
+def _side_by_side(
+    write: Callable[[LlamaRows | AnyRows, int, Callable[[], bool]], None], rows: LlamaRows | AnyRows, most: int
+) -> None:
+    """``write`` with up to ``most`` rows; of a model so small that a step is many small operations, on one thread, and
+    with rows enough for it, on as many threads as there are, each with a share of the rows."""
     before = torch.get_num_threads()
-    if isinstance(rows, LlamaRows) and rows.plain and rows.work * n <= _LITTLE:
-        torch.set_num_threads(1)
+    if not isinstance(rows, LlamaRows) or not rows.plain or rows.work > _SMALL:
+        return write(rows, most, lambda: False)
+    at_once = max(1, min(before, most // _SHARE))
+    share, stop = -(-most // at_once), threading.Event()
+
+    @torch.inference_mode()
+    def one(rows: LlamaRows) -> None:
+        torch.set_num_threads(1)  # of the thread that this is
+        try:
+            write(rows, share, stop.is_set)
+        except BaseException:
+            stop.set()
+            raise
+
     try:
-        yield
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for made in [pool.submit(one, r) for r in (rows, *(rows.another(share) for _ in range(at_once - 1)))]:
+                    made.result()
+            except BaseException:  # Ctrl-C, which the main thread alone hears of
+                stop.set()
+                raise
     finally:
         torch.set_num_threads(before)
 

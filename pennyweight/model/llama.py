@@ -8,6 +8,7 @@ taken over.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,13 @@ class LlamaRows:
             return None
         made = LlamaRows(model, prefill, rows)
         return made if made._agrees(model) else None
+
+    def another(self, rows: int) -> LlamaRows:
+        """The same model for other rows, which may be worked through in another thread."""
+        made = copy.copy(self)
+        made.rows, made.room, made.lengths = rows, 0, torch.zeros(0, dtype=torch.long)
+        made._make_room(2 * _WINDOW)
+        return made
 
     def admit(self, prompts: Sequence[Sequence[int]]) -> None:
         """New rows behind the others: all but the last token of each prompt goes into the cache."""
