@@ -20,7 +20,7 @@ from pennyweight.model.llama import LlamaRows
 from pennyweight.model.sampling import Choice, Ends, draws, pick, row_keys
 
 _SMALL = 4_000_000  # parameters: up to here a step is many operations too small for a second thread to help with
-_SHARE = 16  # rows that are worth a thread of their own
+_SHARE = 24  # rows that are worth a thread of their own
 
 
 @dataclass(frozen=True, slots=True)

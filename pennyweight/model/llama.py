@@ -43,6 +43,7 @@ class LlamaRows:
         self.embedding, self.scale = trunk.embed_tokens.weight, attention.scaling
         # In float32 on a CPU a product per head beats the fused attention, three times on 128 rows.
         self.plain = self.embedding.device.type == "cpu" and self.embedding.dtype == torch.float32
+        self.plain &= not hasattr(attention, "q_norm")
         size = sum(p.numel() * p.element_size() for p in trunk.layers.parameters())
         self.blocks = [_Block(layer, size <= _FUSED, self.plain) for layer in trunk.layers]
         self.norm, self.head = _Norm(trunk.norm, False), _Product([model.lm_head], False)
@@ -82,15 +83,15 @@ class LlamaRows:
             for some in (alike[a : a + max(1, _AHEAD // width)] for a in range(0, len(alike), max(1, _AHEAD // width))):
                 ids = torch.tensor([[*prompts[i][:-1], *[0] * (width + 1 - len(prompts[i]))] for i in some])
                 slots = torch.tensor(some, device=device) + first
-                for (keys, values), made in zip(self.cache, self.prefill(ids.to(device)).layers, strict=True):
-                    keys[slots, :, :width], values[slots, :, :width] = made.keys, made.values
+                for stored, made in zip(self.cache, self.prefill(ids.to(device)).layers, strict=True):
+                    stored[0, slots, :, :width], stored[1, slots, :, :width] = made.keys, made.values
 
     def keep(self, order: np.ndarray) -> None:
         """The rows are now these of the old ones; none takes the place of one that is still to be moved."""
         moved = np.flatnonzero(order != np.arange(len(order)))
         if len(moved):
             to, i = (torch.from_numpy(x).to(self.embedding.device) for x in (moved, order[moved]))
-            for stored in (self.bias, *(t for pair in self.cache for t in pair)):
+            for stored in (self.bias, *(part for s in self.cache for part in s.unbind())):
                 stored[to] = stored[i]
         self.lengths = self.lengths[torch.from_numpy(order)]
 
@@ -104,35 +105,52 @@ class LlamaRows:
         places = (self.places[:n] + at.view(n, 1)).view(-1)
         cos, sin = self.cos[at].unsqueeze(1), self.sin[at].unsqueeze(1)
         x = F.embedding(F.pad(tokens, (0, -n % _EVEN)), self.embedding)
+        if self.desk:
+            self.desk.turn_by(cos, sin)
         for block, stored, seen in zip(self.blocks, self.cache, self.views, strict=True):
-            qkv = block.qkv(block.norm(x))[:n].view(n, -1, self.d)
-            qk = block.heads_normed(qkv, self.h, self.k)
-            qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)
-            for kept, new in zip(stored, (qk[:, self.h :], qkv[:, self.h + self.k :]), strict=True):
-                kept.view(-1, self.d).index_copy_(0, places, new.reshape(-1, self.d))
-            self._attend(qk[:, : self.h].reshape(n, self.k, -1, self.d), *seen)
+            attend = self._attend_plainly if self.desk else self._attend
+            attend(block, block.norm(x), stored.view(-1, self.d), places, *seen, cos, sin)
             x = block.out(self.mixed, x)
             x = block.mlp(x)
         self.lengths = self.lengths + 1
         return self.head(self.norm(x))[:n].float()
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Each row's (n, K, H/K, D) queries over what it has in its slot; the result lies in ``mixed``."""
-        if self.plain:
-            scores = torch.baddbmm(self.hidden, q.flatten(0, 1), keys, alpha=self.scale)
-            torch.bmm(torch.softmax(scores, -1), values, out=self.into)
-        else:
-            made = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.hidden, scale=self.scale)
-            self.into.copy_(made)
+    def _attend(
+        self, block: _Block, x: Tensor, kept: Tensor, places: Tensor, keys: Tensor, values: Tensor, cos: Any, sin: Any
+    ) -> None:
+        """Attention of each row over what it has in its slot; the result lies in ``mixed``."""
+        n, h, k = len(keys), self.h, self.k
+        qkv = block.qkv(x)[:n].view(n, -1, self.d)
+        qk = block.heads_normed(qkv, h, k)
+        qk = torch.addcmul(qk * cos, qk.roll(self.d // 2, -1), sin)
+        kept.index_copy_(0, places, torch.cat([qk[:, h:], qkv[:, h + k :]], 1).view(-1, self.d))
+        q = qk[:, :h].reshape(n, k, -1, self.d)
+        made = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.hidden, scale=self.scale)
+        self.into.copy_(made)
+
+    def _attend_plainly(
+        self, block: _Block, x: Tensor, kept: Tensor, places: Tensor, keys: Tensor, values: Tensor, cos: Any, sin: Any
+    ) -> None:
+        """The same in products, into tensors that are there already: of few rows most of the time goes into making and
+        cutting tensors."""
+        desk = self.desk
+        assert desk is not None
+        desk.turn(block.qkv.into(x, desk.qkv))
+        kept.index_copy_(0, places, desk.new.copy_(desk.turned_kv).view(-1, self.d))
+        torch.mul(desk.turned_q, self.scale, out=desk.q)
+        scores = torch.bmm(desk.queries, keys).add_(self.hidden)
+        torch.bmm(torch.softmax(scores, -1), values, out=self.into)
 
     def _look_at(self, n: int, window: int) -> None:
         """Views of the first ``window`` tokens of ``n`` slots; made anew only when they change."""
         if (n, window) == self.looked_at:
             return
+        if not self.looked_at or self.looked_at[0] != n:
+            self.desk = _Desk(n, self.h, self.k, self.d, self.embedding) if self.plain else None
         self.looked_at = (n, window)
         self.mixed = self.embedding.new_zeros((n + -n % _EVEN, self.h * self.d))
         self.into, self.hidden = self.mixed[:n].view(n, self.k, -1, self.d), self.bias[:n, :, :, :window]
-        self.views = [(keys[:n, :, :window], values[:n, :, :window]) for keys, values in self.cache]
+        self.views = [(s[0, :n, :, :window], s[1, :n, :, :window]) for s in self.cache]
         if self.plain:
             self.into, self.hidden = self.into.flatten(0, 1), self.hidden.flatten(0, 1)
             self.views = [(keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)) for keys, values in self.views]
@@ -143,17 +161,17 @@ class LlamaRows:
         if tokens <= old:
             return
         self.room = max(-(-tokens // _WINDOW) * _WINDOW, 2 * old)
-        like, shape = self.embedding, (self.rows, self.k, self.room, self.d)
-        stored = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+        like, shape = self.embedding, (2, self.rows, self.k, self.room, self.d)
+        stored = [like.new_zeros(shape) for _ in self.blocks]
         bias = like.new_full((self.rows, self.k if self.plain else 1, 1, self.room), -torch.inf)
         if old:
             bias[..., :old] = self.bias
             for new, before in zip(stored, self.cache, strict=True):
-                for to, of in zip(new, before, strict=True):
-                    to[:, :, :old] = of
-        self.cache, self.bias, self.looked_at = stored, bias, (0, 0)
+                new[:, :, :, :old] = before
+        self.cache, self.bias, self.looked_at = stored, bias, ()
         self.cos, self.sin = _angles(self.rotary, self.room, like)
-        self.places = torch.arange(self.rows * self.k, device=like.device).view(self.rows, -1) * self.room
+        slots = torch.arange(2 * self.rows * self.k, device=like.device).view(2, self.rows, -1) * self.room
+        self.places = slots.transpose(0, 1).flatten(1)  # (rows, 2 K): where each row's keys, then its values, begin
 
     def _agrees(self, model: Any) -> bool:
         """Whether a prompt and two steps give the model's own logits."""
@@ -189,6 +207,36 @@ class _Block:
         return self.down(self.act(gate).mul_(up), x)
 
 
+class _Desk:
+    """Tensors that every block of a step writes into, and views of them, for n rows.
+
+    ``q`` (n, H, D) and ``queries`` (n K, H/K, D) are the same; ``new`` (n, 2 K, D) are keys and values.
+    """
+
+    def __init__(self, n: int, h: int, k: int, d: int, like: Tensor):
+        heads, half = h + 2 * k, d // 2
+        self.qkv = like.new_zeros(n + -n % _EVEN, heads * d)
+        made, turned = self.qkv[:n].view(n, heads, d), like.new_zeros(n, heads, d)
+        self.cos, self.sin = like.new_ones(n, heads, d), like.new_zeros(n, heads, d)  # values are not turned
+        self.cos_qk, self.sin_qk = self.cos[:, : h + k], self.sin[:, : h + k]
+        self.made, self.turned, self.turned_q, self.turned_kv = made, turned, turned[:, :h], turned[:, h:]
+        halves = slice(0, half), slice(half, d)
+        self.parts = [(turned[..., a], made[..., b], self.sin[..., a]) for a, b in (halves, halves[::-1])]
+        self.q, self.new = like.new_zeros(n, h, d), like.new_zeros(n, 2 * k, d)
+        self.queries = self.q.view(n * k, -1, d)
+
+    def turn_by(self, cos: Tensor, sin: Tensor) -> None:
+        """The (n, 1, D) angles of a step."""
+        self.cos_qk.copy_(cos)
+        self.sin_qk.copy_(sin)
+
+    def turn(self, _: Tensor) -> None:
+        """Rotary embedding of what lies in ``qkv``."""
+        torch.mul(self.made, self.cos, out=self.turned)
+        for to, other, sin in self.parts:
+            to.addcmul_(other, sin)
+
+
 class _Norm:
     """A root-mean-square norm; its weight may have been folded into the product that follows."""
 
@@ -214,6 +262,13 @@ class _Product:
             self.parts = [
                 (whole.T.contiguous(), torch.cat(biases) if any(x.bias is not None for x in layers) else None)
             ]
+
+    def into(self, x: Tensor, made: Tensor) -> Tensor:
+        """x W^T + b of one Linear, or several side by side, written into ``made``."""
+        if len(self.parts) > 1:
+            return made.copy_(self(x))
+        w, b = self.parts[0]
+        return torch.mm(x, w, out=made) if b is None else torch.addmm(b, x, w, out=made)
 
     def __call__(self, x: Tensor, added_to: Tensor | None = None) -> Tensor:
         """x W^T + b, and ``added_to`` besides."""
