@@ -75,9 +75,7 @@ def generate(
     choice, keys = Choice(temperature, top_p, top_k), row_keys(seed, len(prompts))
     most = min(batch, len(prompts), _fitting(model, int(max(rooms + [len(p) for p in prompts]))))
     rows = _rows_of(model, pad_id, new_cache, most)
-    # Taken from the end: the longest first, so that few are left over; like lengths together, so that little is padded.
-    first = [len(p) for p in prompts] if not rows.mixes else rooms
-    waiting = sorted(range(len(prompts)), key=lambda i: (first[i], len(prompts[i])), reverse=not rows.mixes)
+    waiting = _in_line(prompts, rooms, rows.mixes)
     out: dict[int, Generated] = {}
 
     def write(rows: LlamaRows | AnyRows, most: int, stopped: Callable[[], bool]) -> None:
@@ -173,6 +171,13 @@ def _rows_of(model: Any, pad_id: int, new_cache: NewCache, rows: int) -> LlamaRo
     """The quickest there is for a model."""
     quick = LlamaRows.of(model, lambda ids: prefilled(model, ids), rows) if new_cache is whole_cache else None
     return quick or AnyRows(model, pad_id, new_cache)
+
+
+def _in_line(prompts: Sequence[Sequence[int]], rooms: np.ndarray, mixes: bool) -> list[int]:
+    """Prompts as they are taken, from the end: the longest first, so that few are left over; or like lengths together,
+    so that little is padded."""
+    first = rooms if mixes else [len(p) for p in prompts]
+    return sorted(range(len(prompts)), key=lambda i: (first[i], len(prompts[i])), reverse=not mixes)
 
 
 def _taken(waiting: list[int], most: int) -> list[int]:
