@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pennyweight.data.both_tokenizers import BothTokenizers
+from pennyweight.data.both_tokenizers import BothTokenizers, encode_answered
 from pennyweight.data.files import read_text
 from pennyweight.data.pack import Batch, Packer, packer
 from pennyweight.data.render import encode_all
@@ -98,8 +98,7 @@ class Bench:
 
     def opened(self, path: str | Path) -> Loaded:
         """A folder that this run saved, in float32 on the run's device; it keeps the code its model came with."""
-        r = self.recipe
-        came_with = r.teacher if r.student.kind == "cut" else r.student
+        came_with = self.recipe.teacher if self.recipe.student.kind == "cut" else self.recipe.student
         return self._opened(path, getattr(came_with, "trust_remote_code", False))
 
     def to_train(self, path: str | Path, seed: int) -> Loaded:
@@ -118,12 +117,11 @@ class Bench:
 
     @cached_property
     def own_language(self) -> Language | None:
-        """What the student brings: its folder's, or that of a tokenizer that is named; an endpoint's brings none."""
+        """What does not come from a teacher here: the student folder's, or a tokenizer's that is named, if any."""
         s, named = self.recipe.student, named_tokenizer(self.recipe)
         if s.kind == "folder":
             return language_of(s.path, s.trust_remote_code)
-        tokenizer = open_tokenizer(named) if named else None
-        return None if tokenizer is None else Language(tokenizer, len(tokenizer), self.recipe.data.context)
+        return Language.of(open_tokenizer(named), self.recipe.data.context) if named else None
 
     @cached_property
     def language(self) -> Language:
@@ -131,7 +129,7 @@ class Bench:
         t, own = self.recipe.teacher, self.own_language
         if self.whole:
             return self.whole.language
-        if isinstance(t, SeveralTeachers) and (shared := shared_language(t, language_of, same_tokenizer)):
+        if isinstance(t, SeveralTeachers) and (shared := shared_language(t, language_of, own)):
             return shared
         apart = own and (self.served or self.team or difference(own.tokenizer, self.teacher.tokenizer))
         return own if own and apart else self.teacher.language
@@ -200,7 +198,8 @@ class Bench:
     def encode(self, samples: list[Sample]) -> list[Encoded]:
         if self.both:
             return self.both.encode(samples, self.recipe.data.too_long)
-        encoded = encode_all(samples, self.language.tokenizer, self.context, self.recipe.data.too_long)
+        how = encode_answered if self.apart else encode_all
+        encoded = how(samples, self.language.tokenizer, self.context, self.recipe.data.too_long)
         return [e for e in (e.learnt_from(self.untold) for e in encoded) if e.loss_positions]
 
     @cached_property
@@ -236,11 +235,9 @@ class Bench:
         student = first(self.recipe.student, self.language, self.context, seed, cut_from_it, self._opened)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        if self.team and self.own_language:
-            same_tokenizer(self.language.tokenizer, self.own_language.tokenizer)
         if self.recipe.train.pack:
-            unseen = self.served or (self.team and not self.team.mixture)
-            check_packing(student, *(() if unseen else (self.teacher.model,)))
+            seen = not self.served and (not self.team or self.team.mixture)
+            check_packing(student, *((self.teacher.model,) if seen else ()))
         return student
 
     def _check_targets(self) -> None:
@@ -259,7 +256,7 @@ class Bench:
     @property
     def student_dtype(self) -> torch.dtype:
         """What students are kept in: as the teacher is stored where they are cut from it, or as they were given."""
-        s, source = self.recipe.student, self.of(cut_from(self.recipe))
+        s, source = self.recipe.student, self.team.benches[cut_from(self.recipe)] if self.team else self
         return torch.float32 if s.kind == "shape" else stored_dtype(source.teacher_path if s.kind == "cut" else s.path)
 
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -271,14 +268,17 @@ class Bench:
         made = self.fill_cache()
         if over := made.over(getattr(self.recipe.targets, "budget", float("inf"))):
             say(over)
-        facts = {"kind": kind, "tokens": tokens, **made.facts(self.cache.keep)}
-        return facts | ({"across": True} if self.both else {}), made.damaged
+        facts = {"kind": kind, "tokens": tokens, "across": self.both is not None}
+        return facts | made.facts(self.cache.keep), made.damaged
 
     def fill_cache(self, own: bool = True) -> CacheFacts:
         """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
         with counting("targets", len(self.encoded), "samples") as c:
             made = self.cache.fill(self.encoded, c.advance, clean=own and self.group.first)
-        self.__dict__.pop("labelling", None)  # a copy of the teacher that is not needed any more
+        for held in ("labelling", "teacher") if self.team else ("labelling",):  # not needed any more
+            self.__dict__.pop(held, None)
+        if self.both:
+            self.across = replace(self.across, teacher=self.local)
         if self.team:
             self.team.put_away()
         return made
@@ -301,8 +301,8 @@ class Bench:
     def across(self) -> AcrossTeacher:
         """The teacher as it labels for a student of another tokenizer."""
         assert self.both
-        v = self.both.vocabularies(self.encoded, self.teacher.ends)
-        return AcrossTeacher(self.labelling, v, self.both.theirs)
+        v, own = self.both.vocabularies(self.encoded, self.teacher.ends), self.teacher.language
+        return AcrossTeacher(self.labelling, v, self.both.theirs, own.identity)
 
     @cached_property
     def cache(self) -> TargetCache | AssignedCache:
@@ -333,9 +333,9 @@ class Bench:
         """The same in the teacher's tokens."""
         if not self.apart:
             return self.held_out
-        own, samples = self.teacher, read_samples(self.folder / "data" / "eval.jsonl")
-        encode = lambda some: encode_all(some, own.tokenizer, own.context, "drop")  # noqa: E731
-        return hold_out(samples, self.recipe.evaluate, own.tokenizer, own.context, encode)
+        samples, tokenizer = read_samples(self.folder / "data" / "eval.jsonl"), self.teacher.tokenizer
+        encode = lambda some: encode_all(some, tokenizer, self.asked_in, "truncate")  # noqa: E731
+        return hold_out(samples, self.recipe.evaluate, tokenizer, self.asked_in, encode)
 
     @property
     def measurable(self) -> bool:

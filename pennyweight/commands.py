@@ -221,11 +221,11 @@ def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, cont
     """A training sample in the student's tokens, cut as the run cuts it where the teacher's are others."""
     t = recipe.teacher
     path = str(root / "teacher") if isinstance(t, TrainedTeacher) else getattr(t, "path", None)
-    if path and recipe.method.kind != "sft":
-        teacher = language_of(path, getattr(t, "trust_remote_code", False))
-        if difference(student.tokenizer, teacher.tokenizer):
-            room = min(recipe.data.context, student.context)
-            return BothTokenizers(student, teacher, room).encode([sample], recipe.data.too_long)
+    teacher = language_of(path, getattr(t, "trust_remote_code", False)) if path else None
+    if teacher and difference(student.tokenizer, teacher.tokenizer):
+        context = min(recipe.data.context, student.context)
+        if recipe.method.kind != "sft":
+            return BothTokenizers(student, teacher, context).encode([sample], recipe.data.too_long)
     return encode_all([sample], student.tokenizer, context, recipe.data.too_long)
 
 

@@ -41,7 +41,7 @@ from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
-from pennyweight.teacher.several import identities, seed_of, who_teaches
+from pennyweight.teacher.several import cut_from, identities, seed_of, who_teaches
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
@@ -162,7 +162,7 @@ def the_data(line: Line, teacher: Done) -> Done:
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
-    depends |= {"tokenizer": own.identity} if (own := line.bench.own_language) else {}
+    depends |= {"own": [own.identity, line.recipe.method.kind]} if (own := line.bench.own_language) else {}
     return line.run.stage("data", depends, lambda work: _data(line, teacher, work))
 
 
@@ -196,8 +196,9 @@ def the_starts(line: Line, teacher: Done) -> dict[int, Done]:
 def a_start(line: Line, teacher: Done, seed: int) -> Done:
     """One untouched student: given, cut from the teacher, or made from nothing by its seed."""
     s, place = line.recipe.student, f"arms/base-{seed}"
-    room = min(line.recipe.data.context, teacher.facts["context"] or line.recipe.data.context)
-    depends = {"student": [s.model_dump(mode="json"), seed], "teacher": teacher.facts["identity"], "context": room}
+    own, room = line.bench.own_language, min(line.recipe.data.context, teacher.facts["context"] or 1 << 40)
+    depends = {"student": [s.model_dump(mode="json"), seed, cut_from(line.recipe)], "context": room}
+    depends |= {"teacher": teacher.facts["identity"], "own": [own.identity, line.recipe.data.context] if own else []}
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
 
@@ -214,7 +215,7 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
     """The teacher's distribution over the training tokens, sampled and kept; or nothing, when it runs live."""
     recipe, compute = line.recipe, line.compute.name
     depends = {"targets": recipe.hash_of("targets"), "temperature": getattr(recipe.method, "temperature", None)}
-    depends |= {"teacher": teacher.facts["fingerprint"], "data": data.facts["train_stream"], "compute": compute}
+    depends |= {"teacher": teacher.facts["identity"], "data": data.facts["train_stream"], "compute": compute}
 
     def make(work: Path) -> Made:
         (line.folder / "targets").mkdir(exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from pennyweight.recipe import DenseTargets, KdMethod, SampledTargets, TopKTarge
 from pennyweight.recipe_file import parse
 from pennyweight.records import Message, Sample
 from pennyweight.stages import run_line
+from pennyweight.teacher.across import AcrossTeacher
+from pennyweight.teacher.alignment import align
 from pennyweight.teacher.refusals import check_targets
 
 SPELT = ["one two three four five six seven eight nine ten. " * 3, "what is 1 + 2?\n3 4567890"]
@@ -170,7 +174,71 @@ def test_a_prompt_that_leaves_the_teacher_no_room_is_left_out(both, models, caps
     narrow = BothTokenizers(both.student, Language(both.teacher.tokenizer, both.teacher.vocabulary, 8), 64)
     long, short = answered("two three four five six", "one"), answered("2?", "two")
     assert [e.id for e in narrow.encode([long, short], "refuse")] == [short.id]
-    assert "leaves no room for a response in the teacher's context of 8 tokens" in capsys.readouterr().err
+    assert "left to learn in the teacher's context of 8 tokens" in capsys.readouterr().err
+
+
+def with_template(tokenizer, template, bos="same"):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    if bos is None:
+        made.bos_token = None
+    return made
+
+
+def test_a_plain_text_is_learnt_from_its_first_byte_whoever_has_no_opening_token(both):
+    chat = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    bare = Language(with_template(both.teacher.tokenizer, chat, None), both.teacher.vocabulary, 64)
+    sample = Sample((), "one two three", "x")
+    for pair in (BothTokenizers(both.student, bare, 64), BothTokenizers(bare, both.student, 64)):
+        (mine,) = pair.encode([sample], "refuse")
+        assert (
+            spelt(mine, pair.student.tokenizer) == spelt(pair.theirs(mine), pair.teacher.tokenizer) == sample.response
+        )
+
+
+def test_a_conversation_that_the_teachers_template_refuses_is_left_out(both, capsys):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + "".join(
+        ["{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"]
+    )
+    pair = BothTokenizers(both.student, Language(with_template(both.teacher.tokenizer, strict), 128, 64), 64)
+    odd = Sample((Message("system", "one"), Message("user", "two")), "three", "x")
+    plain = answered("one?", "two")
+    assert [e.id for e in pair.encode([odd, plain], "refuse")] == [plain.id]
+    assert "for the teacher, " in capsys.readouterr().err
+
+
+def test_what_a_teacher_wrote_too_long_is_left_out_and_not_refused(both, capsys):
+    long, short = (answered("one?", text) for text in ("one two three four five six seven " * 5, "two"))
+    written = replace(long, author="teacher")
+    assert [e.id for e in both.encode([written, short], "refuse")] == [short.id]
+    assert "1 of 1 answers are longer than 64 of the student's tokens: left out" in capsys.readouterr().err
+
+
+def test_conversations_cut_within_an_earlier_turn_are_aligned_as_far_as_they_go(both):
+    turns = [Message("user", "one?"), Message("assistant", "two three four"), Message("user", "five? " * 12)]
+    sample = Sample(tuple(turns), "seven eight nine ten", "x")
+    pair = BothTokenizers(both.student, Language(both.teacher.tokenizer, 128, 24), 64)
+    (mine,) = pair.encode([sample], "truncate")
+    v = pair.vocabularies([mine], [2])
+    assert len(align(mine, pair.theirs(mine), v)) == len(mine.loss_positions)
+
+
+def test_how_a_teacher_reads_is_in_what_its_targets_are_known_by(both):
+    class Weights:
+        fingerprint = "same"
+
+    v = both.vocabularies(both.encode([answered("one?", "two")], "refuse"), [2])
+    other = Language(with_template(both.teacher.tokenizer, "{{ messages[0]['content'] }}"), 128, 64)
+    known = {AcrossTeacher(Weights(), v, both.theirs, x.identity).fingerprint for x in (both.teacher, other)}
+    assert len(known) == 2
+
+
+def test_an_identity_is_the_same_after_a_tokenizer_was_used(both):
+    tokenizer = copy.deepcopy(both.teacher.tokenizer)
+    language = Language(tokenizer, 128, 64)
+    before = language.identity
+    tokenizer("one two", truncation=True, max_length=2, padding="max_length")
+    assert language.identity == before
 
 
 def test_too_long_for_the_student_is_as_everywhere(both):

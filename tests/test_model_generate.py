@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from architectures import MAKERS, V, make
 
+import pennyweight.model.generate as generating
 from pennyweight.errors import DataError
 from pennyweight.model.cache import AnyRows, prefilled, whole_cache
 from pennyweight.model.generate import generate, stream
@@ -242,3 +245,21 @@ def test_a_stop_string_ends_a_row(tmp_path):
     cut = generate(model, PROMPTS, **settings, stops=lambda ids: ids[-1] == third)
     assert cut[1].ids == whole[1].ids[: whole[1].ids.index(third) + 1] and cut[1].stopped and cut[1].end is None
     assert all(c.stopped == (third in w.ids) for c, w in zip(cut, whole, strict=True))
+
+
+def test_threads_that_race_for_the_last_prompts_write_what_one_does(monkeypatch):
+    model, before = make("llama"), torch.get_num_threads()
+    prompts, rooms = [[3 + i] for i in range(11)], [1 + i % 3 for i in range(11)]
+    how = {"max_tokens": rooms, "temperature": 1.0, "eos_ids": set(), "pad_id": 0, "seed": 3}
+    want = generate(model, prompts, batch=1, **how)
+    monkeypatch.setattr(generating, "_SHARE", 1)
+    torch.set_num_threads(4)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(20):
+            assert [g.ids for g in generate(model, prompts, batch=4, **how)] == [g.ids for g in want]
+        assert torch.get_num_threads() == 4
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(before)

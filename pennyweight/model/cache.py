@@ -40,11 +40,11 @@ class AnyRows:
 
     def __init__(self, model: Any, pad_id: int, new_cache: NewCache):
         self.model, self.pad_id, self.new_cache = model, pad_id, new_cache
-        self.argument = cache_argument(model)
+        self.argument, self.device = cache_argument(model), next(model.parameters()).device
 
     def admit(self, prompts: Sequence[Sequence[int]]) -> None:
         """The rows, when there are none; they are worked through with the first step."""
-        width, device = max(map(len, prompts)), next(self.model.parameters()).device
+        width, device = max(map(len, prompts)), self.device
         self.cache = self.new_cache(self.model.config)
         self.ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,30 +72,50 @@ def generate(
     if not prompts:
         return []
     rooms = _rooms(prompts, max_tokens, context)
-    choice, keys = Choice(temperature, top_p, top_k), row_keys(seed, len(prompts))
     most = min(batch, len(prompts), _fitting(model, int(max(rooms + [len(p) for p in prompts]))))
     rows = _rows_of(model, pad_id, new_cache, most)
-    waiting = _in_line(prompts, rooms, rows.mixes)
-    out: dict[int, Generated] = {}
+    keys, waiting = row_keys(seed, len(prompts)), _in_line(prompts, rooms, rows.mixes)
+    shared = _Pass(prompts, rooms, Choice(temperature, top_p, top_k), keys, eos_ids, stops, waiting, progress)
+    _side_by_side(shared.write, rows, most)
+    return [shared.out[i] for i in range(len(prompts))]
 
-    def write(rows: LlamaRows | AnyRows, most: int, stopped: Callable[[], bool]) -> None:
-        live = _Live(rooms, eos_ids, stops)
-        while (waiting or len(live)) and not stopped():
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the threads of one call share: prompts, how tokens are chosen, who is still waiting, and what is written."""
+
+    prompts: Sequence[Sequence[int]]
+    rooms: np.ndarray
+    choice: Choice
+    keys: np.ndarray
+    eos_ids: set[int]
+    stops: Ends | None
+    waiting: list[int]
+    progress: Callable[[int], None]
+    out: dict[int, Generated] = field(default_factory=dict)
+    told: threading.Lock = field(default_factory=threading.Lock)
+
+    def write(self, rows: LlamaRows | AnyRows, most: int, stopped: Callable[[], bool]) -> None:
+        """Take prompts that wait, up to ``most`` at once, until none is left."""
+        live, device = _Live(self.rooms, self.eos_ids, self.stops), rows.device
+        while (self.waiting or len(live)) and not stopped():
             free = most - len(live)
-            if waiting and (not len(live) or (rows.mixes and free >= max(1, most // 8))):
-                new = _taken(waiting, free)
-                rows.admit([prompts[i] for i in new])
-                live.admit(new, [prompts[i][-1] for i in new])
-            logits = rows.step(torch.from_numpy(live.tokens).to(_device(model)), live.done)
-            live.take(*pick(logits, choice, draws(keys[live.prompt], live.made) if temperature else None))
+            if self.waiting and (not len(live) or (rows.mixes and free >= max(1, most // 8))):
+                new = _taken(self.waiting, free)
+                if new:  # others may have been quicker
+                    rows.admit([self.prompts[i] for i in new])
+                    live.admit(new, [self.prompts[i][-1] for i in new])
+                elif not len(live):
+                    return
+            logits = rows.step(torch.from_numpy(live.tokens).to(device), live.done)
+            u = draws(self.keys[live.prompt], live.made) if self.choice.temperature else None
+            live.take(*pick(logits, self.choice, u))
             if live.done.all() or (live.done.any() and (rows.mixes or 2 * live.done.sum() >= len(live))):
                 ended, order = live.let_go()
-                out.update(ended)
+                self.out.update(ended)
                 rows.keep(order)
-                progress(len(ended))
-
-    _side_by_side(write, rows, most)
-    return [out[i] for i in range(len(prompts))]
+                with self.told:
+                    self.progress(len(ended))
 
 
 class _Live:

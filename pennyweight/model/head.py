@@ -103,7 +103,6 @@ def trunk_of(model: Any) -> Any:
     return model.base_model if decoder is None else decoder
 
 
-@torch.no_grad()
 def check_packing(*models: Any) -> None:
     """Raise RecipeError where samples in one row of a model would see each other."""
     for model in models:
@@ -114,6 +113,7 @@ def check_packing(*models: Any) -> None:
             )
 
 
+@torch.no_grad()
 def keeps_samples_apart(model: Any) -> bool:
     """Whether two samples packed into one row, positions restarting, are blind to each other in this architecture."""
     if "position_ids" not in inspect.signature(trunk_of(model).forward).parameters:

@@ -41,6 +41,7 @@ class LlamaRows:
         self.d, self.prefill, self.rows = attention.head_dim, prefill, rows
         self.h, self.k = (x.out_features // self.d for x in (attention.q_proj, attention.k_proj))
         self.embedding, self.scale = trunk.embed_tokens.weight, attention.scaling
+        self.device = self.embedding.device
         # In float32 on a CPU a product per head beats the fused attention, three times on 128 rows.
         self.plain = self.embedding.device.type == "cpu" and self.embedding.dtype == torch.float32
         self.plain &= not hasattr(attention, "q_norm")

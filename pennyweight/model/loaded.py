@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,19 @@ class Language:
     vocabulary: int
     context: int
 
+    @staticmethod
+    def of(tokenizer: Any, context: int) -> Language:
+        """Of a tokenizer without a model."""
+        return Language(tokenizer, len(tokenizer), context)
+
     @property
     def identity(self) -> str:
-        """SHA-256 of what makes text into tokens, the chat template included."""
+        """SHA-256 of what makes text into tokens, the chat template included, and of the context."""
         t = self.tokenizer
-        cuts = t.backend_tokenizer.to_str() if t.is_fast else sorted(t.get_vocab().items())
-        return sha256_json([cuts, t.chat_template, t.bos_token_id, t.eos_token_id])
+        cuts = json.loads(t.backend_tokenizer.to_str()) if t.is_fast else sorted(t.get_vocab().items())
+        if isinstance(cuts, dict):  # which the last call of it has set
+            cuts |= {"truncation": None, "padding": None}
+        return sha256_json([cuts, t.chat_template, t.bos_token_id, t.eos_token_id, self.context])
 
     @property
     def pad_id(self) -> int:

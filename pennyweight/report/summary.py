@@ -180,6 +180,9 @@ def shown_samples(evaluations: Mapping[str, Evaluation], count: int) -> list[dic
     evaluations = {name: e for name, e in evaluations.items() if not name.endswith(ROUNDED) and e["outputs"]}
     if not evaluations:
         return []
+    asked = [[row["prompt"] for row in e["outputs"][:count]] for e in evaluations.values()]
+    alike = max(asked, key=asked.count)  # a teacher of other tokens may have begun from other places of a text
+    evaluations = {name: e for (name, e), mine in zip(evaluations.items(), asked, strict=True) if mine == alike}
     first = next(iter(evaluations.values()))["outputs"][:count]
     return [
         {

@@ -56,19 +56,22 @@ class AcrossTeacher:
     """A teacher whose tokenizer is not the student's.
 
     ``theirs`` gives the teacher's encoding of a sample of the student's: the same turns learnt, the same text.
+    ``reads`` names how the teacher reads texts: its tokenizer, chat template and context.
     """
 
     teacher: Labels
     vocabularies: Vocabularies
     theirs: Callable[[Encoded], Encoded]
+    reads: str = ""
     _settled: dict[str, Settled] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that targets depend on besides the samples: the weights and both vocabularies."""
+        """SHA-256 of all that targets depend on besides the samples: the weights, how the teacher reads, and both
+        vocabularies."""
         v = self.vocabularies
         made_from = [v.first.tolist(), v.ended.tolist(), v.trie.order.tolist(), v.trie.low.tolist(), v.trie.outcomes]
-        return sha256_json([self.teacher.fingerprint, made_from])
+        return sha256_json([self.teacher.fingerprint, self.reads, made_from])
 
     @torch.no_grad()
     def targets(self, samples: Sequence[Encoded], keep: Keep) -> list[Kept]:
@@ -133,13 +136,17 @@ class AcrossTeacher:
 
     @torch.no_grad()
     def expected(
-        self, samples: Sequence[Encoded], thresholds: list[float], temperature: float = 1.0
+        self, samples: Sequence[Encoded], thresholds: list[float], temperature: float = 1.0, positions: int = 1024
     ) -> list[tuple[float, float]]:
         """Heads and tails a position that each threshold would keep, on average, as ``LocalTeacher.expected``."""
-        tiles = [tile for _, told in self._told(samples) for tile in told]
-        found = torch.tensor([expected_entries(tile.log_(), thresholds, temperature) for tile in tiles])
-        sizes = torch.tensor([float(len(tile)) for tile in tiles])
-        means = torch.einsum("i,ijk->jk", sizes / sizes.sum(), found)
+        found: list[list[tuple[float, float]]] = []
+        sizes: list[int] = []
+        for tile in (tile for _, told in self._told(samples) for tile in told):
+            sizes.append(len(tile))
+            found.append(expected_entries(tile.log_(), thresholds, temperature))
+            if sum(sizes) >= positions:
+                break
+        means = torch.einsum("i,ijk->jk", torch.tensor(sizes) / sum(sizes), torch.tensor(found))
         return [(heads, tails) for heads, tails in means.tolist()]
 
     @cached_property

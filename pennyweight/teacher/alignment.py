@@ -95,23 +95,30 @@ def align(student: Encoded, teacher: Encoded, v: Vocabularies) -> list[Place]:
     """The student's loss positions of a sample, from two encodings of it: the same turns learnt, the same bytes spelt.
 
     A space that one of the tokenizers puts at the start of a text is no difference. Where one was cut to its context
-    before the other, the text alone tells what the teacher does not have.
+    before the other, the text alone tells what the teacher does not have. ``check_same_text`` finds the rest.
 
     Raises:
-        DataError: they learn another number of turns, or spell other bytes.
+        DataError: they spell other bytes.
     """
     places: list[Place] = []
     row = 0
-    for ours, of_teacher in _turns(student, teacher):
+    mine, theirs = list(_runs(student)), list(_runs(teacher))
+    for ours, of_teacher in zip(mine, theirs, strict=False):
         places += _align_run(ours, of_teacher, row, v)
         row += len(of_teacher)
-    return places
+    return [*places, *(Place(u) for ours in mine[len(theirs) :] for u in ours)]
 
 
 def check_same_text(student: Encoded, teacher: Encoded, spelling: Spelling, teachers: Spelling, whole: bool) -> None:
     """Raise DataError, as ``align`` does, for two encodings of a sample that it could not align; of ``whole`` ones also
     where one spells more than spaces beyond the other's end."""
-    for ours, of_teacher in _turns(student, teacher):
+    mine, theirs = list(_runs(student)), list(_runs(teacher))
+    if whole and len(mine) != len(theirs):
+        raise DataError(
+            f"the student's chat template gives {len(mine)} turns of a sample to learn, and the teacher's "
+            f"{len(theirs)}; give conversations of one turn"
+        )
+    for ours, of_teacher in zip(mine, theirs, strict=False):
         starts, their_starts = _starts(ours, of_teacher, spelling, teachers)
         n = min(starts[-1], their_starts[-1])
         more = joined(ours, spelling)[n - starts[0] :], joined(of_teacher, teachers)[n - their_starts[0] :]
@@ -126,17 +133,6 @@ def _otherwise(one: bytes, other: bytes) -> DataError:
         f"the student's tokenizer spells a text otherwise than the teacher's ({parts[0]!r} for {parts[1]!r}): one "
         "normalises it or does not know a character; normalise the data, or drop this sample"
     )
-
-
-def _turns(student: Encoded, teacher: Encoded) -> Iterator[tuple[list[int], list[int]]]:
-    """The learnt tokens of both, turn by turn."""
-    mine, theirs = list(_runs(student)), list(_runs(teacher))
-    if len(mine) != len(theirs):
-        raise DataError(
-            f"the student's chat template gives {len(mine)} turns of a sample to learn, and the teacher's "
-            f"{len(theirs)}; give conversations of one turn"
-        )
-    return zip(mine, theirs, strict=True)
 
 
 def _runs(encoded: Encoded) -> Iterator[list[int]]:

@@ -114,11 +114,11 @@ def _check_student(recipe: Recipe, t: SeveralTeachers, folders: list[str]) -> No
     if (
         isinstance(s, ShapeStudent)
         and not folders
-        and not any(getattr(m, "tokenizer", None) for m in t.members.values())
+        and not any(getattr(x, "tokenizer", None) for x in (s, *t.members.values()))
     ):
         raise RecipeError(
             "a student made from nothing takes its teachers' tokenizer, and endpoints hand over none; name a folder or "
-            "hub id that holds one as tokenizer of a member"
+            "hub id that holds one as tokenizer of a member, or as student.tokenizer"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from pennyweight.data.store import read_samples
 from pennyweight.errors import DataError, ModelError
 from pennyweight.model.loaded import Language
+from pennyweight.model.token_bytes import difference
 from pennyweight.recipe import FolderTeacher, Recipe, SeveralTeachers
 from pennyweight.records import Encoded, Sample, sha256_json, sha256_text
 
@@ -125,14 +126,14 @@ def named_tokenizer(recipe: Recipe) -> str | None:
 
 
 def shared_language(
-    teacher: SeveralTeachers, language_of: Callable[[str, bool], Language], same: Callable[[Any, Any], None]
+    teacher: SeveralTeachers, language_of: Callable[[str, bool], Language], own: Language | None
 ) -> Language | None:
     """The one tokenizer and vocabulary of the members that are folders, and the shortest of their contexts; None where
     all are servers, which do not decide it.
 
     Args:
         language_of: (path, trust_remote_code) -> what a folder's is.
-        same: raises ModelError where two tokenizers differ.
+        own: what the student, or a server, is given by name, which must be the same.
 
     Raises:
         ModelError: tokenizers or vocabularies differ.
@@ -142,19 +143,19 @@ def shared_language(
         return None
     (first, one), *others = languages.items()
     for name, other in others:
-        try:
-            same(one.tokenizer, other.tokenizer)
-        except ModelError as e:
-            said = str(e).partition(";")[0]
-            raise ModelError(
-                f"members {first} and {name} cannot teach one student: {said}; give members of one tokenizer, or a run "
-                "to each"
-            ) from None
+        both = f"members {first} and {name} cannot teach one student: "
+        if found := difference(one.tokenizer, other.tokenizer):
+            raise ModelError(f"{both}the tokenizers differ: {found}; give members of one tokenizer, or a run to each")
         if one.vocabulary != other.vocabulary:
             raise ModelError(
-                f"members {first} and {name} cannot teach one student: their heads have {one.vocabulary:,} and "
-                f"{other.vocabulary:,} entries; give members of one vocabulary, or a run to each"
+                f"{both}their heads have {one.vocabulary:,} and {other.vocabulary:,} entries; give members of one "
+                "vocabulary, or a run to each"
             )
+    if own and (found := difference(one.tokenizer, own.tokenizer)):
+        raise ModelError(
+            f"the student's tokenizer is not its teachers' ({found}); several teachers teach in their own tokens: give "
+            "a student with theirs, or take one teacher, whose distribution can be carried over"
+        )
     return Language(one.tokenizer, one.vocabulary, min(x.context for x in languages.values()))
 
 
