@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import sys
+=======
+import copy
+>>>>>>> 80af4ef732b613cf1acd005eaaf8005f77d57a07
 
 import numpy as np
 import pytest
@@ -142,10 +146,14 @@ def test_what_only_looks_like_a_llama_is_left_to_transformers():
 )
 @torch.inference_mode()
 def test_logits_are_the_models_own_at_every_step(name, dtype):
-    """Rows that come and go between steps, beyond the room the cache begins with, against whole forward passes."""
+    """Rows that come and go between steps, beyond the room the cache begins with, against whole passes in float32.
+
+    In bfloat16 a whole pass is off as well, by as much as happens to be lost: rows are off by at most twice that.
+    """
     seed = torch.seed() % 10**6
     g = torch.Generator().manual_seed(seed)
     model = make(name, seed).to(dtype)
+    exact, off = copy.deepcopy(model).float(), []
     made = LlamaRows.of(model, lambda ids: prefilled(model, ids), 3) or AnyRows(model, 0, whole_cache)
     texts = [torch.randint(3, V, (n,), generator=g).tolist() for n in (1, 40, 7)]
     late = torch.randint(3, V, (20,), generator=g).tolist()
@@ -154,11 +162,10 @@ def test_logits_are_the_models_own_at_every_step(name, dtype):
         got = made.step(torch.tensor([t[-1] for t in texts]), np.zeros(len(texts), bool))
         if step % 12 == 0:
             for text, row in zip(texts, got, strict=True):
-                want = model(input_ids=torch.tensor([text])).logits[0, -1].float()
-                error = float((row - want).norm() / want.norm())
-                assert error < (1e-5 if dtype == torch.float32 else 0.05), (
-                    f"seed {seed}, step {step}, {len(text)} tokens"
-                )
+                want, whole = (m(input_ids=torch.tensor([text])).logits[0, -1].float() for m in (exact, model))
+                off.append([float((x - want).norm() / want.norm()) for x in (row, whole)])
+                if dtype == torch.float32:
+                    assert off[-1][0] < 1e-5, f"seed {seed}, step {step}, {len(text)} tokens"
         if step == 30:
             order = np.array([2, 1])  # the first has ended, the last takes its place
             made.keep(order)
@@ -170,6 +177,8 @@ def test_logits_are_the_models_own_at_every_step(name, dtype):
                 torch.cat([got, got.new_zeros(1, V).index_fill(1, torch.tensor(late[-1]), 1.0)]),
             )
         texts = [[*t, int(row.argmax())] for t, row in zip(texts, got, strict=True)]
+    ours, rival = torch.tensor(off).square().mean(0).sqrt().tolist()
+    assert ours < 2 * rival + 1e-5, f"seed {seed}: off by {ours:.1e}, a whole pass by {rival:.1e}"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

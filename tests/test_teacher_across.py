@@ -26,7 +26,7 @@ from pennyweight.model.spelling import Spelling
 from pennyweight.model.token_bytes import spelling_of
 from pennyweight.records import Encoded, Message, Sample
 from pennyweight.teacher.across import AcrossTeacher
-from pennyweight.teacher.alignment import align, compare
+from pennyweight.teacher.alignment import align, check_same_text, compare
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.carry import Carry, levels
 from pennyweight.teacher.local import LocalTeacher
@@ -433,7 +433,7 @@ def test_what_cannot_be_aligned_is_refused():
         align(encoded(one), encoded(other), v)
     turns = Encoded("x", (0, *one, 0, *one), (False, *[True] * len(one), False, *[True] * len(one)))
     with pytest.raises(DataError, match="2 turns of a sample to learn, and the teacher's 1"):
-        align(turns, encoded(other), v)
+        check_same_text(turns, encoded(other), mine, theirs, True)
     across = AcrossTeacher(a_teacher(of_digits(1), 1), v, lambda s: s)
     for keep in (Keep(temperature=2.0), Keep("top_k", k=5)):
         with pytest.raises(ValueError, match="sampled, at temperature 1"):
