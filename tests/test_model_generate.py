@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import sys
-=======
 import copy
->>>>>>> 80af4ef732b613cf1acd005eaaf8005f77d57a07
+import sys
 
 import numpy as np
 import pytest
