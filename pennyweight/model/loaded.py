@@ -14,8 +14,8 @@ from pennyweight.records import sha256_json
 
 @dataclass(frozen=True)
 class Language:
-    """What all models of a run share: a tokenizer, the entries of the output head (at least as many as the tokenizer
-    has), the longest sequence in tokens, and a token to fill rows with."""
+    """What the students of a run share, and mostly their teacher: a tokenizer, the entries of the output head (at least
+    as many as the tokenizer has), the longest sequence in tokens, and a token to fill rows with."""
 
     tokenizer: Any
     vocabulary: int
