@@ -20,7 +20,7 @@ from pennyweight.model.device import Compute, choose, set_threads
 from pennyweight.model.head import keeps_samples_apart
 from pennyweight.model.load import language_of, load, open_tokenizer, same_tokenizer, stored_dtype
 from pennyweight.model.loaded import Language, Loaded, refuse_low_bit
-from pennyweight.model.options import ready
+from pennyweight.model.options import check_options, ready
 from pennyweight.model.projection import attach
 from pennyweight.model.student import align_vocabulary, cut, from_shape
 from pennyweight.progress import counting, say
@@ -95,6 +95,7 @@ class Bench:
     def to_train(self, path: str | Path, seed: int) -> Loaded:
         """A student's start, with a map to the teacher's hidden width where the method matches hidden states."""
         begin = self.opened(path)
+        self._check_packing(begin.model)
         ready(begin.model, self.recipe.train, seed)
         if getattr(self.recipe.method, "hidden", 0):
             mine, theirs = (m.get_output_embeddings().weight.shape[1] for m in (begin.model, self.teacher.model))
@@ -192,13 +193,19 @@ class Bench:
         student = self._first_student(seed)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
+        check_options(student, self.recipe.train)
+        self._check_packing(student)
+        return student
+
+    def _check_packing(self, student: Any) -> None:
+        if not self.recipe.train.pack:
+            return
         both = (student, *(() if self.served else (self.teacher.model,)))
-        if self.recipe.train.pack and not all(keeps_samples_apart(m) for m in both):
+        if not all(keeps_samples_apart(m) for m in both):
             raise RecipeError(
                 f"train.pack=true, but samples in one row of a {type(student).__name__} would see each other; set "
                 "train.pack=false"
             )
-        return student
 
     def _check_targets(self) -> None:
         if self.recipe.method.kind == "sft":

@@ -89,9 +89,7 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, cache: Any 
         given[cache_argument(trunk)] = cache
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT
-    # What is compiled chooses for itself, and what is computed again must be computed as it was.
-    chosen = trunk._compiled_call_impl or getattr(model, "computes_again", False)
-    with nullcontext() if chosen else _attention_for(ids_BT):
+    with nullcontext() if getattr(model, "plain_attention", False) else _attention_for(ids_BT):
         return trunk(**given).last_hidden_state
 
 
