@@ -61,9 +61,7 @@ class _Decoded(torch.autograd.Function):
         return grads[0] @ ctx.layer.weight.to(grads[0].dtype), None
 
 
-def bases_of(
-    model: Any, blocks: tuple[str, nn.Module], lora: Lora, format_of: FormatOf
-) -> dict[str, Format | None]:
+def bases_of(model: Any, blocks: tuple[str, nn.Module], lora: Lora, format_of: FormatOf) -> dict[str, Format | None]:
     """Names of the Linears of ``model``'s blocks (their name, and they themselves) -> the format that ``lora.base``
     keeps them in; None where that is full.
 
@@ -136,9 +134,9 @@ def merge(model: Any) -> None:
     for name, layer in list(_adapted(model)):
         base = layer.get_base_layer()
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(
-            base.weight.detach() + layer.get_delta_weight("default").detach().to(base.weight.dtype)
-        )
+        delta = layer.get_delta_weight("default").detach()
+        weight = base.weight.detach().to(delta.device)  # codes stay where they were; factors may have been gathered
+        plain.weight = nn.Parameter(weight + delta.to(weight.dtype))
         plain.bias = base.bias
         _replace(model, name, plain)
     if hasattr(model, "peft_config"):
