@@ -23,7 +23,7 @@ from pennyweight.model.head import check_packing
 from pennyweight.model.load import language_of, load, open_tokenizer, stored_dtype
 from pennyweight.model.loaded import Language, Loaded
 from pennyweight.model.mixture import mixed
-from pennyweight.model.options import ready
+from pennyweight.model.options import check_options, ready
 from pennyweight.model.projection import attach
 from pennyweight.model.student import first
 from pennyweight.model.token_bytes import difference, same_tokenizer
@@ -235,9 +235,9 @@ class Bench:
         student = first(self.recipe.student, self.language, self.context, seed, cut_from_it, self._opened)
         # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
-        if self.recipe.train.pack:
-            seen = not self.served and (not self.team or self.team.mixture)
-            check_packing(student, *((self.teacher.model,) if seen else ()))
+        check_options(student, self.recipe.train)
+        if self.recipe.train.pack and not self.served and (not self.team or self.team.mixture):
+            check_packing(self.teacher.model)
         return student
 
     def _check_targets(self) -> None:

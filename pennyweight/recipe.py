@@ -123,6 +123,16 @@ class TrainedTeacher(Settings):
     seed: Seed = 0
     licence: str = "Apache-2.0"
 
+    @model_validator(mode="after")
+    def _plainly(self) -> TrainedTeacher:
+        s = self.schedule
+        if s.lora or s.gradient_checkpointing or s.compile:
+            raise ValueError(
+                "a teacher made from nothing is trained without lora, gradient_checkpointing and compile; leave them "
+                "out of teacher.schedule"
+            )
+        return self
+
 
 class EndpointTeacher(Settings):
     """A model behind an OpenAI-compatible server: it writes, and it labels where the server tells log-probabilities."""
@@ -335,6 +345,11 @@ class Recipe(Settings):
     def _agrees(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} name one seed twice")
+        if self.train.lora and self.student.kind == "shape":
+            raise ValueError(
+                "train.lora leaves the student's weights as they are, and student.kind=shape makes them at random; "
+                "leave train.lora out, or give a student that has been trained (student.kind=folder or cut)"
+            )
         return self
 
     def hash_of(self, *sections: str) -> str:

@@ -168,6 +168,8 @@ def _explain(error: ValidationError) -> str:
     name = ".".join(_plain(where)) or "the recipe"
     if first["type"] == "missing":
         return f"{name} is missing; add it"
+    if first["type"] == "model_type":
+        return f"{name} is a table of settings, not one value; set those you want ({', '.join(_fields_at(where))})"
     message = first["msg"].removeprefix("Value error, ")
     secret = where[-1:] in (["url"], ["key_env"])  # which may hold a key that was put in the wrong place
     got = "" if secret or isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"

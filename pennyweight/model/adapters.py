@@ -61,6 +61,39 @@ class _Decoded(torch.autograd.Function):
         return grads[0] @ ctx.layer.weight.to(grads[0].dtype), None
 
 
+def bases_of(model: Any, blocks: tuple[str, nn.Module], lora: Lora, format_of: FormatOf) -> dict[str, Format | None]:
+    """Names of the Linears of ``model``'s blocks (their name, and they themselves) -> the format that ``lora.base``
+    keeps them in; None where that is full.
+
+    Raises:
+        MissingExtra: peft is not installed.
+        RecipeError: its blocks have no Linears, none has the rank that is asked for, or the format's tiles do not
+            divide one.
+    """
+    _peft()
+    linears = {f"{blocks[0]}.{name}": m for name, m in blocks[1].named_modules() if isinstance(m, nn.Linear)}
+    if not linears:
+        raise RecipeError(
+            f"the blocks of a {type(model).__name__} have no Linears for train.lora; leave train.lora out"
+        )
+    most = max(min(m.weight.shape) for m in linears.values())
+    if lora.rank > most:
+        raise RecipeError(
+            f"train.lora.rank={lora.rank} is more than any Linear of the student's blocks has, which is {most} at "
+            "most; set a smaller train.lora.rank, or leave train.lora out to train all weights"
+        )
+    if lora.base == "full":
+        return dict.fromkeys(linears)
+    formats = {name: format_of((m.out_features, m.in_features)) for name, m in linears.items()}
+    for name, to in formats.items():
+        if to is None:
+            raise RecipeError(
+                f"train.lora.base={lora.base} shares a scale among {FORMATS[lora.base].tile[1]} weights, which does "
+                f"not divide the {linears[name].in_features} columns of {name}; set train.lora.base=int4"
+            )
+    return formats
+
+
 def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int, format_of: FormatOf) -> None:
     """Freeze ``model`` and give every Linear of its ``blocks`` (their name, and they themselves) low-rank factors A
     (rank, in), random, and B (out, rank), zero; the Linears themselves are kept in ``lora.base``.
@@ -69,37 +102,31 @@ def attach(model: Any, blocks: tuple[str, nn.Module], lora: Lora, seed: int, for
         format_of: ``lora.base`` for a weight of some shape, where that is a low-bit format.
 
     Raises:
-        MissingExtra: peft is not installed.
-        RecipeError: its blocks have no Linears, or the format's tiles do not divide one.
+        MissingExtra, RecipeError: as of ``bases_of``.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise MissingExtra("peft", "lora", "train.lora") from None
+    formats, peft = bases_of(model, blocks, lora, format_of), _peft()
     model.requires_grad_(False)
-    names = [f"{blocks[0]}.{name}" for name, m in blocks[1].named_modules() if isinstance(m, nn.Linear)]
-    if not names:
-        raise RecipeError(
-            f"the blocks of a {type(model).__name__} have no Linears for train.lora; leave train.lora out"
-        )
-    if lora.base != "full":
-        for name in names:
-            layer = model.get_submodule(name)
-            to, group = format_of(layer.weight.shape), FORMATS[lora.base].tile[1]
-            if to is None:
-                raise RecipeError(
-                    f"train.lora.base={lora.base} shares a scale among {group} weights, which does "
-                    f"not divide the {layer.in_features} columns of {name}; set train.lora.base=int4"
-                )
-            _replace(model, name, FrozenLinear(layer, to))
+    for name, to in formats.items():
+        if to is not None:
+            _replace(model, name, FrozenLinear(model.get_submodule(name), to))
     alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
-    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, alpha), lora_dropout=lora.dropout, target_modules=names)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=cast(int, alpha), lora_dropout=lora.dropout, target_modules=list(formats)
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, model)
+
+
+def _peft() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import peft
+    except ImportError:
+        raise MissingExtra("peft", "lora", "train.lora") from None
+    return peft
 
 
 def merge(model: Any) -> None:
@@ -107,9 +134,9 @@ def merge(model: Any) -> None:
     for name, layer in list(_adapted(model)):
         base = layer.get_base_layer()
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(
-            base.weight.detach() + layer.get_delta_weight("default").detach().to(base.weight.dtype)
-        )
+        delta = layer.get_delta_weight("default").detach()
+        weight = base.weight.detach().to(delta.device)  # codes stay where they were; factors may have been gathered
+        plain.weight = nn.Parameter(weight + delta.to(weight.dtype))
         plain.bias = base.bias
         _replace(model, name, plain)
     if hasattr(model, "peft_config"):

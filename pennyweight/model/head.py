@@ -91,9 +91,7 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, cache: Any 
         given[cache_argument(trunk)] = cache
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         given["position_ids"] = positions_BT
-    # What is compiled chooses for itself, and what is computed again must be computed as it was.
-    chosen = trunk._compiled_call_impl or getattr(model, "computes_again", False)
-    with nullcontext() if chosen else _attention_for(ids_BT):
+    with nullcontext() if getattr(model, "plain_attention", False) else _attention_for(ids_BT):
         return trunk(**given).last_hidden_state
 
 
@@ -103,14 +101,13 @@ def trunk_of(model: Any) -> Any:
     return model.base_model if decoder is None else decoder
 
 
-def check_packing(*models: Any) -> None:
+def check_packing(model: Any) -> None:
     """Raise RecipeError where samples in one row of a model would see each other."""
-    for model in models:
-        if not keeps_samples_apart(model):
-            raise RecipeError(
-                f"train.pack=true, but samples in one row of a {type(model).__name__} would see each other; set "
-                "train.pack=false"
-            )
+    if not keeps_samples_apart(model):
+        raise RecipeError(
+            f"train.pack=true, but samples in one row of a {type(model).__name__} would see each other; set "
+            "train.pack=false"
+        )
 
 
 @torch.no_grad()

@@ -55,6 +55,9 @@ def cut_over(model: nn.Module, loss: Loss, group: Group) -> tuple[nn.Module, Cal
 
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(t): t for t in tensors})  # of the modules only
+    for whole, copied in zip(model.modules(), twin.modules(), strict=True):
+        if whole._compiled_call_impl is not None:  # which is not copied
+            copied.compile(dynamic=True)
     step = _Pass(twin, loss)
     mesh = init_device_mesh(next(twin.parameters()).device.type, (group.size,))
     parts: list[nn.Module] = []
