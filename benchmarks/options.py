@@ -20,7 +20,7 @@ another seed.
 
 ``tiny`` and ``large``: what each way costs and saves in time and memory, on that student and on a Llama of 63 M
 parameters made from nothing (bfloat16, 4 rows of 256 tokens). Ways take turns step by step, medians after two steps
-of warm-up, thread CPU time; "first" are the seconds of the first step, where compilation falls. Bytes of weights,
+of warm-up, thread CPU time; "first" is the first step by the clock, where compilation falls. Bytes of weights,
 gradients and moments are those of tensors; activations are what autograd keeps of a forward pass; the peak is weights
 and moments and the most that a step allocates beyond. "resident" is by how much a process of its own grows over two
 steps at its highest, making the model included.
@@ -94,7 +94,6 @@ LARGE: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "LoRA, rank 16": {"lora": Lora(rank=16)},
     "QLoRA int4, 16": {"lora": Lora(rank=16, base="int4")},
-    "LoRA, checkpointing": {"lora": Lora(rank=16), "gradient_checkpointing": True},
     "QLoRA int4, checkpointing": {"lora": Lora(rank=16, base="int4"), "gradient_checkpointing": True},
 }
 
@@ -186,18 +185,22 @@ def trained(settings: dict[str, Any], seed: int) -> Trained:
     return out
 
 
+@cache
+def workers() -> ProcessPoolExecutor:
+    """One for each core, on one thread; each keeps the texts it has written."""
+    count = len(os.sched_getaffinity(0))
+    return ProcessPoolExecutor(count, SPAWN, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def all_trained(ways: dict[str, dict[str, Any]]) -> dict[str, list[Trained] | RecipeError]:
-    """Each way's trainings by seed, or why there are none; as many at once as there are cores, on one thread each."""
+    """Each way's trainings by seed, or why there are none."""
+    jobs = {way: [workers().submit(trained, s, seed) for seed in range(SEEDS)] for way, s in ways.items()}
     found: dict[str, list[Trained] | RecipeError] = {}
-    with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), SPAWN, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        jobs = {way: [pool.submit(trained, settings, seed) for seed in range(SEEDS)] for way, settings in ways.items()}
-        for way, some in jobs.items():
-            try:
-                found[way] = [job.result() for job in some]
-            except RecipeError as e:
-                found[way] = e
+    for way, some in jobs.items():
+        try:
+            found[way] = [job.result() for job in some]
+        except RecipeError as e:
+            found[way] = e
     return found
 
 
@@ -253,13 +256,14 @@ def a_way(name: str, model: Any, settings: dict[str, Any], dtype: str) -> Way:
 
 def cost(ways: Iterable[Way], batch_of: Callable[[Way, int], Batch], steps: int, grown: dict[str, int]) -> None:
     """The table of time and memory; ``grown``: how much a process of its own grew, by way."""
-    ways = list(ways)
+    ways, firsts = list(ways), dict[str, float]()
     for step in range(2 + steps):
         for way in ways:
             batch = batch_of(way, step)
-            began = time.thread_time()
+            began, now = time.thread_time(), time.perf_counter()
             a_step(way, batch)
             way.seconds.append(time.thread_time() - began)
+            firsts.setdefault(way.name, time.perf_counter() - now)  # compilers are other processes
     base = median(ways[0].seconds[2:])
     heads = ["weights", "gradients", "moments", "activations", "peak"]
     print(f"{'way':<26} {'s/step':>7} {'over plain':>11} {'first':>6} " + " ".join(f"{h:>11}" for h in heads), end="")
@@ -273,7 +277,7 @@ def cost(ways: Iterable[Way], batch_of: Callable[[Way, int], Batch], steps: int,
         sizes += [weights + moments + most_allocated(lambda w=way, b=batch: a_step(w, b))]
         sizes += [grown[way.name]] if grown else []
         took = median(way.seconds[2:])
-        cells = f"{took:>7.3f} {took / base:>11.2f} {way.seconds[0]:>6.1f}"
+        cells = f"{took:>7.3f} {took / base:>11.2f} {firsts[way.name]:>6.1f}"
         print(f"{way.name:<26} {cells} " + " ".join(f"{n / 1e6:>11.2f}" for n in sizes), flush=True)
 
 
