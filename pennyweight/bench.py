@@ -314,13 +314,13 @@ class Bench:
         self._check_targets()
         keep = Keep(t.kind, 0.0, getattr(t, "k", 0), 1.0 if t.kind == "hidden" else temperature, t.precision)
         entries = self.across.vocabularies.trie.outcomes if self.both else self.language.vocabulary
-        asked = {"teacher": self.labels.fingerprint, "compute": self.compute.name, "asked": t.model_dump(mode="json")}
+        made_by = (self.across if self.both else self.answering).fingerprint
+        asked = {"teacher": made_by, "compute": self.compute.name, "asked": t.model_dump(mode="json")}
         expected = lambda some, tried: self.labels.expected(some, tried, keep.temperature)  # noqa: E731
         file = self.folder / f"{self.prefix}{LABELLED_AS}"
         keep = settled_keep(file, t, keep, self.encoded, entries, asked, expected)
         label = lambda some, keep: self.labels.targets(some, keep)  # noqa: E731
-        made_by = f"{self.labels.fingerprint} on {self.compute.name}"
-        return TargetCache(self.folder / "targets", made_by, keep, entries, t.shard, label)
+        return TargetCache(self.folder / "targets", f"{made_by} on {self.compute.name}", keep, entries, t.shard, label)
 
     @cached_property
     def held_out(self) -> HeldOut:

@@ -10,10 +10,10 @@ import re
 from typing import Annotated, Any, Literal, Union
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, field_validator, model_validator
 
 from pennyweight.records import sha256_json
-from pennyweight.settings import Compute, Evaluate, Quantize, Schedule, Seed, Settings, Shape, Tripwires
+from pennyweight.settings import Compute, Evaluate, Quantize, Schedule, Seed, Settings, Shape, Tripwires, plain, taught
 
 DEFAULT_KINDS = {"source": "teacher_samples", "targets": "sampled", "method": "kd"}
 """The kind of a tagged table that was given without one."""
@@ -117,21 +117,11 @@ class TrainedTeacher(Settings):
     kind: Literal["trained"] = "trained"
     tasks: list[TaskSource] = Field(min_length=1)
     shape: Shape
-    schedule: Schedule = Field(default_factory=Schedule)
+    schedule: Annotated[Schedule, AfterValidator(plain)] = Field(default_factory=Schedule)
     vocabulary: int = Field(default=256, ge=16, description="largest size of the byte-level BPE made from the tasks")
     context: int = Field(default=256, ge=8)
     seed: Seed = 0
     licence: str = "Apache-2.0"
-
-    @model_validator(mode="after")
-    def _plainly(self) -> TrainedTeacher:
-        s = self.schedule
-        if s.lora or s.gradient_checkpointing or s.compile:
-            raise ValueError(
-                "a teacher made from nothing is trained without lora, gradient_checkpointing and compile; leave them "
-                "out of teacher.schedule"
-            )
-        return self
 
 
 class EndpointTeacher(Settings):
@@ -345,11 +335,7 @@ class Recipe(Settings):
     def _agrees(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} name one seed twice")
-        if self.train.lora and self.student.kind == "shape":
-            raise ValueError(
-                "train.lora leaves the student's weights as they are, and student.kind=shape makes them at random; "
-                "leave train.lora out, or give a student that has been trained (student.kind=folder or cut)"
-            )
+        taught(self.train, self.student.kind)
         return self
 
     def hash_of(self, *sections: str) -> str:

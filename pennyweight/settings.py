@@ -96,6 +96,25 @@ class Schedule(Settings):
         return self
 
 
+def plain(schedule: Schedule) -> Schedule:
+    """A schedule of a teacher made from nothing, whose weights are all trained as they are; else ValueError."""
+    if schedule.lora or schedule.gradient_checkpointing or schedule.compile:
+        raise ValueError(
+            "a teacher made from nothing is trained without lora, gradient_checkpointing and compile; leave them "
+            "out of teacher.schedule"
+        )
+    return schedule
+
+
+def taught(schedule: Schedule, student: str) -> None:
+    """Raise ValueError for LoRA on a student whose weights nobody has trained."""
+    if schedule.lora and student == "shape":
+        raise ValueError(
+            "train.lora leaves the student's weights as they are, and student.kind=shape makes them at random; leave "
+            "train.lora out, or give a student that has been trained (student.kind=folder or cut)"
+        )
+
+
 class Tripwires(Settings):
     """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
 
