@@ -95,6 +95,8 @@ def distill(
         pennyweight distill --teacher ./llama --data pairs.jsonl --student ./tiny-llama --steps 1000 --out runs/mine
 
         pennyweight distill --teacher http://127.0.0.1:8000/v1 --data prompts.jsonl --student ./tiny-llama --method sft
+
+        pennyweight distill --teacher ./llama --cut layers=8 --set train.lora.rank=16 --set train.pack=true
     """
     from pennyweight.recipe_file import distillation
 

@@ -16,7 +16,7 @@ from pennyweight.report.quality import how_good, outcome, plain, verdict
 from pennyweight.report.scatter import quality_against_bytes
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
-from pennyweight.report.wording import finite, parameters, part_of, size, with_unit
+from pennyweight.report.wording import finite, parameters, share_of, size, with_unit
 
 
 def render(
@@ -65,8 +65,8 @@ def headline(seen: View) -> str:
     if student is None or not student.facts.get("params"):
         return "No student has been measured yet."
     size_words = f"A student of {parameters(student.facts['params'])} parameters"
-    part = part_of(student.facts["params"], teacher.facts.get("params")) if teacher else ""
-    beside = f", {part} of its teacher," if part else ""
+    part = share_of(student.facts["params"], teacher.facts.get("params"), "its teacher") if teacher else ""
+    beside = f", {part}," if part else ""
     return f"{size_words}{beside} {_achievement(seen, student)}{_smallest_words(seen)}."
 
 
@@ -95,8 +95,8 @@ def _achievement(seen: View, student: Model) -> str:
 
 def _smallest_words(seen: View) -> str:
     copy = seen.smallest
-    part = part_of(copy.facts["bytes"], sections.teacher_bytes(seen)) if copy else ""
-    return f"; its {copy.label} takes {part} of the teacher’s bytes" if copy and part else ""
+    part = share_of(copy.facts["bytes"], sections.teacher_bytes(seen), "the teacher’s bytes") if copy else ""
+    return f"; its {copy.label} takes {part}" if copy and part else ""
 
 
 def against_control(seen: View) -> str | None:
@@ -147,8 +147,8 @@ def _parameters_tile(seen: View) -> _Tile:
     theirs = seen.teacher.facts.get("params") if seen.teacher else None
     if not finite(mine):
         return None
-    part = part_of(mine, theirs)
-    return "Parameters", parameters(mine), f"{part} of the teacher’s {parameters(theirs)}" if part else "of the student"
+    part = share_of(mine, theirs, f"the teacher’s {parameters(theirs)}")
+    return "Parameters", parameters(mine), part or "of the student"
 
 
 def _quality_tile(seen: View) -> _Tile:
@@ -178,9 +178,9 @@ def _size_tile(seen: View) -> _Tile:
     if smallest is None or not finite(mine):
         return None
     whole = sections.teacher_bytes(seen)
-    part = part_of(mine, whole)
+    part = share_of(mine, whole, f"the teacher’s {size(whole)}")
     name = f"Size of the {smallest.label}" if seen.smallest else "Size of the student"
-    return name, size(mine), f"{part} of the teacher’s {size(whole)}" if part else "on disk"
+    return name, size(mine), part or "on disk"
 
 
 def _verdict_tile(seen: View) -> _Tile:

@@ -17,7 +17,7 @@ from pennyweight.records import METRICS
 from pennyweight.report.charts import MARKER, STAND_IN, both, log_axis, short, tick
 from pennyweight.report.markup import Html, figure
 from pennyweight.report.view import Model, View
-from pennyweight.report.wording import finite, measured, part_of, size, size_unit, span
+from pennyweight.report.wording import finite, measured, share_of, size, size_unit, span
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top, in points of the drawing."""
@@ -90,8 +90,9 @@ def _finding(view: View, metric: str) -> str:
     if copy is None or found is None:
         return "What are the models worth, and what do they take?"
     info = METRICS[metric]
-    part = part_of(copy.facts["bytes"], finite(view.teacher.facts.get("bytes")) if view.teacher else None)
-    takes = f"{size(copy.facts['bytes'])}, {part} of the teacher’s bytes" if part else size(copy.facts["bytes"])
+    whole = finite(view.teacher.facts.get("bytes")) if view.teacher else None
+    part = share_of(copy.facts["bytes"], whole, "the teacher’s bytes")
+    takes = f"{size(copy.facts['bytes'])}, {part}" if part else size(copy.facts["bytes"])
     value = measured(info.unit, found["mean"]) + ("\u00a0%" if info.unit == "percent" else "")
     return f"The {copy.label}: {info.label.partition(' (')[0]} {value} in {takes}"
 

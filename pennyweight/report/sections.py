@@ -16,6 +16,7 @@ from pennyweight.report.wording import (
     finite,
     number,
     part_of,
+    share_of,
     size,
     size_unit,
 )
@@ -57,9 +58,9 @@ def _bytes_alone(view: View, rows: list[tuple[str, Model, float]]) -> Html:
     unit, one = size_unit(max(n for _, _, n in rows))
     marks = [Mark(m.role, label, n / one, size(n) if m is view.teacher else _beside(n, whole)) for label, m, n in rows]
     smallest_label, smallest, least = min(rows, key=lambda r: r[2])
-    part = part_of(least, whole)
+    part = share_of(least, whole, "the teacher’s bytes")
     finding = (
-        f"The {smallest_label} takes {part} of the teacher’s bytes"
+        f"The {smallest_label} takes {part}"
         if part and smallest.role in ("int8", "int4")
         else "How many bytes do the models take?"
     )

@@ -126,3 +126,9 @@ def part_of(part: Any, whole: Any) -> str:
     if times < 1.95:
         return f"{100 * a / b:.0f}{_SPACE}%"
     return f"1/{times:,.0f}" if times >= 4.95 or abs(times - round(times)) < 0.05 else f"1/{times:.1f}"
+
+
+def share_of(part: Any, whole: Any, name: str) -> str:
+    """``part_of`` with what it is a part of: ``1/31 of NAME``, ``2.0 times NAME``; empty if unknown."""
+    share = part_of(part, whole)
+    return share and f"{share} {'' if share.endswith('times') else 'of '}{name}"
