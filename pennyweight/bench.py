@@ -30,7 +30,7 @@ from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
 from pennyweight.quant.scoring import check_scoring, for_scoring
-from pennyweight.recipe import EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TopKTargets
+from pennyweight.recipe import TEXT_ONLY, EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TopKTargets
 from pennyweight.records import Encoded, Sample
 from pennyweight.settings import Schedule
 from pennyweight.teacher.across import AcrossTeacher
@@ -142,7 +142,7 @@ class Bench:
     @cached_property
     def both(self) -> BothTokenizers | None:
         """The samples in the tokens of both, where they are apart and the teacher's distribution is asked for."""
-        asked = self.apart and self.recipe.method.kind != "sft"
+        asked = self.apart and self.recipe.method.kind not in TEXT_ONLY
         return BothTokenizers(self.language, self.teacher.language, self.context) if asked else None
 
     @cached_property
@@ -208,7 +208,7 @@ class Bench:
         t = self.recipe.targets
         if self.team:
             return max(b.untold for b in self.team.benches.values())
-        if not self.served or self.recipe.method.kind == "sft" or not isinstance(t, TopKTargets):
+        if not self.served or self.recipe.method.kind in TEXT_ONLY or not isinstance(t, TopKTargets):
             return 0
         return 2 if self.served.telling(t.k).silent_first else 0
 
@@ -242,7 +242,7 @@ class Bench:
 
     def _check_targets(self) -> None:
         m, t, precision = self.recipe.method, self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
-        if m.kind == "sft":
+        if m.kind == "sft" or m.kind == "grpo":
             return  # which uses none
         for name in self.team.benches if self.team else ():
             self.of(name)._check_targets()
@@ -262,7 +262,7 @@ class Bench:
     def label(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Facts of the targets, and names of shards that were damaged and are made again; live ones store nothing."""
         tokens = sum(len(e.loss_positions) for e in self.encoded)
-        kind = "text" if self.recipe.method.kind == "sft" else self.recipe.targets.kind
+        kind = "text" if self.recipe.method.kind in TEXT_ONLY else self.recipe.targets.kind
         if kind in ("text", "dense"):
             return {"kind": kind, "tokens": tokens, "bytes": 0, "bytes_per_token": 0.0, "entries_per_token": None}, ()
         made = self.fill_cache()

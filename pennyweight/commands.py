@@ -25,7 +25,7 @@ from pennyweight.model.student import align_vocabulary
 from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.kv_cache import low_cache
-from pennyweight.recipe import CutStudent, Recipe, TrainedTeacher
+from pennyweight.recipe import TEXT_ONLY, CutStudent, Recipe, TrainedTeacher
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Message, Sample
 from pennyweight.report.draw import draw
@@ -224,7 +224,7 @@ def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, cont
     teacher = language_of(path, getattr(t, "trust_remote_code", False)) if path else None
     if teacher and difference(student.tokenizer, teacher.tokenizer):
         context = min(recipe.data.context, student.context)
-        if recipe.method.kind != "sft":
+        if recipe.method.kind not in TEXT_ONLY:
             return BothTokenizers(student, teacher, context).encode([sample], recipe.data.too_long)
     return encode_all([sample], student.tokenizer, context, recipe.data.too_long)
 

@@ -17,7 +17,7 @@ from pennyweight.loss.divergence import Divergence
 from pennyweight.loss.signals import Dense, Target
 from pennyweight.model.head import head_of
 from pennyweight.progress import counting, say
-from pennyweight.recipe import SampledTargets, TopKTargets
+from pennyweight.recipe import TEXT_ONLY, SampledTargets, TopKTargets
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, recipe_of, write_json
@@ -109,7 +109,7 @@ def help_to_label(folder: str) -> dict[str, Any]:
             kind of device, or its settings change meanwhile.
     """
     root, bench = _bench(folder)
-    if bench.recipe.targets.kind == "dense" or bench.recipe.method.kind == "sft":
+    if bench.recipe.targets.kind == "dense" or bench.recipe.method.kind in TEXT_ONLY:
         raise RunError(f"{root} keeps no targets (its teacher runs live, or is not needed); there is nothing to label")
     labelled_as = [read_settled(file) for file in (root / LABELLED_AS, *root.glob(f"*-{LABELLED_AS}"))]
     others = {known["made_from"].get("compute") for known in labelled_as if known} - {bench.compute.name}

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, field_validator, model_validator
 
 from pennyweight.records import sha256_json
-from pennyweight.settings import Compute, Evaluate, Quantize, Schedule, Seed, Settings, Shape, Tripwires, plain, taught
+from pennyweight.settings import Compute, Evaluate, GrpoMethod, Quantize, Schedule, Seed, Settings, Shape, Tripwires
+from pennyweight.settings import plain as plain
+from pennyweight.settings import taught as taught
 
 DEFAULT_KINDS = {"source": "teacher_samples", "targets": "sampled", "method": "kd"}
 """The kind of a tagged table that was given without one."""
@@ -260,7 +262,8 @@ class KdMethod(Settings):
     hidden: float = Field(default=0.0, ge=0, description="weight of matching the teacher's last hidden states, besides")
 
 
-MethodChoice = Annotated[Union[SftMethod, KdMethod], Discriminator("kind")]  # noqa: UP007
+TEXT_ONLY = frozenset({"sft", "grpo"})  # methods that ask for no teacher's distribution
+MethodChoice = Annotated[SftMethod | KdMethod | GrpoMethod, Discriminator("kind")]
 
 
 Precision = Annotated[

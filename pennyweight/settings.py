@@ -115,6 +115,49 @@ def taught(schedule: Schedule, student: str) -> None:
         )
 
 
+class Reward(Settings):
+    """What a response earns: the sum of its parts, each of which lies between 0 and 1, by these weights."""
+
+    accuracy: float = Field(default=1.0, ge=0, description="its verifier accepts it")
+    format: float = Field(
+        default=0.0, ge=0, description="<think>…</think>, then an answer, each once and in this order"
+    )
+    language: float = Field(default=0.0, ge=0, description="share of its letters in the prompt's script")
+    brevity: float = Field(default=0.0, ge=0, description="1 up to four fifths of max_tokens, from there down to 0")
+
+
+class GrpoMethod(Settings):
+    """Reinforcement with rewards that a rule can check: a response is worth what it earned above its group's mean.
+
+    ``train.batch`` counts responses, so a step has ``batch / group`` prompts. The prompts are those of the training
+    samples that have a task; their responses are left alone.
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    group: int = Field(default=8, ge=2, description="responses to each prompt")
+    max_tokens: int = Field(default=256, ge=1, description="of a response")
+    reward: Reward = Field(default_factory=Reward)
+    updates: int = Field(default=1, ge=1, description="steps that share what is written at once")
+    scaled: bool = Field(default=True, description="advantages in standard deviations of their group; Dr. GRPO: not")
+    over: Literal["token", "response", "constant"] = Field(
+        default="token", description="each term over all tokens (DAPO), its response's (GRPO) or a constant (Dr. GRPO)"
+    )
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="how far the ratio may fall below 1")
+    clip_high: float = Field(default=0.28, gt=0, description="how far it may rise above 1 (DAPO's clip-higher)")
+    level: Literal["token", "sequence"] = Field(
+        default="token", description="whose ratio: each token's, or its response's (GSPO)"
+    )
+    kl: float = Field(default=0.0, ge=0, description="weight of the KL to the start")
+    dynamic: float = Field(
+        default=2.0,
+        ge=1,
+        description="most prompts asked, in times of a step's own: others are asked where a group is all alike",
+    )
+    cut_off: Literal["learnt", "left_out"] = Field(
+        default="learnt", description="responses that filled max_tokens: as others, or without a gradient of their own"
+    )
+
+
 class Tripwires(Settings):
     """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
 

@@ -37,6 +37,7 @@ from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
+from pennyweight.rolling import steps
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.teacher import store
 from pennyweight.teacher.local import LocalTeacher
@@ -150,7 +151,7 @@ def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any,
             seed=seed,
             admit=lambda ids: line.run.ledger.admit(i.partition(":")[0] for i in ids),
             log=lambda x: line.journal.write({**labels, **x}),
-            rewind=lambda step: line.journal.rewind(labels, step),
+            rewind=lambda step: line.journal.rewind({"arm": arm, "seed": seed}, step),
             progress=c.reach,
             should_stop=should_stop,
             group=group,
@@ -238,10 +239,9 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
     def make(work: Path) -> Made:
-        begin = line.bench.to_train(line.folder / next(iter(start.outputs)), seed)
-        batches, signal = line.bench.batches(s, seed), line.bench.signal if uses_teacher else None
-        weigh, place = METHODS[arm].apply, f"arms/{arm}-{seed}"
-        next_batch = lambda step: [weigh(b, method, signal) for b in batches(step)]  # noqa: E731
+        begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"
+        told = line.run.ledger, line.journal, judge
+        next_batch = steps(line.bench, METHODS[arm], method, begin, arm, seed, work, *told)
         outcome = _fit(line, work, arm, seed, begin.model, s, next_batch, line.bench.group)
         merge(begin.model)
         if line.bench.group.first:

@@ -60,6 +60,8 @@ FIELDS = {
     "CutStudent": "kind member layers hidden intermediate",
     "SftMethod": "kind",
     "KdMethod": "kind divergence beta alpha temperature cross_entropy hidden",
+    "GrpoMethod": "kind group max_tokens reward updates scaled over clip_low clip_high level kl dynamic cut_off",
+    "Reward": "accuracy format language brevity",
     "DenseTargets": "kind",
     "SampledTargets": "kind threshold budget shard precision",
     "TopKTargets": "kind k shard precision",

@@ -24,7 +24,8 @@ class Batch:
     """One forward pass. ``placed`` lists its samples in the row-major order of their loss positions.
 
     ``ids``, ``positions``, ``labels`` are (B, T) int64; labels are next tokens, -100 where nothing is learnt.
-    A method fills in the (N,) weights, the divergence, and ``target``, a teacher (of loss.signals) at the N positions.
+    A method fills in the (N,) weights, the divergence, and ``target``, a teacher (of loss.signals) at the N positions;
+    or ``policy`` (of loss.policy), what the tokens are worth, where the model wrote them itself.
     ``spare``: it is there only so that a process with less to do takes part as often as the others; nothing of it
     counts.
     """
@@ -38,6 +39,7 @@ class Batch:
     hidden_weight: Tensor | None = None
     divergence: Divergence = field(default_factory=Divergence)
     target: Any = None
+    policy: Any = None
     spare: bool = False
 
     @property

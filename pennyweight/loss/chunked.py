@@ -8,7 +8,7 @@ each side's logits and the head's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ class Totals:
     """Sums over positions: ``loss`` carries the gradient, the others are plain numbers for the log.
 
     ``cross_entropy`` and ``entropy`` (of the student) are summed over all positions, weighted or not, and are None
-    unless they were asked for; ``divergence`` is None without a target, ``hidden`` where no hidden states are matched.
-    ``count`` is the number of positions.
+    unless they were asked for; ``divergence`` is None without a target, ``hidden`` where no hidden states are matched;
+    ``policy`` holds what ``PolicyTerms`` has for the log. ``count`` is the number of positions.
     """
 
     loss: Tensor
@@ -60,13 +60,14 @@ class Totals:
     divergence: float | None
     entropy: float | None
     hidden: float | None = None
+    policy: dict[str, float] = field(default_factory=dict)
 
     def void(self) -> Totals:
         """The same of nothing: sums and gradient are 0."""
         zero = {
             k: None if getattr(self, k) is None else 0.0 for k in ("cross_entropy", "divergence", "entropy", "hidden")
         }
-        return Totals(self.loss * 0.0, 0, **zero)
+        return Totals(self.loss * 0.0, 0, **zero, policy=dict.fromkeys(self.policy, 0.0))
 
 
 def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = False, tile: int | None = None) -> Totals:
@@ -87,14 +88,29 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
     if not measure and not bool(weighed.all()):
         index = weighed.nonzero().squeeze(-1)
         hidden_ND, terms = hidden_ND[index], terms.take(index)
-    room = _TILE_ENTRIES.get(hidden_ND.device.type, _TILE_ENTRIES["cuda"])
-    rows = _TILE_ROWS.get(hidden_ND.device.type, _TILE_ROWS["cuda"])
-    size = tile or max(16, min(rows, room // head.weight.shape[0]))
+    size = tile or _tile_rows(hidden_ND, head)
     sums = torch.zeros(3, dtype=_wide(hidden_ND), device=hidden_ND.device)
     loss = _OnePass.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
     ce, kd, entropy = sums.tolist()
     has_kd = terms.target is not None
     return Totals(loss, count, ce if measure else None, kd if has_kd else None, entropy if measure else None)
+
+
+@torch.no_grad()
+def label_logprobs(hidden_ND: Tensor, head: Head, labels: Tensor, tile: int | None = None) -> Tensor:
+    """(N,) float32 log-probability of each position's label, in nats, without gradient."""
+    out, size = torch.empty(len(labels), device=hidden_ND.device), tile or _tile_rows(hidden_ND, head)
+    for a in range(0, len(labels), size):
+        logits = head.logits(hidden_ND[a : a + size])
+        of_label = logits.gather(-1, labels[a : a + size].unsqueeze(-1)).squeeze(-1)
+        out[a : a + size] = of_label - torch.logsumexp(logits, -1)
+    return out
+
+
+def _tile_rows(hidden_ND: Tensor, head: Head) -> int:
+    room = _TILE_ENTRIES.get(hidden_ND.device.type, _TILE_ENTRIES["cuda"])
+    rows = _TILE_ROWS.get(hidden_ND.device.type, _TILE_ROWS["cuda"])
+    return max(16, min(rows, room // head.weight.shape[0]))
 
 
 class _OnePass(torch.autograd.Function):

@@ -12,20 +12,22 @@ from typing import Any
 
 from pennyweight.data.pack import Batch
 from pennyweight.errors import MethodError
-from pennyweight.methods import kd, sft
+from pennyweight.methods import grpo, kd, sft
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of METHODS."""
+    """One row of METHODS. ``rolls``: it learns from what the student writes as it is, and is handed that as signal."""
 
     apply: Callable[[Batch, Any, Any], Batch]
     signals: Callable[[Any], frozenset[str]]
+    rolls: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft.sft, sft.signals),
     "kd": Method(kd.kd, kd.signals),
+    "grpo": Method(grpo.grpo, grpo.signals, rolls=True),
 }
 
 

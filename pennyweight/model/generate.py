@@ -26,13 +26,14 @@ _SHARE = 24  # rows that are worth a thread of their own
 @dataclass(frozen=True, slots=True)
 class Generated:
     """New tokens of one prompt, without the end token; the token the model ended with, or None when it was cut off or
-    came to a stop string (``stopped``); and the log-probability of each token under the model's own distribution
-    (temperature 1, nothing cut), in nats."""
+    came to a stop string (``stopped``); and the log-probability of each token, and of the end token if there is one
+    (``end_logprob``), under the model's own distribution (temperature 1, nothing cut), in nats."""
 
     ids: tuple[int, ...]
     end: int | None
     logprobs: tuple[float, ...]
     stopped: bool = False
+    end_logprob: float | None = None
 
 
 @torch.inference_mode()
@@ -166,7 +167,9 @@ class _Live:
     def _written(self, i: int) -> Generated:
         ids = self.ids[i, : self.made[i]].tolist()
         end = ids.pop() if ids and ids[-1] in self.eos_ids else None
-        return Generated(tuple(ids), end, tuple(self.logprobs[i, : len(ids)].tolist()), bool(self.stopped[i]))
+        logprobs = self.logprobs[i, : self.made[i]].tolist()
+        last = logprobs.pop() if end is not None else None
+        return Generated(tuple(ids), end, tuple(logprobs), bool(self.stopped[i]), last)
 
 
 def _device(model: Any) -> torch.device:

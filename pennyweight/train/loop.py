@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pennyweight.data.pack import Batch
 from pennyweight.errors import Stopped, Tripped
-from pennyweight.loss.chunked import Terms, Totals, tiled_loss
+from pennyweight.loss.chunked import Terms, Totals, label_logprobs, tiled_loss
 from pennyweight.loss.divergence import hidden_error
+from pennyweight.loss.policy import policy_terms
 from pennyweight.model.device import Compute
 from pennyweight.model.head import Head, forward_hidden, head_of
 from pennyweight.model.projection import projected
@@ -145,14 +146,23 @@ def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, mea
     selected: Tensor = hidden.flatten(0, 1)[batch.selected.to(device)]
     if device.type == "cuda" and compute.autocast is not None:
         selected = selected.to(compute.autocast)  # the head then multiplies in 16 bits, with float32 logits out
+    labels, ce_weight = batch.loss_labels.to(device), batch.ce_weight.to(device)
+    policy, logp = None, None
+    if batch.policy is not None:
+        logp = label_logprobs(selected.detach(), head, labels)
+        policy = policy_terms(logp, batch.policy.to(device))
+        ce_weight = ce_weight + policy.pull  # its gradient is that of cross-entropy, so weighed
     terms = Terms(
-        labels=batch.loss_labels.to(device),
-        ce_weight=batch.ce_weight.to(device),
+        labels=labels,
+        ce_weight=ce_weight,
         kd_weight=batch.kd_weight.to(device),
         divergence=batch.divergence,
         target=batch.target,
     )
     totals = tiled_loss(selected, head, terms, measure=measured)
+    if policy is not None and logp is not None:
+        value = (policy.value + policy.pull * logp).sum()  # in place of the cross-entropy that carried the gradient
+        totals = replace(totals, loss=totals.loss + value, policy=policy.sums)
     if batch.hidden_weight is None:
         return totals
     error = hidden_error(projected(model, selected), batch.target.states)
@@ -175,6 +185,7 @@ def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | No
         "divergence": [t.divergence for t in sums],
         "entropy": [t.entropy for t in sums],
         **({"hidden_error": [t.hidden for t in sums]} if sums[0].hidden is not None else {}),
+        **{name: [t.policy[name] for t in sums] for name in sums[0].policy},
     }
     known = {name: sum(v for v in values if v is not None) for name, values in here.items() if None not in values}
     everywhere = dict(zip(known, group.sum(*known.values()), strict=True))
@@ -184,7 +195,8 @@ def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | No
 def _trip(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool, step: int, checkpoints: Checkpoints) -> None:
     """Raise Tripped when a tripwire has held; entropy is watched from the end of the warm-up on."""
     watched = (line["cross_entropy"], line["entropy"]) if warm else (None, None)
-    tripped = wire.check(line["loss"], norm, *watched)
+    # A policy's loss is near 0 whether things go well or not, so that no multiple of it means anything.
+    tripped = wire.check(line["loss"], norm, *watched, spikes="clipped" not in line)
     if not tripped:
         return
     newest = checkpoints.newest()

@@ -26,11 +26,14 @@ class Tripwire:
         """Something is wrong but has not yet held long enough; no checkpoint counts as good meanwhile."""
         return any(self.bad.values())
 
-    def check(self, loss: float, grad_norm: float, cross_entropy: float | None, entropy: float | None) -> str | None:
-        """The reason to stop, or None. Entropy is skipped at steps where it was not measured."""
+    def check(
+        self, loss: float, grad_norm: float, cross_entropy: float | None, entropy: float | None, spikes: bool = True
+    ) -> str | None:
+        """The reason to stop, or None. Entropy is skipped at steps where it was not measured, and so is the loss's
+        running mean where ``spikes`` is False."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return f"the loss is {loss} and the gradient norm {grad_norm}"
-        spike = self.mean_loss is not None and loss > self.loss_spike * max(self.mean_loss, 1e-3)
+        spike = spikes and self.mean_loss is not None and loss > self.loss_spike * max(self.mean_loss, 1e-3)
         self._count("loss", spike)
         if not spike:
             self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss

@@ -1,0 +1,234 @@
+"""Rollouts: what the model that is being trained writes to prompts, judged, in groups of a prompt each.
+
+A round of them serves one step or several. What is drawn for it depends on the seed, the round's number and the weights
+at its beginning, so a run that is killed writes the same again; a round is kept on disk all the same, as steps after
+its first have other weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.atomic import write_whole
+from pennyweight.data.pack import Batch, collate
+from pennyweight.data.render import prompt_ids
+from pennyweight.errors import DataError
+from pennyweight.model.generate import Generated, generate
+from pennyweight.model.loaded import Loaded
+from pennyweight.records import Encoded, Sample, Task, Verdict
+from pennyweight.settings import GrpoMethod
+from pennyweight.verifiers.reward import rewards
+
+Judge = Callable[[str, Task], Verdict]
+AUTHOR = "student"
+"""Who wrote a rollout, in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response to one prompt: its tokens with those of the prompt before them, the log-probability of each token of
+    its own, whether it was cut off, its verdict and what it earned in all and by part."""
+
+    encoded: Encoded
+    logprobs: tuple[float, ...]
+    text: str
+    cut_off: bool
+    verdict: Verdict
+    reward: float
+    parts: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        e = self.encoded
+        prompt = len(e.ids) - len(self.logprobs)
+        return {
+            **{k: getattr(self, k) for k in ("text", "cut_off", "reward", "parts", "logprobs")},
+            "id": e.id,
+            "ids": e.ids,
+            "prompt": prompt,
+            "verdict": asdict(self.verdict),
+        }
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> Rollout:
+        encoded = encoded_of(row["id"], row["ids"], row["prompt"])
+        verdict = Verdict(**row["verdict"])
+        return Rollout(
+            encoded, tuple(row["logprobs"]), row["text"], row["cut_off"], verdict, row["reward"], row["parts"]
+        )
+
+
+def encoded_of(name: str, ids: Sequence[int], prompt: int) -> Encoded:
+    """Tokens of which all but the first ``prompt`` are learnt."""
+    return Encoded(name, tuple(ids), tuple(i >= prompt for i in range(len(ids))))
+
+
+@dataclass(frozen=True)
+class Round:
+    """Groups of rollouts of which steps are made; ``asked`` prompts were answered for them with ``tokens`` tokens, and
+    ``left_out`` groups were all alike."""
+
+    groups: list[list[Rollout]]
+    asked: int
+    tokens: int
+    left_out: int
+    every: list[list[Rollout]]
+
+    @property
+    def of(self) -> dict[str, Rollout]:
+        return {r.encoded.id: r for group in self.groups for r in group}
+
+    def part(self, number: int, parts: int) -> Round:
+        """The groups of one of ``parts`` steps."""
+        return Round(self.groups[number::parts], self.asked, self.tokens, self.left_out, self.every)
+
+    def batches(self, micro: int, pad_id: int) -> list[Batch]:
+        """Micro-batches of at most ``micro`` rows, those of like length together."""
+        rows = sorted((r.encoded for group in self.groups for r in group), key=lambda e: len(e.ids))
+        return [collate([[e] for e in rows[a : a + micro]], pad_id) for a in range(0, len(rows), micro)]
+
+    def facts(self) -> dict[str, float]:
+        """What a step's rollouts were like, over all that were written for it."""
+        all_of = [r for group in self.every for r in group]
+        share = lambda values: sum(values) / max(1, len(all_of))  # noqa: E731
+        return {
+            "reward": share(r.reward for r in all_of),
+            **{f"reward_{k}": share(r.parts[k] for r in all_of) for k in (all_of[0].parts if all_of else ())},
+            "length": share(len(r.logprobs) for r in all_of),
+            "cut_off": share(r.cut_off for r in all_of),
+            "repeated": share(repeated(r.encoded.ids[-len(r.logprobs) :]) for r in all_of),
+            "all_alike": sum(alike(g) for g in self.every) / max(1, len(self.every)),
+            "generated": float(self.tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Roller:
+    """Writes rounds.
+
+    Attributes:
+        loaded: the model that is being trained, with its tokenizer.
+        samples: whose prompts are asked; each has a task.
+        groups: of a round.
+        judge: response and task -> verdict.
+        folder: rounds are kept in its ``rollouts``.
+        record: told the samples of a round before anything is learnt from them.
+    """
+
+    loaded: Loaded
+    samples: list[Sample]
+    groups: int
+    method: GrpoMethod
+    judge: Judge
+    seed: int
+    context: int
+    folder: Path
+    record: Callable[[list[Sample]], None]
+
+    @property
+    def pad_id(self) -> int:
+        return self.loaded.pad_id
+
+    def __call__(self, number: int, may_write: bool) -> Round:
+        """Round ``number``: as it is kept, or written now.
+
+        Raises:
+            DataError: it is not kept, and ``may_write`` is False.
+        """
+        file = self.folder / "rollouts" / f"round-{number:06d}.jsonl"
+        if not file.exists():
+            if not may_write:
+                raise DataError(
+                    f"the rollouts {file} are gone, and the checkpoint that training goes on from was made in the "
+                    "middle of them; delete that checkpoint, too, to go on from an earlier one"
+                )
+            self._keep(file, self._written(number))
+        with open(file, encoding="utf-8") as f:
+            head = json.loads(f.readline())
+            every = [[Rollout.from_json(r) for r in json.loads(line)] for line in f]
+        return Round([every[i] for i in head["chosen"]], every=every, **head["facts"])
+
+    def _keep(self, file: Path, written: tuple[list[list[Rollout]], list[int]]) -> None:
+        every, chosen = written
+        rollouts = [r for group in every for r in group]
+        facts = {"asked": len(every), "tokens": sum(len(r.logprobs) for r in rollouts)}
+        facts["left_out"] = sum(alike(g) for g in every)
+        lines = [json.dumps({"chosen": chosen, "facts": facts}), *(json.dumps([r.to_json() for r in g]) for g in every)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, "".join(f"{line}\n" for line in lines))
+
+    def _written(self, number: int) -> tuple[list[list[Rollout]], list[int]]:
+        """All groups that were asked for, and which of them are learnt from: those that differ, as far as there are
+        enough."""
+        most = round(self.groups * self.method.dynamic)
+        line = [(number * most + i) for i in range(most)]
+        every: list[list[Rollout]] = []
+        while line and (missing := self.groups - sum(not alike(g) for g in every)) > 0:
+            every += self._answered(
+                number, len(every), [self._sample(line.pop(0)) for _ in range(min(missing, len(line)))]
+            )
+        order = sorted(range(len(every)), key=lambda i: alike(every[i]))  # in their order, those all alike last
+        return every, order[: self.groups]
+
+    def _sample(self, index: int) -> Sample:
+        epoch, place = divmod(index, len(self.samples))
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return self.samples[int(torch.randperm(len(self.samples), generator=g)[place])]
+
+    def _answered(self, number: int, before: int, asked: list[Sample]) -> list[list[Rollout]]:
+        """A group to each of the samples; ``before`` groups of the round are there already."""
+        m, tokenizer = self.method, self.loaded.tokenizer
+        prompts = [prompt_ids(s, tokenizer) for s in asked]
+        was = self.loaded.model.training
+        made = generate(
+            self.loaded.model.eval(),
+            [p for p in prompts for _ in range(m.group)],
+            max_tokens=m.max_tokens,
+            temperature=1.0,
+            eos_ids=self.loaded.eos_ids,
+            pad_id=self.loaded.pad_id,
+            seed=(self.seed * 1_000_003 + number) * 1_003 + before,
+            batch=256,
+            context=self.context,
+        )
+        self.loaded.model.train(was)
+        groups, written = [], []
+        for i, (sample, ids) in enumerate(zip(asked, prompts, strict=True)):
+            name = f"{number}.{before + i}"
+            own = made[i * m.group : (i + 1) * m.group]
+            groups.append([self._rollout(sample, ids, g, f"{name}.{n}") for n, g in enumerate(own)])
+            written += [sample.answered(r.text, AUTHOR, not r.cut_off) for r in groups[-1]]
+        self.record(written)
+        return groups
+
+    def _rollout(self, sample: Sample, prompt: list[int], g: Generated, name: str) -> Rollout:
+        m, task = self.method, sample.task
+        assert task is not None
+        ids, logprobs = list(g.ids), list(g.logprobs)
+        if g.end is not None and g.end_logprob is not None:
+            ids, logprobs = [*ids, g.end], [*logprobs, g.end_logprob]
+        text = self.loaded.tokenizer.decode(list(g.ids), skip_special_tokens=True)
+        verdict = self.judge(text, task)
+        asked = "\n".join(t.content for t in sample.prompt)
+        parts = rewards(asked, text, len(ids), m.max_tokens, verdict)
+        weights = m.reward.model_dump()
+        earned = sum(weights[k] * v for k, v in parts.items())
+        answer = sample.answered(text, AUTHOR, g.end is not None)
+        encoded = encoded_of(f"{answer.id}:{name}", [*prompt, *ids], len(prompt))
+        return Rollout(encoded, tuple(logprobs), text, g.end is None, verdict, earned, parts)
+
+
+def alike(group: Sequence[Rollout]) -> bool:
+    """Whether all earned the same, so that nothing can be learnt from the group."""
+    return max(r.reward for r in group) - min(r.reward for r in group) < 1e-9
+
+
+def repeated(ids: Sequence[int], n: int = 4) -> float:
+    """Share of runs of ``n`` tokens that were there before in the same text."""
+    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
