@@ -27,8 +27,8 @@ from pennyweight.methods import METHODS
 from pennyweight.model.device import Compute, choose
 from pennyweight.model.head import head_of
 from pennyweight.quant.linear import compute_in
-from pennyweight.recipe import SftMethod
 from pennyweight.records import Encoded
+from pennyweight.settings import SftMethod
 from pennyweight.train.loop import batch_loss
 from pennyweight.train.optim import adamw
 

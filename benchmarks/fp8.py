@@ -41,11 +41,11 @@ from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.quant.formats import FORMATS
 from pennyweight.quant.linear import SCHEMES, LowLinear, Scheme, compute_by, swap
-from pennyweight.recipe import Recipe, SftMethod, TaskData, TrainedTeacher
+from pennyweight.recipe import Recipe, TaskData, TrainedTeacher
 from pennyweight.recipe_file import load as read_recipe
 from pennyweight.recipe_file import shipped
 from pennyweight.run_folder import read_json
-from pennyweight.settings import Tripwires
+from pennyweight.settings import SftMethod, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import batch_loss, train
 

@@ -61,9 +61,9 @@ from pennyweight.model.device import choose
 from pennyweight.model.load import load
 from pennyweight.model.options import ready
 from pennyweight.model.student import cut
-from pennyweight.recipe import CutStudent, KdMethod
+from pennyweight.recipe import CutStudent
 from pennyweight.records import Encoded
-from pennyweight.settings import Lora, Schedule, Tripwires
+from pennyweight.settings import KdMethod, Lora, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.own_samples import own_samples
 from pennyweight.train.checkpoint import Checkpoints

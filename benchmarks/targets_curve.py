@@ -29,9 +29,10 @@ from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.fidelity import Stand, drawn, sampled, top_k
 from pennyweight.loss.signals import Sparse, TopK
 from pennyweight.methods import METHODS
-from pennyweight.recipe import KdMethod, Recipe, SftMethod
+from pennyweight.recipe import Recipe
 from pennyweight.records import Encoded
 from pennyweight.run_folder import read_json
+from pennyweight.settings import KdMethod, SftMethod
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 

@@ -30,9 +30,9 @@ from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.experts import take_apart
 from pennyweight.quant.scoring import check_scoring, for_scoring
-from pennyweight.recipe import TEXT_ONLY, EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TopKTargets
+from pennyweight.recipe import EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TopKTargets
 from pennyweight.records import Encoded, Sample
-from pennyweight.settings import Schedule
+from pennyweight.settings import TEXT_ONLY, Schedule
 from pennyweight.teacher.across import AcrossTeacher
 from pennyweight.teacher.cache import LABELLED_AS, AssignedCache, CacheFacts, TargetCache, settled_keep
 from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
@@ -242,7 +242,7 @@ class Bench:
 
     def _check_targets(self) -> None:
         m, t, precision = self.recipe.method, self.recipe.targets, getattr(self.recipe.targets, "precision", "auto")
-        if m.kind == "sft" or m.kind == "grpo":
+        if m.kind != "kd":
             return  # which uses none
         for name in self.team.benches if self.team else ():
             self.of(name)._check_targets()

@@ -25,11 +25,12 @@ from pennyweight.model.student import align_vocabulary
 from pennyweight.model.token_bytes import difference, same_tokenizer
 from pennyweight.progress import counting, say
 from pennyweight.quant.kv_cache import low_cache
-from pennyweight.recipe import TEXT_ONLY, CutStudent, Recipe, TrainedTeacher
+from pennyweight.recipe import CutStudent, Recipe, TrainedTeacher
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Message, Sample
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, read_object, recipe_of
+from pennyweight.settings import TEXT_ONLY
 from pennyweight.verifiers import judge
 
 WINDOW = 1024

@@ -17,10 +17,11 @@ from pennyweight.loss.divergence import Divergence
 from pennyweight.loss.signals import Dense, Target
 from pennyweight.model.head import head_of
 from pennyweight.progress import counting, say
-from pennyweight.recipe import TEXT_ONLY, SampledTargets, TopKTargets
+from pennyweight.recipe import SampledTargets, TopKTargets
 from pennyweight.records import sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, recipe_of, write_json
+from pennyweight.settings import TEXT_ONLY
 from pennyweight.teacher.cache import LABELLED_AS, read_settled
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.loop import batch_loss

@@ -13,9 +13,20 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, field_validator, model_validator
 
 from pennyweight.records import sha256_json
-from pennyweight.settings import Compute, Evaluate, GrpoMethod, Quantize, Schedule, Seed, Settings, Shape, Tripwires
-from pennyweight.settings import plain as plain
-from pennyweight.settings import taught as taught
+from pennyweight.settings import (
+    Compute,
+    Evaluate,
+    KdMethod,
+    MethodChoice,
+    Quantize,
+    Schedule,
+    Seed,
+    Settings,
+    Shape,
+    Tripwires,
+    plain,
+    taught,
+)
 
 DEFAULT_KINDS = {"source": "teacher_samples", "targets": "sampled", "method": "kd"}
 """The kind of a tagged table that was given without one."""
@@ -242,28 +253,6 @@ class CutStudent(Settings):
 
 
 StudentChoice = Annotated[Union[FolderStudent, ShapeStudent, CutStudent], Discriminator("kind")]  # noqa: UP007
-
-
-class SftMethod(Settings):
-    """Cross-entropy on the response tokens."""
-
-    kind: Literal["sft"] = "sft"
-
-
-class KdMethod(Settings):
-    """Divergence to the teacher's distribution at every response token, with cross-entropy beside it if asked."""
-
-    kind: Literal["kd"] = "kd"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
-    beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
-    alpha: float = Field(default=0.1, gt=0, lt=1, description="skew: share of the first side mixed into the second")
-    temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
-    cross_entropy: float = Field(default=0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
-    hidden: float = Field(default=0.0, ge=0, description="weight of matching the teacher's last hidden states, besides")
-
-
-TEXT_ONLY = frozenset({"sft", "grpo"})  # methods that ask for no teacher's distribution
-MethodChoice = Annotated[SftMethod | KdMethod | GrpoMethod, Discriminator("kind")]
 
 
 Precision = Annotated[

@@ -10,27 +10,32 @@ from typing import Any
 
 from torch import Tensor
 
-from pennyweight.data.pack import Batch
+from pennyweight.data.pack import Batch, packer
 from pennyweight.data.render import prompt_ids
 from pennyweight.data.store import read_samples
 from pennyweight.errors import DataError, RecipeError
 from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
+from pennyweight.progress import counting
 from pennyweight.records import Sample
-from pennyweight.settings import Schedule
+from pennyweight.settings import GrpoMethod, OfflineMethod, Schedule
+from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.targets import Keep
 from pennyweight.train.rollout import Judge, Roller, Rollout
 
 
 @dataclass(frozen=True)
 class Written:
-    """A step's rollouts as a method is handed them: in groups, by the id of their tokens, and log-probabilities of
-    their tokens under the reference."""
+    """A step's rollouts as a method is handed them: in groups, and by the id of their tokens. And who can be asked of
+    their tokens: the reference and the teacher for log-probabilities, (N,) each; the teacher for all it knows."""
 
     groups: list[list[Rollout]]
     of: dict[str, Rollout]
     reference: Callable[[Batch], Tensor]
+    told: Callable[[Batch], Tensor]
+    teacher: Callable[[Batch], Any]
 
 
 def steps(
@@ -64,68 +69,128 @@ def steps(
             f"method {method.kind} writes with the model that it trains, which several processes have in parts; run it "
             "in one process"
         )
-    samples = askable(read_samples(bench.folder / "data" / "train.jsonl"), begin.tokenizer, bench.context)
+    own = isinstance(method, GrpoMethod) or getattr(method, "rewarded", 0)
+    samples = askable(read_samples(bench.folder / "data" / "train.jsonl"), begin.tokenizer, bench.context, bool(own))
     record = lambda written: ledger.add_records(written, "train", None)  # noqa: E731
     roller = Roller(begin, samples, groups_of(schedule, method), method, judge, seed, bench.context, work, record)
     log = lambda line: journal.write({"stage": "rollout", "arm": arm, "seed": seed, **line})  # noqa: E731
-    return steps_of(roller, row.apply, schedule, reference_of(begin, method, bench.compute), log)
+    if isinstance(method, OfflineMethod):
+        return _offline(bench, roller, row.apply, log)
+    asked = Asked(reference_of(begin, method, bench.compute), *_teacher_of(bench, row))
+    given = getattr(method, "given", 0.0)
+    others = replace(bench.batches(schedule, seed), batch=max(1, round(schedule.batch * given))) if given else None
+    return steps_of(roller, row.apply, schedule, asked, log, others)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who can be asked about a batch of rollouts, as ``Written`` has them."""
+
+    reference: Callable[[Batch], Tensor]
+    told: Callable[[Batch], Tensor]
+    teacher: Callable[[Batch], Any]
 
 
 def steps_of(
     roller: Roller,
     apply: Callable[[Batch, Any, Written], Batch],
     schedule: Schedule,
-    reference: Callable[[Batch], Tensor],
+    asked: Asked,
     log: Callable[[dict[str, Any]], None],
+    others: Callable[[int], list[Batch]] | None = None,
 ) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches. ``log`` takes a line for each round, with the step that it is written for."""
+    """step -> its micro-batches: of rollouts, and of the data's own samples (``others``) where there are any. ``log``
+    takes a line for each round, with the step that it is written for."""
     method = roller.method
+    assert not isinstance(method, OfflineMethod)
 
     def next_batch(step: int) -> list[Batch]:
         number, part = divmod(step, method.updates)
         whole = roller(number, may_write=part == 0)
         if part == 0:
             log({"step": step + 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
-        mine = whole.part(part, method.updates)
-        signal = Written(mine.groups, mine.of, reference)
-        return [apply(b, method, signal) for b in mine.batches(schedule.micro_batch or schedule.batch, roller.pad_id)]
+        mine = whole.part(part, method.updates).first(getattr(method, "first", 1.0))
+        signal = Written(mine.groups, mine.of, **vars(asked))
+        batches = mine.batches(schedule.micro_batch or schedule.batch, roller.pad_id)
+        return [apply(b, method, signal) for b in (*batches, *(others(step) if others else ()))]
 
     return next_batch
+
+
+def _offline(bench: Any, roller: Roller, apply: Any, log: Callable[[dict[str, Any]], None]) -> Any:
+    """Steps over rollouts that the start writes now, with targets that the teacher gives them now."""
+    method, schedule, t = roller.method, bench.recipe.train, bench.recipe.targets
+    whole = roller(0, may_write=True)
+    log({"step": 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
+    rollouts = [r.encoded for group in whole.first(method.first).groups for r in group]  # type: ignore[union-attr]
+    packed = replace(packer(rollouts, schedule, roller.seed, roller.pad_id, bench.context), pack=schedule.pack)
+    if t.kind == "dense":
+        return lambda step: [apply(b, method, bench.labelling.dense) for b in packed(step)]
+    temperature = 1.0 if t.kind == "hidden" else method.temperature  # type: ignore[union-attr]
+    keep = Keep(t.kind, getattr(t, "threshold", 0.0), getattr(t, "k", 0), temperature, t.precision)
+    made_by = f"{bench.labelling.fingerprint} on {bench.compute.name}"
+    place, label = roller.folder / "targets", lambda some, keep: bench.labelling.targets(some, keep)
+    cache = TargetCache(place, made_by, keep, bench.language.vocabulary, t.shard, label)
+    with counting("targets of rollouts", len(rollouts), "rollouts") as c:
+        cache.fill(rollouts, c.advance)
+    signal = lambda batch: cache.signal(batch, bench.compute.device, lambda: bench.local.head)  # noqa: E731
+    return lambda step: [apply(b, method, signal) for b in packed(step)]
+
+
+def _teacher_of(bench: Any, row: Any) -> tuple[Callable[[Batch], Tensor], Callable[[Batch], Any]]:
+    """(N,) log-probabilities of a batch's labels under the teacher, and the teacher at its loss positions."""
+    if not row.asks:
+        nobody = lambda batch: None  # noqa: E731
+        return nobody, nobody  # type: ignore[return-value]
+    teacher = bench.labelling
+    return lambda batch: _logprobs(teacher, batch), teacher.dense
+
+
+def _logprobs(model: LocalTeacher, batch: Batch) -> Tensor:
+    return label_logprobs(model.hidden(batch), model.head, batch.loss_labels.to(model.compute.device))
 
 
 def reference_of(start: Loaded, method: Any, compute: Compute) -> Callable[[Batch], Tensor]:
     """(N,) log-probabilities of a batch's labels under a model as it is now, whatever becomes of it; asked for only
     where the method has a KL term."""
     kept = replace(start, model=copy.deepcopy(start.model).eval()) if getattr(method, "kl", 0) else start
-    teacher = LocalTeacher(kept, compute)
-    return lambda batch: label_logprobs(teacher.hidden(batch), teacher.head, batch.loss_labels.to(compute.device))
+    model = LocalTeacher(kept, compute)
+    return lambda batch: _logprobs(model, batch)
 
 
 def groups_of(schedule: Schedule, method: Any) -> int:
-    """Prompts of a round.
+    """Prompts of a round; of a step's responses those are left out that are to be samples of the data.
 
     Raises:
-        RecipeError: a step is not a whole number of groups.
+        RecipeError: they are not a whole number of groups.
     """
-    if schedule.batch % method.group:
+    if isinstance(method, OfflineMethod):
+        what, count, rounds = "method.rollouts", method.rollouts, 1
+    else:
+        given = round(schedule.batch * getattr(method, "given", 0.0))
+        what, count, rounds = "train.batch", schedule.batch - given, method.updates
+    if count % method.group:
         raise RecipeError(
-            f"train.batch={schedule.batch} responses are not a whole number of groups of method.group={method.group}; "
-            "make the one a multiple of the other"
+            f"{count} responses ({what}) are not a whole number of groups of method.group={method.group}; make the one "
+            "a multiple of the other"
         )
-    return schedule.batch // method.group * method.updates
+    return count // method.group * rounds
 
 
-def askable(samples: list[Sample], tokenizer: Any, room: int) -> list[Sample]:
-    """One sample for each prompt that can be judged and leaves room for a response in ``room`` tokens.
+def askable(samples: list[Sample], tokenizer: Any, room: int, judged: bool = True) -> list[Sample]:
+    """One sample for each prompt that leaves room for a response in ``room`` tokens and, where it is to be ``judged``,
+    can be.
 
     Raises:
         DataError: there is none.
     """
-    with_task = {s.prompt_hash: s for s in samples if s.task is not None and s.prompt}
-    fits = [s for s in with_task.values() if len(prompt_ids(s, tokenizer)) < room]
+    prompts = {s.prompt_hash: s for s in samples if s.prompt and (s.task is not None or not judged)}
+    fits = [s for s in prompts.values() if len(prompt_ids(s, tokenizer)) < room]
     if not fits:
+        what = "can be judged and leaves" if judged else "leaves"
         raise DataError(
-            f"no prompt of {len(samples):,} training samples can be judged and leaves room for a response in {room} "
-            "tokens; give problems with an answer (data.source.kind=tasks, or data.source.answer and .verifier)"
+            f"no prompt of {len(samples):,} training samples {what} room for a response in {room} tokens; give "
+            "problems with an answer (data.source.kind=tasks, or data.source.answer and .verifier), or a larger "
+            "data.context"
         )
     return fits

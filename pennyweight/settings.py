@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -115,6 +115,27 @@ def taught(schedule: Schedule, student: str) -> None:
         )
 
 
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+
+
+class SftMethod(Settings):
+    """Cross-entropy on the response tokens."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class KdMethod(Settings):
+    """Divergence to the teacher's distribution at every response token, with cross-entropy beside it if asked."""
+
+    kind: Literal["kd"] = "kd"
+    divergence: Kind = "forward_kl"
+    beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="skew: share of the first side mixed into the second")
+    temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
+    cross_entropy: float = Field(default=0.0, ge=0, le=1, description="share of cross-entropy; the rest is divergence")
+    hidden: float = Field(default=0.0, ge=0, description="weight of matching the teacher's last hidden states, besides")
+
+
 class Reward(Settings):
     """What a response earns: the sum of its parts, each of which lies between 0 and 1, by these weights."""
 
@@ -156,6 +177,64 @@ class GrpoMethod(Settings):
     cut_off: Literal["learnt", "left_out"] = Field(
         default="learnt", description="responses that filled max_tokens: as others, or without a gradient of their own"
     )
+
+
+class OnPolicyMethod(Settings):
+    """The student writes, and at its own tokens it matches the teacher, who is asked as training goes on.
+
+    ``train.batch`` counts responses, and samples of the data among them where ``given`` asks for some.
+    """
+
+    kind: Literal["on_policy"] = "on_policy"
+    group: int = Field(default=1, ge=1, description="responses to each prompt")
+    max_tokens: int = Field(default=256, ge=1, description="of a response")
+    signal: Literal["whole", "token"] = Field(
+        default="whole", description="the teacher's distribution, or its log-probability of the token that was written"
+    )
+    divergence: Kind = Field(default="reverse_kl", description="whole: to the teacher's distribution")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="skew: share of the first side mixed into the second")
+    temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
+    first: float = Field(default=1.0, gt=0, le=1, description="share of a response that is learnt, from its beginning")
+    given: float = Field(default=0.0, ge=0, lt=1, description="share of a step that are samples of the data")
+    rewarded: float = Field(default=0.0, ge=0, description="weight of what a verifier says beside the teacher")
+    reward: Reward = Field(default_factory=Reward)
+    updates: int = Field(default=1, ge=1, description="steps that share what is written at once")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="token: how far the ratio may fall below 1")
+    clip_high: float = Field(default=0.28, gt=0, description="token: how far it may rise above 1")
+
+    @model_validator(mode="after")
+    def _fits(self) -> OnPolicyMethod:
+        if self.rewarded and self.group < 2:
+            raise ValueError(f"rewarded={self.rewarded:g} compares responses to one prompt; set group=2 or more")
+        if self.given and self.signal == "token":
+            raise ValueError("given samples were not written by the student; set signal=whole, or given=0")
+        return self
+
+
+class OfflineMethod(Settings):
+    """On-policy distillation with no teacher beside it: the start writes once, the teacher's targets are kept once."""
+
+    kind: Literal["offline"] = "offline"
+    rollouts: int = Field(default=2000, ge=1, description="responses that the start writes")
+    group: int = Field(default=1, ge=1, description="responses to each prompt")
+    max_tokens: int = Field(default=256, ge=1, description="of a response")
+    divergence: Kind = "reverse_kl"
+    beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="skew: share of the first side mixed into the second")
+    temperature: float = Field(default=1.0, gt=0, description="softens both sides; the loss is scaled by its square")
+    first: float = Field(default=1.0, gt=0, le=1, description="share of a response that is learnt, from its beginning")
+    reward: Reward = Field(default_factory=Reward)
+
+    @property
+    def hidden(self) -> float:
+        """The weight of matching hidden states: none."""
+        return 0.0
+
+
+TEXT_ONLY = frozenset({"sft", "grpo", "on_policy", "offline"})  # methods with no targets at the training samples
+_Methods = SftMethod | KdMethod | GrpoMethod | OnPolicyMethod | OfflineMethod
+MethodChoice = Annotated[_Methods, Discriminator("kind")]
 
 
 class Tripwires(Settings):

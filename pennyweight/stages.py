@@ -32,13 +32,14 @@ from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
 from pennyweight.quant.recovery import check_copies, low_bit
 from pennyweight.quant.rounding import copies_of, recovery_of
-from pennyweight.recipe import FileData, Recipe, SftMethod, TeacherSamples, TrainedTeacher
+from pennyweight.recipe import FileData, Recipe, TeacherSamples, TrainedTeacher
 from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
 from pennyweight.report.trackers import trackers
 from pennyweight.rolling import steps
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
+from pennyweight.settings import SftMethod
 from pennyweight.teacher import store
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
@@ -232,10 +233,9 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     """One student, trained by one method from one seed: same start, same tokens, same steps in every arm."""
     recipe, s = line.recipe, line.recipe.train
     method = SftMethod() if arm == "sft" else recipe.method
-    uses_teacher = bool(METHODS[arm].signals(method))
     depends: dict[str, Any] = {"train": recipe.hash_of("train"), "method": method.model_dump(mode="json"), "seed": seed}
     depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
-    if uses_teacher:
+    if METHODS[arm].asks or METHODS[arm].signals(method):
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
 
     def make(work: Path) -> Made:

@@ -17,9 +17,10 @@ from pennyweight.inspection import inspect_targets
 from pennyweight.model.load import language_of, open_tokenizer, save
 from pennyweight.model.loaded import Language
 from pennyweight.model.tokenizer import train_tokenizer
-from pennyweight.recipe import DenseTargets, KdMethod, SampledTargets, TopKTargets
+from pennyweight.recipe import DenseTargets, SampledTargets, TopKTargets
 from pennyweight.recipe_file import parse
 from pennyweight.records import Message, Sample
+from pennyweight.settings import KdMethod
 from pennyweight.stages import run_line
 from pennyweight.teacher.across import AcrossTeacher
 from pennyweight.teacher.alignment import align

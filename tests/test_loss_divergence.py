@@ -10,7 +10,7 @@ import torch
 from truth import fresh, off, textbook, uniform, with_gradient
 
 from pennyweight.loss.divergence import DIVERGENCES, Divergence, cross_entropy, divergence, hidden_error, kl
-from pennyweight.recipe import KdMethod
+from pennyweight.settings import KdMethod
 
 KINDS = list(DIVERGENCES)
 DISTANCES = [None, 1.0, 0.04, 0.0016, 1e-6]  # forward KL at the temperature, about; None: far apart

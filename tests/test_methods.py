@@ -14,8 +14,9 @@ from pennyweight.errors import MethodError
 from pennyweight.loss.divergence import DIVERGENCES, Divergence
 from pennyweight.loss.signals import Dense
 from pennyweight.methods import METHODS, check
-from pennyweight.recipe import DenseTargets, HiddenTargets, KdMethod, SampledTargets, SftMethod, TopKTargets
+from pennyweight.recipe import DenseTargets, HiddenTargets, SampledTargets, TopKTargets
 from pennyweight.records import Encoded
+from pennyweight.settings import KdMethod, SftMethod
 
 TARGETS = ["dense", "sampled", "top_k", "hidden"]
 EVERYTHING = list(itertools.product(DIVERGENCES, TARGETS, [0.0, 0.5]))

@@ -17,9 +17,8 @@ from pennyweight.model.device import choose
 from pennyweight.model.load import load
 from pennyweight.model.options import ready
 from pennyweight.quant.formats import FORMATS, decode, encode
-from pennyweight.recipe import SftMethod
 from pennyweight.records import Encoded
-from pennyweight.settings import Lora, Schedule, Tripwires
+from pennyweight.settings import Lora, Schedule, SftMethod, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 

@@ -61,6 +61,9 @@ FIELDS = {
     "SftMethod": "kind",
     "KdMethod": "kind divergence beta alpha temperature cross_entropy hidden",
     "GrpoMethod": "kind group max_tokens reward updates scaled over clip_low clip_high level kl dynamic cut_off",
+    "OnPolicyMethod": "kind group max_tokens signal divergence beta alpha temperature first given rewarded reward "
+    "updates clip_low clip_high",
+    "OfflineMethod": "kind rollouts group max_tokens divergence beta alpha temperature first reward",
     "Reward": "accuracy format language brevity",
     "DenseTargets": "kind",
     "SampledTargets": "kind threshold budget shard precision",

@@ -14,12 +14,13 @@ from truth import fresh
 
 from pennyweight.errors import DataError, RecipeError, Stopped
 from pennyweight.loss.chunked import label_logprobs
-from pennyweight.methods.grpo import advantages, grpo, response_weights
+from pennyweight.loss.policy import advantages
+from pennyweight.methods.grpo import grpo, response_weights
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.tokenizer import train_tokenizer
 from pennyweight.records import Message, Sample, Task, Verdict
-from pennyweight.rolling import Written, askable, groups_of, reference_of, steps_of
+from pennyweight.rolling import Asked, Written, askable, groups_of, reference_of, steps_of
 from pennyweight.settings import GrpoMethod, Reward, Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import batch_loss, train
@@ -130,9 +131,14 @@ def test_weights_give_the_mean_that_is_asked_for(over):
     torch.testing.assert_close(made, want)
 
 
+def nobody(reference) -> Asked:
+    """There is no teacher."""
+    return Asked(reference, reference, reference)
+
+
 def weighed(loaded, made, micro, **settings):
     method = GrpoMethod(**{"group": 4, "max_tokens": 8, **settings})
-    signal = Written(made.groups, made.of, reference_of(loaded, method, FLOAT32))
+    signal = Written(made.groups, made.of, **vars(nobody(reference_of(loaded, method, FLOAT32))))
     return [grpo(b, method, signal) for b in made.batches(micro, 0)]
 
 
@@ -199,11 +205,11 @@ def fit(folder, seed, steps, stop_at=None, lr=5e-3, **settings):
     loaded, lines = student(seed), []
     schedule = Schedule(steps=steps, batch=16, lr=lr, checkpoint_every=4, warmup=0.0, micro_batch=8)
     rolls = roller(folder, loaded, groups=groups_of(schedule, GrpoMethod(group=4, **settings)), **settings)
-    reference = reference_of(loaded, rolls.method, FLOAT32)
+    asks = nobody(reference_of(loaded, rolls.method, FLOAT32))
     count = iter(range(10**6))
     train(
         loaded.model,
-        steps_of(rolls, grpo, schedule, reference, lines.append),
+        steps_of(rolls, grpo, schedule, asks, lines.append),
         schedule=schedule,
         tripwires=Tripwires(),
         compute=FLOAT32,

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pennyweight.loss.divergence import sums_of_rows
 
+_LEAST = 1e-4  # beside the standard deviation of a group's rewards
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -90,3 +92,10 @@ def k3(gap: Tensor) -> tuple[Tensor, Tensor]:
     """exp(gap) - gap - 1, never below 0, where ``gap`` is reference minus model in log-probability: its mean over the
     model's own tokens is KL(model || reference) (Schulman, 2020). And its derivative with respect to the model's."""
     return torch.expm1(gap) - gap, -torch.expm1(gap)
+
+
+def advantages(rewards: Tensor, scaled: bool = True) -> Tensor:
+    """(P, G) rewards of G responses to each of P prompts -> what each earned above its group's mean, in the group's
+    standard deviations where ``scaled``."""
+    above = rewards - rewards.mean(1, keepdim=True)
+    return above / (rewards.std(1, keepdim=True) + _LEAST) if scaled and rewards.shape[1] > 1 else above

@@ -12,22 +12,26 @@ from typing import Any
 
 from pennyweight.data.pack import Batch
 from pennyweight.errors import MethodError
-from pennyweight.methods import grpo, kd, sft
+from pennyweight.methods import grpo, kd, on_policy, sft
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of METHODS. ``rolls``: it learns from what the student writes as it is, and is handed that as signal."""
+    """One row of METHODS. ``rolls``: it learns from what the student writes, and is handed that as signal; ``asks``: it
+    asks the teacher about that."""
 
     apply: Callable[[Batch, Any, Any], Batch]
     signals: Callable[[Any], frozenset[str]]
     rolls: bool = False
+    asks: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft.sft, sft.signals),
     "kd": Method(kd.kd, kd.signals),
     "grpo": Method(grpo.grpo, grpo.signals, rolls=True),
+    "on_policy": Method(on_policy.on_policy, on_policy.signals, rolls=True, asks=True),
+    "offline": Method(on_policy.offline, kd.signals, rolls=True, asks=True),
 }
 
 

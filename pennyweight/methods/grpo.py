@@ -18,17 +18,8 @@ from torch import Tensor
 
 from pennyweight.data.pack import Batch
 from pennyweight.loss.divergence import Divergence
-from pennyweight.loss.policy import Policy
+from pennyweight.loss.policy import Policy, advantages
 from pennyweight.settings import GrpoMethod
-
-_LEAST = 1e-4  # beside the standard deviation of a group's rewards
-
-
-def advantages(rewards: Tensor, scaled: bool = True) -> Tensor:
-    """(P, G) rewards of G responses to each of P prompts -> what each earned above its group's mean, in the group's
-    standard deviations where ``scaled``."""
-    above = rewards - rewards.mean(1, keepdim=True)
-    return above / (rewards.std(1, keepdim=True) + _LEAST) if scaled and rewards.shape[1] > 1 else above
 
 
 def response_weights(lengths: Sequence[int], over: str, longest: int) -> Tensor:

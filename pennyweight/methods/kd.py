@@ -12,10 +12,10 @@ from typing import Any
 
 from pennyweight.data.pack import Batch
 from pennyweight.loss.divergence import Divergence
-from pennyweight.recipe import KdMethod
+from pennyweight.settings import KdMethod
 
 
-def signals(settings: KdMethod) -> frozenset[str]:
+def signals(settings: Any) -> frozenset[str]:
     """Dense, hidden states and top K; sampled for what is linear in the teacher's probabilities. Matching hidden states
     needs the teacher's."""
     if settings.hidden:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pennyweight.data.pack import Batch
 from pennyweight.loss.divergence import Divergence
-from pennyweight.recipe import SftMethod
+from pennyweight.settings import SftMethod
 
 
 def signals(settings: SftMethod) -> frozenset[str]:

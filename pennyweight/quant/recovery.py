@@ -29,9 +29,9 @@ from pennyweight.quant.export import export, formats_of, storage_dtype
 from pennyweight.quant.formats import Coded, Format
 from pennyweight.quant.learned import RoundedLinear, rounded_once
 from pennyweight.quant.rounding import Recovery, coded_for_storage, rounded_to
-from pennyweight.recipe import KdMethod, SampledTargets
+from pennyweight.recipe import SampledTargets
 from pennyweight.records import Encoded
-from pennyweight.settings import Quantize, Schedule
+from pennyweight.settings import KdMethod, Quantize, Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep

@@ -8,8 +8,9 @@ its first have other weights.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pennyweight.errors import DataError
 from pennyweight.model.generate import Generated, generate
 from pennyweight.model.loaded import Loaded
 from pennyweight.records import Encoded, Sample, Task, Verdict
-from pennyweight.settings import GrpoMethod
+from pennyweight.settings import GrpoMethod, OfflineMethod, OnPolicyMethod
 from pennyweight.verifiers.reward import rewards
 
 Judge = Callable[[str, Task], Verdict]
@@ -42,6 +43,12 @@ class Rollout:
     verdict: Verdict
     reward: float
     parts: dict[str, float]
+
+    def first(self, tokens: int) -> Rollout:
+        """The same with that many tokens of its own."""
+        size = len(self.encoded.ids) - len(self.logprobs) + tokens
+        e = Encoded(self.encoded.id, self.encoded.ids[:size], self.encoded.mask[:size])
+        return replace(self, encoded=e, logprobs=self.logprobs[:tokens])
 
     def to_json(self) -> dict[str, Any]:
         e = self.encoded
@@ -83,6 +90,12 @@ class Round:
     def of(self) -> dict[str, Rollout]:
         return {r.encoded.id: r for group in self.groups for r in group}
 
+    def first(self, share: float) -> Round:
+        """Of every response its first tokens only, the share rounded up."""
+        if share == 1:
+            return self
+        return replace(self, groups=[[r.first(math.ceil(share * len(r.logprobs))) for r in g] for g in self.groups])
+
     def part(self, number: int, parts: int) -> Round:
         """The groups of one of ``parts`` steps."""
         return Round(self.groups[number::parts], self.asked, self.tokens, self.left_out, self.every)
@@ -113,7 +126,7 @@ class Roller:
 
     Attributes:
         loaded: the model that is being trained, with its tokenizer.
-        samples: whose prompts are asked; each has a task.
+        samples: whose prompts are asked; what is written to one without a task earns nothing.
         groups: of a round.
         judge: response and task -> verdict.
         folder: rounds are kept in its ``rollouts``.
@@ -123,7 +136,7 @@ class Roller:
     loaded: Loaded
     samples: list[Sample]
     groups: int
-    method: GrpoMethod
+    method: GrpoMethod | OnPolicyMethod | OfflineMethod
     judge: Judge
     seed: int
     context: int
@@ -165,14 +178,15 @@ class Roller:
     def _written(self, number: int) -> tuple[list[list[Rollout]], list[int]]:
         """All groups that were asked for, and which of them are learnt from: those that differ, as far as there are
         enough."""
-        most = round(self.groups * self.method.dynamic)
+        most = round(self.groups * getattr(self.method, "dynamic", 1))
         line = [(number * most + i) for i in range(most)]
         every: list[list[Rollout]] = []
-        while line and (missing := self.groups - sum(not alike(g) for g in every)) > 0:
+        counts = hasattr(self.method, "dynamic")  # only then does a group that is all alike teach nothing
+        while line and (missing := self.groups - sum(not (counts and alike(g)) for g in every)) > 0:
             every += self._answered(
                 number, len(every), [self._sample(line.pop(0)) for _ in range(min(missing, len(line)))]
             )
-        order = sorted(range(len(every)), key=lambda i: alike(every[i]))  # in their order, those all alike last
+        order = sorted(range(len(every)), key=lambda i: counts and alike(every[i]))  # in order, those all alike last
         return every, order[: self.groups]
 
     def _sample(self, index: int) -> Sample:
@@ -208,12 +222,11 @@ class Roller:
 
     def _rollout(self, sample: Sample, prompt: list[int], g: Generated, name: str) -> Rollout:
         m, task = self.method, sample.task
-        assert task is not None
         ids, logprobs = list(g.ids), list(g.logprobs)
         if g.end is not None and g.end_logprob is not None:
             ids, logprobs = [*ids, g.end], [*logprobs, g.end_logprob]
         text = self.loaded.tokenizer.decode(list(g.ids), skip_special_tokens=True)
-        verdict = self.judge(text, task)
+        verdict = self.judge(text, task) if task else Verdict(False, None, "there is nothing to judge it by")
         asked = "\n".join(t.content for t in sample.prompt)
         parts = rewards(asked, text, len(ids), m.max_tokens, verdict)
         weights = m.reward.model_dump()

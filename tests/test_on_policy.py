@@ -1,0 +1,184 @@
+"""On-policy distillation, live and offline: nothing to learn from oneself, the same gradient however a step is split,
+and a student that comes nearer to its teacher at what it writes itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from test_train_loop import FLOAT32
+from test_train_rollout import CONTEXT, asked, gradient, judge, roller, student, tokenizer
+from truth import fresh
+
+from pennyweight.data.pack import Packer
+from pennyweight.data.render import encode_all
+from pennyweight.errors import RecipeError
+from pennyweight.methods import METHODS
+from pennyweight.methods.on_policy import on_policy
+from pennyweight.model.head import forward_hidden, head_of
+from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
+from pennyweight.rolling import Asked, Written, groups_of, steps, steps_of
+from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
+from pennyweight.teacher.local import LocalTeacher
+from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.loop import train
+
+WAYS = [{}, {"signal": "token"}, {"divergence": "jsd", "group": 4, "rewarded": 0.3}, {"signal": "token", "updates": 2}]
+
+
+def asks(teacher) -> Asked:
+    from pennyweight.rolling import _logprobs
+
+    local = LocalTeacher(replace(teacher, model=teacher.model.eval()), FLOAT32)
+    told = lambda batch: _logprobs(local, batch)  # noqa: E731
+    return Asked(told, told, local.dense)
+
+
+def weighed(loaded, teacher, folder, micro, **settings):
+    method = OnPolicyMethod(**{"max_tokens": 8, **settings})
+    rolls = replace(roller(folder, loaded), method=method, groups=12 // method.group)
+    made = rolls(0, True).first(method.first)
+    signal = Written(made.groups, made.of, **vars(asks(teacher)))
+    return [on_policy(b, method, signal) for b in made.batches(micro, 0)]
+
+
+@pytest.mark.parametrize("settings", [w for w in WAYS if "rewarded" not in w])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, settings):
+    seed = fresh()
+    loaded = student(seed)
+    loss, slope = gradient(loaded, weighed(loaded, student(seed), tmp_path, 64, **settings))
+    assert abs(loss) < 1e-5 and float(slope.norm()) < 1e-3, f"seed {seed}"
+
+
+@pytest.mark.parametrize("settings", [*WAYS, {"first": 0.4}])
+def test_any_split_gives_the_same_gradient(tmp_path, settings):
+    seed = fresh()
+    loaded, teacher = student(seed), student(seed + 1)
+    loss, whole = gradient(loaded, weighed(loaded, teacher, tmp_path, 64, **settings))
+    assert float(whole.norm()) > 1e-3
+    for micro in (1, 5):
+        again, parts = gradient(loaded, weighed(loaded, teacher, tmp_path, micro, **settings))
+        assert again == pytest.approx(loss, rel=1e-4, abs=1e-6), f"seed {seed}"
+        torch.testing.assert_close(parts, whole, atol=1e-5 * float(whole.norm()), rtol=0, msg=f"seed {seed}")
+
+
+def test_one_token_of_the_kl_has_its_gradient_in_the_mean():
+    """Over all tokens, each with the student's own probability, the policy's pull is the gradient of reverse KL."""
+    g = torch.Generator().manual_seed(fresh())
+    s, t = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(2))
+    s.requires_grad_()
+    log_s, log_t = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    (want,) = torch.autograd.grad((log_s.exp() * (log_s - log_t)).sum(), s, retain_graph=True)
+    advantage = (log_t - log_s).detach()  # what on_policy gives each token that might have been written
+    (made,) = torch.autograd.grad(-(log_s.detach().exp() * advantage * log_s).sum(), s)
+    torch.testing.assert_close(made, want)
+
+
+def test_only_the_first_tokens_are_learnt(tmp_path):
+    loaded = student(1)
+    whole = roller(tmp_path, loaded)(0, True)
+    part = whole.first(0.5)
+    for name, r in part.of.items():
+        before = whole.of[name]
+        assert len(r.logprobs) == -(-len(before.logprobs) // 2) == len(r.encoded.loss_positions)
+        assert r.encoded.ids == before.encoded.ids[: len(r.encoded.ids)]
+
+
+def fit(folder, loaded, next_batch, steps_in_all=30):
+    schedule = Schedule(steps=steps_in_all, batch=12, lr=5e-3, warmup=0.1)
+    train(
+        loaded.model,
+        next_batch,
+        schedule=schedule,
+        tripwires=Tripwires(),
+        compute=FLOAT32,
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        seed=0,
+        admit=lambda ids: None,
+        log=lambda line: None,
+    )
+
+
+def kl_at_its_own_text(folder, loaded, teacher) -> float:
+    """Mean reverse KL at fresh rollouts of the student, in nats."""
+    made = replace(roller(folder, loaded, groups=8), seed=99)(0, True)
+    (batch,) = made.batches(1000, 0)
+    with torch.no_grad():
+        logs = [
+            torch.log_softmax(
+                head_of(m.model).logits(
+                    forward_hidden(m.model.eval(), batch.ids, batch.positions).flatten(0, 1)[batch.selected]
+                ),
+                -1,
+            )
+            for m in (loaded, teacher)
+        ]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("settings", [{}, {"given": 0.5}, {"first": 0.5, "divergence": "forward_kl"}])
+def test_the_student_comes_nearer(tmp_path, settings):
+    loaded, teacher = student(3), student(4)
+    before = kl_at_its_own_text(tmp_path / "before", loaded, teacher)
+    method, schedule = OnPolicyMethod(max_tokens=8, **settings), Schedule(batch=12)
+    rolls = replace(roller(tmp_path, loaded), method=method, groups=groups_of(schedule, method))
+    texts = encode_all(
+        [s.answered(f"now: {i}", "given", True) for i, s in enumerate(asked())], tokenizer(), CONTEXT, "refuse"
+    )
+    others = Packer(texts, 6, 6, 0, 0) if method.given else None
+    next_batch = steps_of(rolls, on_policy, schedule, asks(teacher), lambda line: None, others)
+    first = next_batch(0)
+    own = {e.id for b in first for e in b.placed} - {e.id for e in texts}
+    assert len(own) == (6 if method.given else 12) and sum(len(b.placed) for b in first) == 12
+    fit(tmp_path, loaded, next_batch)
+    after = kl_at_its_own_text(tmp_path / "after", loaded, teacher)
+    assert after < 0.7 * before, (before, after)
+
+
+@pytest.mark.parametrize("targets", [DenseTargets(), HiddenTargets(), TopKTargets(k=16)])
+def test_offline_asks_the_teacher_once_and_comes_nearer(tmp_path, targets):
+    loaded, teacher = student(3), student(4)
+    before = kl_at_its_own_text(tmp_path / "before", loaded, teacher)
+    local, lines = LocalTeacher(replace(teacher, model=teacher.model.eval()), FLOAT32), []
+    schedule = Schedule(steps=40, batch=12, lr=5e-3)
+    (tmp_path / "data").mkdir()
+    from pennyweight.data.store import write_samples
+
+    write_samples(tmp_path / "data" / "train.jsonl", [s.answered("a", "given", True) for s in asked()])
+    bench = SimpleNamespace(
+        recipe=SimpleNamespace(train=schedule, targets=targets),
+        folder=tmp_path,
+        group=SimpleNamespace(size=1),
+        context=CONTEXT,
+        compute=FLOAT32,
+        labelling=local,
+        local=local,
+        language=SimpleNamespace(vocabulary=len(tokenizer())),
+    )
+    told, written = [], SimpleNamespace(write=lines.append)
+    ledger = SimpleNamespace(add_records=lambda samples, split, teacher: told.extend(samples))
+    method = OfflineMethod(rollouts=48, max_tokens=8)
+    make = lambda who: steps(  # noqa: E731
+        bench, METHODS["offline"], method, who, "offline", 5, tmp_path / "work", ledger, written, judge
+    )
+    next_batch = make(loaded)
+    assert len(told) == 48 and [x["step"] for x in lines] == [1]
+    fit(tmp_path, loaded, next_batch, 40)
+    assert kl_at_its_own_text(tmp_path / "after", loaded, teacher) < 0.7 * before
+    if targets.kind != "dense":  # gone on with, nobody is asked again
+        bench.labelling = SimpleNamespace(fingerprint=local.fingerprint, targets=None)
+        again = make(student(9))
+        for a, b in zip(next_batch(3), again(3), strict=True):
+            assert torch.equal(a.ids, b.ids) and len(told) == 48
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValidationError, match="group=2 or more"):
+        OnPolicyMethod(rewarded=0.5)
+    with pytest.raises(ValidationError, match="set signal=whole"):
+        OnPolicyMethod(signal="token", given=0.2)
+    with pytest.raises(RecipeError, match="100 responses .method.rollouts."):
+        groups_of(Schedule(), OfflineMethod(rollouts=100, group=8))
