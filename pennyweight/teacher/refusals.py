@@ -25,7 +25,13 @@ def check_teacher(recipe: Recipe) -> None:
     Raises:
         RecipeError, MethodError: with the reason and the cure.
     """
-    t = recipe.teacher
+    t, kind = recipe.teacher, recipe.method.kind
+    if kind in ("on_policy", "offline") and isinstance(t, SeveralTeachers | EndpointTeacher):
+        where = "behind a server, which tells" if isinstance(t, EndpointTeacher) else "several, of which each tells"
+        raise MethodError(
+            f"method {kind} asks the teacher about every token that the student writes, and it is {where} too little "
+            "of them; use a teacher folder (teacher.kind=folder), or method.kind=sft on its answers"
+        )
     if isinstance(t, SeveralTeachers):
         _check_several(recipe, t)
         for name, one in t.members.items():
