@@ -96,7 +96,12 @@ class Responses(Settings):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=256, ge=1)
-    keep: Literal["all", "verified"] = Field(default="all", description="verified: only what their verifier accepts")
+    keep: Literal["all", "verified"] = Field(
+        default="all", description="verified: only whole ones, which their verifier accepts"
+    )
+    samples: int = Field(default=1, ge=1, description="responses that the teacher writes to each prompt, for training")
+    most: int | None = Field(default=None, ge=1, description="of those kept of a prompt, the so many that differ most")
+    language: float = Field(default=0.0, ge=0, le=1, description="least share of letters in the prompt's script")
 
 
 class Data(Settings):

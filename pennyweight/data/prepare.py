@@ -11,6 +11,7 @@ from typing import Any
 from pennyweight.data.render import prompt_of
 from pennyweight.data.sources import read, read_tasks
 from pennyweight.data.split import Split, is_held_out, split
+from pennyweight.data.traces import asked_for, selected
 from pennyweight.errors import DataError
 from pennyweight.recipe import Data, Responses, Source, TaskData, TaskSource, TeacherSamples
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
@@ -139,24 +140,27 @@ def both_sides(
 
 def prepare(
     parts: Split, responses: Responses, writers: Writers, judge: Callable[[Sample], Verdict | None]
-) -> tuple[list[Sample], list[Sample], int]:
-    """(training samples, held-out samples, training samples turned down): answered, and judged where asked for.
+) -> tuple[list[Sample], list[Sample], dict[str, int]]:
+    """(training samples, held-out samples, training samples turned down, by what for): answered, and judged where asked
+    for.
 
     Raises:
         DataError: nothing is left on one side.
     """
     wanted = judge if responses.keep == "verified" else None
-    train, rejected = keep(one_teacher_each(answer(parts.train, responses.by, writers, "train")), wanted)
+    answered = answer(asked_for(parts.train, responses), responses.by, writers, "train")
+    train, rejected = keep(one_teacher_each(answered), wanted)
+    train, turned_down = selected(train, responses)
     held_out, _ = keep(answer(parts.evaluation, responses.by, writers, "eval"), None)
     if not train or not held_out:
         raise DataError(
             f"no sample is left of {len(parts.train):,} for training or {len(parts.evaluation):,} for evaluation; "
             "give more data, or set data.responses.keep=all"
         )
-    return train, held_out, rejected
+    return train, held_out, {"verifier": rejected, **turned_down} if rejected else turned_down
 
 
-def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: int) -> dict[str, Any]:
+def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: dict[str, int]) -> dict[str, Any]:
     """What the report says of the data."""
     return {
         "source": ", ".join(sorted({s.source for s in train})),
@@ -164,7 +168,8 @@ def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: 
         "train": len(train),
         "evaluation": len(held_out),
         "duplicates": parts.duplicates,
-        "rejected": rejected,
+        "rejected": sum(rejected.values()),
+        "rejected_for": rejected,
         "overlap": parts.overlap,
         "authors": dict(sorted(Counter(s.author for s in train).items())),
         **({"teachers": of} if (of := dict(sorted(Counter(s.teacher for s in train if s.teacher).items()))) else {}),
@@ -193,6 +198,9 @@ def _settled(
 def told(found: dict[str, Any]) -> str:
     """The facts in one line."""
     others = found["train_left_out"] + found["eval_left_out"]
-    left_out = f"{found['rejected']:,} rejected" + (f", {others:,} left out" if others else "")
+    why = ", ".join(f"{n:,} {reason}" for reason, n in found["rejected_for"].items())
+    left_out = (
+        f"{found['rejected']:,} rejected" + (f" ({why})" if why else "") + (f", {others:,} left out" if others else "")
+    )
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
     return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

@@ -26,6 +26,7 @@ FILE_VERIFIERS = ("exact", "math")
 
 _MESSAGES = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "question", "instruction", "query", "problem", "Q")
+_SEVERAL = ("generations", "responses", "completions")
 _RESPONSES = ("response", "completion", "answer", "output", "solution", "A")
 _TEXTS = ("text",)
 _ANSWERS = ("answer", "gold", "ground_truth", "solution")
@@ -74,9 +75,8 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     form = _Form(source, name)
     samples = []
     for where, row in islice(rows(source.path, source.split), source.limit):
-        sample = form.sample(row, where)
-        if sample is not None:
-            samples.append(replace(sample, teacher=route(row, where)) if route else sample)
+        made = form.samples(row, where)
+        samples += [replace(s, teacher=route(row, where)) for s in made] if route else made
     if not samples:
         raise DataError(f"{name} has no rows; give a file with data in it")
     return samples
@@ -88,8 +88,19 @@ class _Form:
     def __init__(self, source: FileData, name: str):
         self.given, self.name = source, name
 
+    def samples(self, row: Any, where: str) -> list[Sample]:
+        """The samples of a row: one, none for a blank text, or one for each of several responses."""
+        column = self.given.response or (_first(row, _SEVERAL) if isinstance(row, dict) else None)
+        value = row.get(column) if isinstance(row, dict) and column else None
+        if not (isinstance(value, list) and value and all(isinstance(x, str) for x in value)):
+            made = [self.sample(row, where)]
+        else:
+            one = _Form(self.given.model_copy(update={"response": column}), self.name)
+            made = [one.sample({k: v for k, v in row.items() if k != "messages"} | {column: x}, where) for x in value]
+        return [s for s in made if s is not None]
+
     def sample(self, row: Any, where: str) -> Sample | None:
-        """The sample of a row; None for a blank text."""
+        """The sample of a row with one response or none; None for a blank text."""
         if not isinstance(row, dict):
             raise DataError(f"{where} holds {_shown(row)}, not a row of named columns; write it as {{...}} with names")
         gold_column = self._gold_column(row, where)
