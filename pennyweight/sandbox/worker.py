@@ -72,9 +72,16 @@ def answer(seconds: int, memory: int, protected: bool) -> None:
         try:
             reply = wire.line({"value": wire.encode(do(json.loads(request)), hold)})
         except BaseException as e:
-            reply = wire.line({"raised": [type(e).__name__, str(e)[:_LONGEST_REASON]]})
+            reply = wire.line({"raised": [type(e).__name__, _said(e)]})
         while reply:
             reply = reply[replies.write(reply) :]
+
+
+def _said(e: BaseException) -> str:
+    try:
+        return str(e)[:_LONGEST_REASON]
+    except BaseException:  # the program's exceptions are its own
+        return ""
 
 
 class Broken(BaseException):

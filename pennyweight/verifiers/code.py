@@ -133,8 +133,8 @@ def _run(program: str, tests: str, entry_point: str | None, seconds: int, shut_i
         for end in (ask_out, ask_in, reply_out, reply_in):
             if end >= 0:
                 os.close(end)
-        codes = [_end(process) for process in started]
-    return _reason(said, codes, seconds)
+        taken = [_end(process) for process in started]
+    return _reason(said, taken, seconds)
 
 
 def _start(*arguments: str, stdin: int, stdout: int) -> subprocess.Popen[bytes]:
@@ -168,28 +168,29 @@ def _read(pipe: int, until: float) -> bytes | None:
     return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """Kill a process, and its session where it could start others; its exit code, that of its own end if it had one."""
+def _end(process: subprocess.Popen[bytes]) -> float:
+    """Kill a process, and its session where it could start others; the processor time it took, in seconds."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # before it is waited for: until then its number is nobody else's
-    code = process.wait()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     for stream in (process.stdin, process.stdout):
         if stream:
             stream.close()
-    return code
+    return used.ru_utime + used.ru_stime
 
 
-def _reason(said: bytes | None, codes: list[int], seconds: int) -> str:
-    program, tests = codes
+def _reason(said: bytes | None, taken: list[float], seconds: int) -> str:
+    """From what the tests said, None where they were stopped, and the processor time of program and tests."""
+    who = next((n for n, t in zip(("program", "tests"), taken, strict=True) if t >= 0.95 * seconds), None)
+    limited = f"the {who} took more than {seconds} seconds of processor time"
     if said is None:
-        return f"stopped after {SLOWEST * seconds} seconds"
+        return limited if who else f"stopped after {SLOWEST * seconds} seconds"
     if not said:
-        by_limit = tests == -signal.SIGKILL
-        return f"the tests took more than {seconds} seconds of processor time" if by_limit else "the tests stopped"
+        return limited if who else "the tests stopped before they were through"
     found = json.loads(said)
     if found.get("passed") is True:
         return ""
-    reason = found.get("refused") or found["reason"] or "the tests say neither that it passes nor why not"
-    if reason == STOPPED and program == -signal.SIGKILL:
-        return f"the program took more than {seconds} seconds of processor time"
-    return reason
+    if found.get("reason") == STOPPED and who:
+        return limited
+    return found.get("refused") or found.get("reason") or "the tests say neither that it passes nor why not"
