@@ -101,15 +101,8 @@ def distill(
     """
     from pennyweight.recipe_file import distillation
 
-    asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "trust_remote_code": trust_remote_code}
-    asked |= {
-        "method": method,
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "seeds": seeds,
-        "teacher_model": teacher_model,
-    }
+    asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "method": method, "steps": steps, "lr": lr}
+    asked |= {"batch": batch, "seeds": seeds, "teacher_model": teacher_model, "trust_remote_code": trust_remote_code}
     recipe = distillation(teacher=teacher, settings=[*(settings or []), *opt.logged(log)], **asked)
     _line(recipe, out, as_json, processes)
 

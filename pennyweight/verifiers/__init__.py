@@ -59,6 +59,8 @@ def check_golds(samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
 
 
 def _of_gold(task: Task) -> Verdict:
+    if not task.answer.strip() and task.verifier != "reasoning_gym":
+        return Verdict(False, None, "the gold answer is empty")
     if task.verifier == "code":
         return judge(task.answer, task)
     if task.verifier == "regex":

@@ -11,10 +11,11 @@ from pennyweight.verifiers.exact import final_answer, never_raises, normalised
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKUP = re.compile(r"[*_`$]+|\\(?:text|mathbf|mathrm|textbf|boxed)\b")
-_SAID = r"(?:the\s+)?(?:(?:correct|right|final|best)\s+)?(?:answer|option|choice|정답|답)(?:\s+is|은|는)?\s*:?\s*"
-_OTHER = re.compile(
-    r"\s*(?:[,/;&]|\b(?:or|and)\b|또는|혹은|와|과)\s*(?:(?:option|choice)\s+)?[(\[{]?([A-Z]|\d)\b", re.I
-)
+_SAID = r"(?:the\s+)?(?:(?:correct|right|final|best)\s+)?(?:answer|option|choice|정답|답)(?:\s+is|은|는)?\s*(?::\s*)?"
+_GOES_ON = r"\s+(?:is|because|since|or|and|또는|혹은)\b.*|\s*[-–—=/&].*|\s*(?:입니다|번|이다).*"
+_JOINED = r"(?P<by>[\s.:,/;&]*(?:\b(?:or|and)\b|또는|혹은)?)\s*(?:(?:option|choice)\s+)?"
+_LONGEST = 2000
+_NEGATED = re.compile(r"\bnot\b|n't\b|아니|아닌", re.IGNORECASE)
 
 
 @never_raises
@@ -41,8 +42,8 @@ def verify_choice(response: str, task: Task) -> Verdict:
 def picked(answer: str, choices: dict[str, str]) -> str | None:
     """The letter of the one choice that a final answer names; None where it names none, or more than one.
 
-    Taken: ``B``, ``b``, ``(B)``, ``B.``, ``**B**``, ``option B``, ``답: B``, ``B) its text``, ``B is correct``, and the
-    choice's own text.
+    Taken: ``B``, ``b``, ``(B)``, ``B.``, ``**B**``, ``option B``, ``답: B``, ``B) its text``, ``B is correct``, ``so it
+    is (B)``, and the choice's own text. Not taken: ``A or B``, ``A dog``, a letter with another choice's text.
     """
     by_text = {normalised(text): letter for letter, text in choices.items()}
     if len(by_text) < len(choices):
@@ -50,21 +51,33 @@ def picked(answer: str, choices: dict[str, str]) -> str | None:
     whole = by_text.get(normalised(answer)) or by_text.get(normalised(answer).rstrip("."))
     if whole:
         return whole
-    plain = " ".join(_MARKUP.sub("", answer).split())
-    letters = "|".join(re.escape(c) for c in choices) if choices else "[A-Z]"
-    form = rf"(?:{_SAID})*(?P<open>[(\[{{]?)(?P<letter>{letters})(?P<rest>(?![A-Za-z0-9가-힣]).*|(?:입니다|번|이다).*)?"
-    found = re.fullmatch(form, plain, re.IGNORECASE)
-    if not found:
+    if len(answer) > _LONGEST:
         return None
-    rest = (found["rest"] or "").lstrip(")]}")
-    closed = rest != (found["rest"] or "")
-    said_so = closed or re.match(r"[.:]|\s*$|\s*[-–—=]|\s+(?:is|because|since)\b|입니다|번|이다", rest)
-    other = _OTHER.match(rest)
-    if not said_so or (other and other[1].upper() != found["letter"].upper()):
-        return None  # "A dog" is no letter, "A or B" no choice
-    letter = next((c for c in choices or _LETTERS if c.upper() == found["letter"].upper()), None)
-    text = by_text.get(normalised(rest.lstrip(" .:-–—=")))
-    return letter if text in (None, letter) else None
+    plain = " ".join(_MARKUP.sub("", answer).split())
+    one = f"(?:{'|'.join(re.escape(c) for c in choices) or '[A-Z]'})"
+    spelt = {c.upper(): c for c in choices or _LETTERS}
+    at_start = re.fullmatch(
+        rf"(?:{_SAID})*[(\[{{]?(?P<letter>{one})(?![A-Za-z0-9])(?P<rest>[)\]}}].*|[.:,;].*|{_GOES_ON})?",
+        plain,
+        re.IGNORECASE,
+    )
+    if at_start:
+        letter, rest = spelt[at_start["letter"].upper()], at_start["rest"] or ""
+        rest = rest.lstrip(")]}")
+        other = re.match(rf"{_JOINED}[(\[{{]?(?P<letter>{one})\b", rest, re.IGNORECASE)
+        if other and _another(other, rest[other.end() :]) and spelt[other["letter"].upper()] != letter:
+            return None
+        return letter if by_text.get(normalised(rest.lstrip(" .:-–—="))) in (None, letter) else None
+    marked = re.findall(rf"\b(?:option|choice|answer)\s+[(\[]?({one})\b|[(\[]({one})[)\]]", plain, re.IGNORECASE)
+    letters = {spelt[(a or b).upper()] for a, b in marked}
+    return letters.pop() if len(letters) == 1 and not _NEGATED.search(plain) else None
+
+
+def _another(found: re.Match[str], after: str) -> bool:
+    """Whether a second letter is another choice (``A or B``), not a text's first word (``B. A dog``, ``1. 2 km``)."""
+    if not re.match(r"\s+\w", after):
+        return True
+    return bool(re.search(r"[,/;&\w]", found["by"])) and found["letter"].upper() not in "AI"
 
 
 def _choices(entry: Any) -> dict[str, str]:

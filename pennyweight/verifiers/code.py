@@ -182,7 +182,7 @@ def _end(process: subprocess.Popen[bytes]) -> float:
 
 def _reason(said: bytes | None, taken: list[float], seconds: int) -> str:
     """From what the tests said, None where they were stopped, and the processor time of program and tests."""
-    who = next((n for n, t in zip(("program", "tests"), taken, strict=True) if t >= 0.95 * seconds), None)
+    who = next((n for n, t in zip(("program", "tests"), taken, strict=True) if t >= 0.8 * seconds), None)
     limited = f"the {who} took more than {seconds} seconds of processor time"
     if said is None:
         return limited if who else f"stopped after {SLOWEST * seconds} seconds"
