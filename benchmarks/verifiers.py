@@ -3,10 +3,11 @@
     python -m benchmarks.verifiers [graded] [gold] [hostile]
 
 graded: the 5,276 solutions of four models to GSM8K's test problems that were published with the data set, with a label
-each; every disagreement is printed. gold: the worked solutions of all 8,792 GSM8K problems as responses to their own
-problem, and their final answers under ``check_golds``. hostile: the programs of ``tests/hostile.py``, which want to be
-called right without being right, or to do harm. Contained: not called right, ended within the limit, no process left,
-nobody called, nothing touched, and this process alive. Beside them 100 right programs, which have to pass.
+each; every disagreement is printed; and again with math-verify alone, where equal texts are no short cut. gold: the
+worked solutions of all 8,792 GSM8K problems as responses to their own problem, and their final answers under
+``check_golds``. hostile: the programs of ``tests/hostile.py``, which want to be called right without being right, or to
+do harm. Contained: not called right, ended within the limit, no process left, nobody called, nothing touched, and this
+process alive. Beside them 100 right programs, which have to pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from benchmarks.bars import Bars, real, run_parts
@@ -29,6 +31,7 @@ from pennyweight.progress import counting
 from pennyweight.records import Message, Sample, Task
 from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge
 from pennyweight.verifiers.code import SLOWEST, cannot_shut_in
+from pennyweight.verifiers.math import equal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -50,6 +53,21 @@ def graded(bars: Bars) -> None:
     whole = wilson(agree, answers)
     print(f"{agree:,} of {answers:,} as labelled, 95 % interval {100 * whole.low:.2f} to {100 * whole.high:.2f} %")
     bars.check("verifiers.agreement_with_labels", whole.mean, ">=0.99", whole.mean >= 0.99)
+    alone = wilson(_by_algebra(path), answers)
+    bars.check("verifiers.agreement_by_algebra_alone", alone.mean, ">=0.99", alone.mean >= 0.99)
+
+
+def _by_algebra(path: Path) -> int:
+    """Solutions judged as labelled where math-verify has to compare every pair, and equal texts are no short cut."""
+    agree, compared = 0, {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        for model in MODELS:
+            pair = final_answer(row["ground_truth"]) or "", final_answer(row[model]["solution"]) or ""
+            if pair not in compared:
+                compared[pair] = equal(*pair)
+            agree += compared[pair] == row[model]["is_correct"]
+    print(f"{agree:,} as labelled where math-verify compares all of the {len(compared):,} different pairs")
+    return agree
 
 
 def gold(bars: Bars) -> None:
@@ -72,6 +90,9 @@ def gold(bars: Bars) -> None:
         seconds = time.monotonic() - began
         for sample in failed:
             print(f"  {sample.task.answer if sample.task else ''!r} in {sample.response!r}")
+        if verifier == "math":
+            unread = sorted({s.task.answer for s in samples if s.task and not _itself(s.task.answer)})
+            print(f"gold answers that math-verify does not find equal to themselves: {unread or 'none'}")
         passing = 1 - len(failed) / len(rows)
         print(
             f"{verifier}: {len(rows) - len(failed):,} of {len(rows):,} worked solutions pass, "
@@ -80,6 +101,11 @@ def gold(bars: Bars) -> None:
         bars.check(
             f"verifiers.gold_{verifier}", min(passing, 1 - len(refused) / len(rows)), ">=0.999", passing >= 0.999
         )
+
+
+@cache
+def _itself(answer: str) -> bool:
+    return equal(answer, answer)
 
 
 def hostile(bars: Bars) -> None:
