@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -185,31 +185,66 @@ def judged(
         progress(1)
     if done == len(asked):
         return
+    yield from _in_processes(judge, asked[done:], progress, cores)
+
+
+def _in_processes(
+    judge: Judge, asked: Sequence[tuple[str, Task]], progress: Callable[[int], Any], cores: int
+) -> Iterator[Verdict]:
+    """Verdicts in order, from processes that each judge one answer at a time. None is left, however this ends."""
     spawning = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores, spawning, _ended_by_ctrl_c)
+    pipes = [spawning.Pipe() for _ in range(min(cores, len(asked)))]
+    workers = [spawning.Process(target=_judging, args=(judge, theirs), daemon=True) for _, theirs in pipes]
+    todo, busy, found, following = iter(range(len(asked))), {}, {}, 0
     try:
-        for verdict in pool.map(partial(_judge_one, judge), asked[done:], chunksize=4):
-            yield verdict
-            progress(1)
-    except BrokenProcessPool:
+        with _born_deaf():
+            for worker in workers:
+                worker.start()
+        for ours, theirs in pipes:
+            theirs.close()
+            busy[ours] = next(todo)
+            ours.send(asked[busy[ours]])
+        while busy:
+            for ours in wait(list(busy)):
+                found[busy.pop(ours)] = ours.recv()
+                progress(1)
+                number = next(todo, None)
+                if number is not None:
+                    busy[ours] = number
+                    ours.send(asked[number])
+            while following in found:
+                yield found.pop(following)
+                following += 1
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         raise DataError(
             "the system stopped a process that judged, as it does when memory is full; free some, or grade in parts "
             "with --limit"
         ) from None
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    pool.shutdown()
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
 
 
-def _judge_one(judge: Judge, asked: tuple[str, Task]) -> Verdict:
-    return judge(*asked)
+def _judging(judge: Judge, asked: Connection) -> None:
+    """A process's life: judge what comes, until nobody is there."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            asked.send(judge(*asked.recv()))
 
 
-def _ended_by_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback each
+@contextlib.contextmanager
+def _born_deaf() -> Iterator[None]:
+    """Processes that start within it do not hear Ctrl-C: they are stopped from here, and say nothing of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cores() -> int:

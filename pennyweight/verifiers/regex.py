@@ -17,8 +17,9 @@ SECONDS = 2
 _LONGEST = 100_000
 
 _MATCH = """
-import json, re, sys
-pattern, text = json.load(sys.stdin)
+import json, re, resource, sys
+pattern, text, seconds = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # should nobody be left to stop it
 try:
     found = bool(re.fullmatch(pattern, text))
 except (re.error, OverflowError, RecursionError) as e:
@@ -49,7 +50,7 @@ def matches(pattern: str, text: str) -> bool | str:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCH],
-            input=json.dumps([pattern, text]),
+            input=json.dumps([pattern, text, 2 * SECONDS]),
             capture_output=True,
             text=True,
             timeout=SECONDS,
