@@ -8,13 +8,13 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -236,15 +236,14 @@ def _judging(judge: Judge, asked: Connection) -> None:
 
 @contextlib.contextmanager
 def _born_deaf() -> Iterator[None]:
-    """Processes that start within it do not hear Ctrl-C: they are stopped from here, and say nothing of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that start within it never hear Ctrl-C: they are stopped from here, and say nothing of it. One that is
+    typed meanwhile is heard afterwards."""
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cores() -> int:

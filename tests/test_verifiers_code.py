@@ -138,6 +138,7 @@ def test_right_programs_pass(program, tests):
         ("f = 3", {}, "line 1 of the tests fails (TypeError"),
         ("def f(x): return x * x", {"tests": "assert True"}, "the tests call nothing"),
         ("def f(x): return x * x", {"tests": "assert f"}, "the tests compare an object of the program's"),
+        ("def f(x): raise StopIteration", {"tests": "assert all(map(lambda n: f(n) == n * n, range(5)))"}, "(RuntimeError: StopIteration"),
         ("def f(x): return x * x", {"tests": "assert f(lambda: 1)"}, "the tests give the program a function"),
         ("def f(x): return x * x", {"tests": "assert f(2) == "}, "the tests cannot be read: SyntaxError"),
         ("def f(x): return x * x", {"tests": "import sys\nf(2)\nsys.exit(0)"}, "line 3 of the tests fails (SystemExit"),
