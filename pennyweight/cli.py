@@ -11,6 +11,7 @@ import typer
 import pennyweight.cli_options as opt
 import pennyweight.launch as launch
 import pennyweight.processes as processes
+from pennyweight.cli_grade import grade
 from pennyweight.cli_memory import memory
 from pennyweight.cli_output import STOPPED, fail, one_sentence, tell
 from pennyweight.errors import RecipeError
@@ -100,9 +101,8 @@ def distill(
     """
     from pennyweight.recipe_file import distillation
 
-    asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "trust_remote_code": trust_remote_code}
-    asked |= {"method": method, "steps": steps, "batch": batch, "lr": lr, "seeds": seeds}
-    asked["teacher_model"] = teacher_model
+    asked: dict[str, Any] = {"data": data, "student": student, "cut": cut, "method": method, "steps": steps, "lr": lr}
+    asked |= {"batch": batch, "seeds": seeds, "teacher_model": teacher_model, "trust_remote_code": trust_remote_code}
     recipe = distillation(teacher=teacher, settings=[*(settings or []), *opt.logged(log)], **asked)
     _line(recipe, out, as_json, processes)
 
@@ -315,6 +315,7 @@ def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 
 
 app.command()(memory)
+app.command()(grade)
 
 
 def _line(recipe: Any, out: Path | None, as_json: bool, count: int) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pennyweight.errors import DataError
 from pennyweight.records import Message, Sample, Task, Verdict
-from pennyweight.verifiers import VERIFIERS, final_answer, judge, judge_sample
+from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge, judge_sample
 from pennyweight.verifiers.exact import never_raises
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "real" / "gsm8k"
@@ -85,6 +86,125 @@ def test_exact(answer, gold, correct):
 )
 def test_math(answer, gold, correct):
     assert judge(rf"\boxed{{{answer}}}", Task("t", "math", gold)).correct is correct
+
+
+CITIES = {"choices": ["London", "Paris", "a dog", "42"]}
+GIVEN = [
+    *(
+        "B",
+        "b",
+        "(B)",
+        "B.",
+        "**B**",
+        "[B]",
+        "$B$",
+        r"\text{B}",
+        "option B",
+        "Option (B).",
+        "the correct answer is (B)",
+    ),
+    *(
+        "답: B",
+        "정답은 B입니다",
+        "B번",
+        "B) Paris",
+        "**B.** Paris",
+        "B: Paris",
+        "B - Paris",
+        "B is correct",
+        "B, not A",
+    ),
+    *("B because A is too far", "so it has to be (B).", "Therefore, option B is correct."),
+]
+NOT_ONE = ["A or B", "A, B", "(A) or (B)", "A/B", "A. B", "B Paris", "both", "E", "AB", "I think so", "not option B"]
+
+
+@pytest.mark.parametrize("entry", [CITIES, {}], ids=["listed", "not listed"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_choice_takes_a_letter_in_every_dress(given, entry):
+    for gold in ("B", "(B)", "so\n#### B", *(["Paris", "so it is Paris.\n#### paris"] if entry else [])):
+        task = Task("t", "choice", gold, json.dumps(entry))
+        for response in (f"#### {given}", f"A bus, then a train.\nAnswer: {given}", rf"\boxed{{{given}}}"):
+            assert judge(response, task) == Verdict(True, "B"), response
+    assert judge(f"#### {given}", Task("t", "choice", "A", json.dumps(entry))) == Verdict(False, "B", "not A")
+
+
+@pytest.mark.parametrize("given", NOT_ONE)
+def test_choice_takes_no_two_and_no_words(given):
+    for gold in "ABCD":
+        assert not judge(f"#### {given}", Task("t", "choice", gold, json.dumps(CITIES))).correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("paris.", CITIES["choices"], "B"),
+        ("A dog", CITIES["choices"], "C"),
+        ("B. London", CITIES["choices"], None),
+        ("2. 3 km", {"label": ["1", "2", "3"], "text": ["2 km", "3 km", "1 km"]}, "2"),
+        ("(3)", {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}, "3"),
+        ("x", {"가": "x", "나": "y"}, "가"),
+        ("나", {"가": "x", "나": "y"}, "나"),
+        ("same", ["same", "same"], None),
+    ],
+)
+def test_choices_of_their_own_text_and_labels(answer, choices, letter):
+    task = Task("t", "choice", letter or "A", json.dumps({"choices": choices}))
+    verdict = judge(f"#### {answer}", task)
+    assert (verdict.correct, verdict.answer) == (letter is not None, letter or answer)
+
+
+def test_choice_refuses_a_gold_that_is_no_choice():
+    task = Task("t", "choice", "Rome", json.dumps(CITIES))
+    assert judge("#### B", task).reason == "the gold answer 'Rome' is none of the choices"
+    assert not judge("answer " * 300, Task("t", "choice", "B")).correct  # no backtracking without end
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer", "correct"),
+    [
+        (r"\d+ km", "12 km", True),
+        (r"\d+ km", "12 km.", False),
+        (r"\d+", "x1", False),
+        (r"(?i)yes|ja", "JA", True),
+        (r"[가-힣]+", "서울", True),
+    ],
+)
+def test_regex_matches_the_whole_answer(pattern, answer, correct):
+    verdict = judge(f"so\n#### {answer}", Task("t", "regex", pattern))
+    assert (verdict.correct, verdict.answer, bool(verdict.reason)) == (correct, answer, not correct)
+
+
+def test_regex_gives_up_on_what_takes_for_ever():
+    began = time.monotonic()
+    verdict = judge("#### " + "a" * 60, Task("t", "regex", "(a+)+b"))
+    assert "stopped: matching took longer than 2 seconds" in verdict.reason
+    assert time.monotonic() - began < 10
+    assert "no regular expression: missing )" in judge("#### a", Task("t", "regex", "(a")).reason
+
+
+def test_gold_answers_that_do_not_pass_their_own_verifier_are_told():
+    def sample(verifier, answer, **entry):
+        return Sample((Message("user", "?"),), None, "s", task=Task("t", verifier, answer, json.dumps(entry)))
+
+    good = [
+        *(sample("math", a) for a in ("18", "1,000", r"\frac{1}{2}", "x^2+1", "12 apples")),
+        *(sample("exact", a) for a in ("New York", "a\nb", "#### #", "<x>")),
+        sample("choice", "Paris", **CITIES),
+        sample("regex", r"\d+", example="12"),
+        sample("regex", r"\d+"),
+    ]
+    bad = {
+        "the gold answer is empty": sample("math", " "),
+        "none of the choices": sample("choice", "Rome", **CITIES),
+        "no regular expression": sample("regex", "(a"),
+        "not '": sample("regex", r"\d+", example="x"),
+    }
+    untold = Sample((Message("user", "?"),), None, "s")
+    refused = check_golds([*good, untold, *bad.values()])
+    assert [s for s, _ in refused] == list(bad.values())
+    for (_, reason), wanted in zip(refused, bad, strict=True):
+        assert wanted in reason
 
 
 def test_math_off_the_main_thread():

@@ -21,7 +21,7 @@ from pennyweight.records import Message, Sample, Task
 Route = Callable[[Mapping[str, Any], str], str]
 """(row, the place it stands at) -> the teacher that it is for"""
 
-FILE_VERIFIERS = ("exact", "math")
+FILE_VERIFIERS = ("exact", "math", "choice", "regex")
 """Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
 
 _MESSAGES = ("messages", "conversations", "conversation")
@@ -69,7 +69,7 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     if (source.answer or source.verifier) and source.verifier not in FILE_VERIFIERS:
         raise DataError(
             f"data.source.verifier={source.verifier!r} cannot judge rows of a file by their answers; "
-            f"set it to {' or '.join(FILE_VERIFIERS)}"
+            f"set it to {', '.join(FILE_VERIFIERS[:-1])} or {FILE_VERIFIERS[-1]}"
         )
     name = source.path if not Path(source.path).expanduser().exists() else Path(source.path).expanduser().resolve().name
     form = _Form(source, name)

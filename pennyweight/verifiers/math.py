@@ -8,6 +8,7 @@ are plainly equal, or two plainly different integers, are told apart here first.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -61,6 +62,9 @@ def equal(gold: str, answer: str) -> bool:
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 
+    log = logging.getLogger("math_verify")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())  # it says aloud when it gives up, into whatever the terminal shows
     try:
         ours, theirs = (parse(_as_latex(t), parsing_timeout=_SECONDS) for t in (gold, answer))
         return bool(verify(ours, theirs, timeout_seconds=_SECONDS))
