@@ -206,6 +206,7 @@ def _in_processes(
             ours.send(asked[busy[ours]])
         while busy:
             for ours in wait(list(busy)):
+                assert isinstance(ours, Connection)
                 found[busy.pop(ours)] = ours.recv()
                 progress(1)
                 number = next(todo, None)
