@@ -205,8 +205,8 @@ def _in_processes(
             busy[ours] = next(todo)
             ours.send(asked[busy[ours]])
         while busy:
-            for ours in wait(list(busy)):
-                assert isinstance(ours, Connection)
+            ready = wait(list(busy))
+            for ours in [pipe for pipe in busy if pipe in ready]:
                 found[busy.pop(ours)] = ours.recv()
                 progress(1)
                 number = next(todo, None)
