@@ -265,7 +265,6 @@ class KdMethod(Settings):
 TEXT_ONLY = frozenset({"sft", "grpo"})  # methods that ask for no teacher's distribution
 MethodChoice = Annotated[SftMethod | KdMethod | GrpoMethod, Discriminator("kind")]
 
-
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "int8", "fp8"],
     Field(description="of the teacher's forward pass that labels; auto: as the run computes"),
@@ -323,6 +322,7 @@ class Recipe(Settings):
     targets: TargetChoice = Field(default_factory=SampledTargets)
     student: StudentChoice
     method: MethodChoice = Field(default_factory=KdMethod)
+    control: bool = Field(default=True, description="train the sft control arm beside the method")
     train: Schedule = Field(default_factory=Schedule)
     tripwires: Tripwires = Field(default_factory=Tripwires)
     quantize: Quantize = Field(default_factory=Quantize)
