@@ -38,7 +38,8 @@ COMMANDS = {
 }  # fmt: skip
 
 FIELDS = {
-    "Recipe": "name seed seeds compute teacher data targets student method control train tripwires quantize evaluate log",
+    "Recipe": "name seed seeds compute teacher data targets student method control train tripwires quantize evaluate "
+    "log",
     "Compute": "device dtype threads",
     "TaskSource": "name size config",
     "TeacherSamples": "kind count max_tokens temperature",

@@ -137,7 +137,7 @@ def _picture(done: Mapping[str, Stage], metric: str) -> Html:
             marks.append(Mark("student", name, scale * mean, measured(info.unit, mean) + sign, low, high))
     notes = [f"Dots are measured values, lines their 95 % intervals; further {_better(metric)} is better."]
     if percent:
-        alike = len({str(s["measured_on"]) for s in done.values()}) == 1
+        alike = len({str(s["measured_on"]) for s in done.values() if _mean(s, metric) is not None}) == 1
         notes.append("All stages were asked the same problems." if alike else "Not all stages were asked the same.")
     listed = [f"{m.label} {m.text}" for m in marks]
     said = f"{info.label} by stage. {'; '.join(listed)}."
