@@ -14,7 +14,6 @@ import pennyweight.processes as processes
 from pennyweight.cli_grade import grade
 from pennyweight.cli_memory import memory
 from pennyweight.cli_output import STOPPED, fail, one_sentence, tell
-from pennyweight.errors import RecipeError
 
 app = typer.Typer(
     name="pennyweight",
@@ -41,13 +40,15 @@ def run(
         list[str] | None, typer.Argument(metavar="[RECIPE.toml] [a.b=c ...]", help="A recipe, settings on top of it.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="RUN folder. Default: runs/NAME.")] = None,
+    only: opt.Only = None,
     processes: opt.Processes = 1,
     log: opt.Log = None,
     as_json: opt.Json = False,
 ) -> None:
     """The whole line: teacher, targets, students, low-bit copies, evaluation, ledger, report.
 
-    Without a recipe, the quickstart. The same command again goes on where it stopped.
+    Without a recipe, the quickstart. The same command again goes on where it stopped. A file with [stages.NAME] is a
+    chain of runs; its settings begin with a stage's name, or with defaults for all.
 
     Examples:
 
@@ -55,15 +56,9 @@ def run(
 
         pennyweight run recipes/quickstart.toml train.steps=500 --out runs/longer
     """
-    from pennyweight.recipe_file import load
+    from pennyweight.chain_file import load
 
-    words = arguments or []
-    files = [w for w in words if "=" not in w]
-    if len(files) > 1:
-        raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
-    settings = [w for w in words if "=" in w] + opt.logged(log)
-    recipe = load(files[0] if files else None, settings)
-    _line(recipe, out, as_json, processes)
+    _line(load(*opt.parted(arguments), opt.logged(log)), out, as_json, processes, only)
 
 
 @app.command()
@@ -318,13 +313,14 @@ app.command()(memory)
 app.command()(grade)
 
 
-def _line(recipe: Any, out: Path | None, as_json: bool, count: int) -> None:
+def _line(plan: Any, out: Path | None, as_json: bool, count: int, only: list[str] | None = None) -> None:
     if count > 1 and processes.size() == 1:
         sys.exit(launch.start(count, sys.argv[1:]))
+    from pennyweight.chain import go
     from pennyweight.stages import run_line
 
-    folder = out or Path("runs") / recipe.name
-    found = run_line(recipe, folder)
+    folder = out or Path("runs") / plan.name
+    found = go(plan, folder, run_line, only or ())
     if processes.rank() > 0:
         return
     tell(found, as_json, "print_summary")

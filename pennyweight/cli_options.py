@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pennyweight.errors import RecipeError
 from pennyweight.version import __version__
 
 _FORMATS = "int8, int4, int3, ternary, fp8_block, fp8_row, mxfp8, mxfp4, nvfp4, mixed."
@@ -16,6 +17,18 @@ def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"pennyweight {__version__}")
         raise typer.Exit
+
+
+def parted(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The file that the words of ``run`` name, if any, and the ``a.b=c`` settings among them.
+
+    Raises:
+        RecipeError: there is more than one file.
+    """
+    files = [w for w in arguments or [] if "=" not in w]
+    if len(files) > 1:
+        raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
+    return (files[0] if files else None), [w for w in arguments or [] if "=" in w]
 
 
 def logged(log: list[str] | None) -> list[str]:
@@ -28,6 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that train together: one a GPU, or each a share of the cores.")
 ]
+Only = Annotated[list[str] | None, typer.Option(help="Of a chain, run this stage alone; may be repeated.")]
 Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 TeacherModel = Annotated[str | None, typer.Option(help="The server's name of the teacher.")]

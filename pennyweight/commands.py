@@ -28,6 +28,7 @@ from pennyweight.quant.kv_cache import low_cache
 from pennyweight.recipe import CutStudent, Recipe, TrainedTeacher
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Message, Sample
+from pennyweight.report.chain_summary import is_chain, stages_of, summarise_chain, write_chain
 from pennyweight.report.draw import draw
 from pennyweight.run_folder import a_run, read_object, recipe_of
 from pennyweight.settings import TEXT_ONLY
@@ -184,7 +185,14 @@ def converse(talk: Chat, prompt: str | None) -> None:
 
 
 def show(folder: str) -> dict[str, Any]:
-    """The summary of a RUN folder, or, of an unfinished one, its recipe and the stages so far."""
+    """The summary of a RUN folder, or, of an unfinished one, its recipe and the stages so far; of a chain, of all its
+    runs as they are now.
+
+    Raises:
+        RunError: the folder is neither, or something in it is damaged.
+    """
+    if is_chain(Path(folder)):
+        return summarise_chain(Path(folder), read_object)
     root = a_run(folder)
     if (root / "summary.json").exists():
         return read_object(root / "summary.json")
@@ -231,7 +239,14 @@ def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, cont
 
 
 def redraw(folder: str) -> Path:
-    """Draw report.html again from what the run has measured."""
+    """Draw report.html again from what the run has measured; of a chain its own, from its runs as they are now.
+
+    Raises:
+        RunError: the folder is neither, or the run is not finished.
+    """
+    if is_chain(Path(folder)):
+        write_chain(Path(folder), read_object)
+        return Path(folder) / "report.html"
     root = a_run(folder)
     if not (root / "summary.json").exists():
         raise RunError(f"{root} is not finished, so there is no report yet; run it again to go on")
@@ -239,7 +254,13 @@ def redraw(folder: str) -> Path:
 
 
 def verify(folder: str) -> Verification:
-    """Re-derive every hash of a RUN folder's ledger and of the artifacts it names."""
+    """Re-derive every hash of a RUN folder's ledger and of the artifacts it names; of a chain, of each of its runs.
+
+    Raises:
+        RunError: the folder is neither.
+    """
+    if is_chain(Path(folder)):
+        return _verify_each(Path(folder))
     root = a_run(folder)
     expected = None
     if (root / "summary.json").exists():
@@ -247,6 +268,19 @@ def verify(folder: str) -> Verification:
         expected = (head["seq"], head["head"]) if "seq" in head and "head" in head else None
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
         return ledger.verify(root, expected)
+
+
+def _verify_each(root: Path) -> Verification:
+    """The ledgers of a chain's runs, up to the first that does not verify."""
+    entries = records = artifacts = 0
+    for stage in stages_of(root, read_object):
+        found = verify(str(root / stage))
+        entries += found.checked_entries
+        records += found.checked_records
+        artifacts += found.checked_artifacts
+        if not found.ok:
+            return Verification(False, entries, records, artifacts, f"{stage}: {found.problem}", found.first_bad_seq)
+    return Verification(True, entries, records, artifacts)
 
 
 def _open(model: str, device: str, threads: int, trust_remote_code: bool) -> tuple[Loaded, Any]:

@@ -317,6 +317,7 @@ class Recipe(Settings):
     targets: TargetChoice = Field(default_factory=SampledTargets)
     student: StudentChoice
     method: MethodChoice = Field(default_factory=KdMethod)
+    control: bool = Field(default=True, description="train the sft control arm beside the method")
     train: Schedule = Field(default_factory=Schedule)
     tripwires: Tripwires = Field(default_factory=Tripwires)
     quantize: Quantize = Field(default_factory=Quantize)

@@ -35,8 +35,20 @@ def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
         RecipeError: the file is missing or malformed, a key is unknown, or a value does not fit.
     """
     file = shipped("quickstart") if path is None else Path(path)
+    table = read_table(file)
+    for item in overrides or []:
+        override(table, item)
+    return parse(table, str(file))
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        RecipeError: it is missing or malformed.
+    """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in shipped("quickstart").parent.glob("*.toml")))
         raise RecipeError(f"no recipe at {file}; give the path of a .toml file (shipped ones: {known})") from None
@@ -44,9 +56,6 @@ def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"cannot read the recipe {file}: {e}; check the path and its permissions") from None
     except tomllib.TOMLDecodeError as e:
         raise RecipeError(f"{file} is not valid TOML: {e}; correct that line") from None
-    for item in overrides or []:
-        _override(table, item)
-    return parse(table, str(file))
 
 
 def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -106,9 +115,9 @@ def distillation(
     for pair in parted(cut or ""):
         if "=" not in pair:
             raise RecipeError(f"--cut {cut} cannot be read; write it as layers=N[,hidden=N][,intermediate=N]")
-        _override(table, f"student.{pair}")
+        override(table, f"student.{pair}")
     for item in settings or []:
-        _override(table, item)
+        override(table, item)
     return parse(table, "")
 
 
@@ -136,8 +145,12 @@ def task_of(text: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def _override(table: dict[str, Any], item: str) -> None:
-    """Set ``a.b=c`` in ``table``; the value is read as TOML, else taken as text. A new ``kind`` drops its siblings."""
+def override(table: dict[str, Any], item: str) -> None:
+    """Set ``a.b=c`` in ``table``; the value is read as TOML, else taken as text. A new ``kind`` drops its siblings.
+
+    Raises:
+        RecipeError: it cannot be read, or is below what is no table.
+    """
     path, equals, text = item.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

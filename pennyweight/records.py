@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+CHAIN = "chain.json"
+"""The file that makes a folder that of a chain of runs: its name, each stage's recipe, and what that begins from."""
+
 ROUNDED = "-rounded"
 """Ends the name of a low-bit copy that was rounded only, beside one of the same format that was taught as well."""
 

@@ -22,7 +22,7 @@ from pennyweight.ledger.hashing import artifact
 from pennyweight.ledger.store import Ledger
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
-from pennyweight.records import sha256_json
+from pennyweight.records import CHAIN, sha256_json
 from pennyweight.train.group import ALONE, Group
 from pennyweight.version import __version__
 
@@ -302,6 +302,8 @@ def a_run(folder: str) -> Path:
         RunError: it is none.
     """
     root = Path(folder)
+    if (root / CHAIN).exists():
+        raise RunError(f"{root} holds a chain of runs; give the folder of one of them, {root}/STAGE")
     if not (root / "recipe.json").exists():
         raise RunError(f"{root} is not a RUN folder (it has no recipe.json); give the folder that pennyweight run made")
     return root

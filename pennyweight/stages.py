@@ -64,7 +64,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
         targets = the_targets(line, teacher, data)
         arms = {
             arm: {seed: an_arm(line, arm, seed, starts[seed], teacher, data, targets) for seed in recipe.seeds}
-            for arm in dict.fromkeys(["sft", recipe.method.kind])
+            for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind])
         }
         if not bench.group.first:
             return {}  # of several processes one does what is not shared

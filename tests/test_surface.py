@@ -14,7 +14,7 @@ from pennyweight import recipe, settings
 from pennyweight.cli import app
 
 COMMANDS = {
-    "run": {"arguments", "out", "log", "processes", "as_json"},
+    "run": {"arguments", "out", "only", "log", "processes", "as_json"},
     "distill": {
         "teacher", "teacher_model", "data", "student", "cut", "method", "steps", "batch", "lr", "seeds", "settings",
         "trust_remote_code", "out", "log", "processes", "as_json",
@@ -39,7 +39,8 @@ COMMANDS = {
 }  # fmt: skip
 
 FIELDS = {
-    "Recipe": "name seed seeds compute teacher data targets student method train tripwires quantize evaluate log",
+    "Recipe": "name seed seeds compute teacher data targets student method control train tripwires quantize evaluate "
+    "log",
     "Compute": "device dtype threads",
     "TaskSource": "name size config",
     "TeacherSamples": "kind count max_tokens temperature",

@@ -66,7 +66,8 @@ def headline(seen: View) -> str:
         return "No student has been measured yet."
     size_words = f"A student of {parameters(student.facts['params'])} parameters"
     part = share_of(student.facts["params"], teacher.facts.get("params"), "its teacher") if teacher else ""
-    beside = f", {part}," if part else ""
+    alike = teacher is not None and student.facts["params"] == teacher.facts.get("params")
+    beside = ", as large as its teacher," if alike else f", {part}," if part else ""
     return f"{size_words}{beside} {_achievement(seen, student)}{_smallest_words(seen)}."
 
 

@@ -76,6 +76,7 @@ def _who_is_who(view: View) -> Html:
     """The names used in charts and tables, explained once."""
     control = view.control
     seeds = len((view.student.facts.get("seeds") if view.student else None) or [])
+    each = " of each arm" if control else " of the student"
     return join(
         [
             f"{control.label} is the same student trained on the text of the same samples alone, without what the "
@@ -83,8 +84,8 @@ def _who_is_who(view: View) -> Html:
             if control
             else None,
             "Before training is the student as it started. " if view.find("base") else None,
-            f"{seeds} seeds of each arm were trained; its numbers are means over them. " if seeds > 1 else None,
-            "One seed of each arm was trained. " if seeds == 1 else None,
+            f"{seeds} seeds{each} were trained; its numbers are means over them. " if seeds > 1 else None,
+            f"One seed{each} was trained. " if seeds == 1 else None,
             _about_teacher(view.teacher) if view.teacher else None,
         ]
     )

@@ -127,16 +127,18 @@ def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     several = any(len(p.seeds) > 1 for p in panels)
     below = any(min(v) < 0 for p in panels for _, v in p.seeds.values())
     estimate = " From sampled targets it is an unbiased estimate, which may fall below zero." if below else ""
+    shapes = "Each arm has a loss and a scale of its own, so compare the shapes, not the heights."
+    shapes = shapes if len(panels) > 1 else ""
     thin = "Thin lines are single seeds, the thick line is their mean. " if several else ""
     return section(
         "training",
         "How did training go?",
         figure(
-            "Did the loss of each arm come down and settle?",
+            f"Did the loss{' of each arm' if len(panels) > 1 else ''} come down and settle?",
             curves(
                 "training-loss", panels, "training step", "loss, nats per token", f"Training loss: {'; '.join(said)}."
             ),
-            f"{thin}Each arm has a loss and a scale of its own, so compare the shapes, not the heights.{estimate}",
+            f"{thin}{shapes}{estimate}".strip(),
         ),
     )
 

@@ -48,6 +48,7 @@ p{margin:0 0 12px;max-width:46rem}
 .lead{font-size:1.55rem;line-height:1.35;font-weight:600;margin:8px 0 16px;max-width:none;text-wrap:pretty}
 .verdict{font-size:1.05rem;max-width:none}
 p.small{max-width:none}
+a{color:var(--student)}
 .small,.note{color:var(--muted);font-size:.875rem}
 .notice{border:1px solid var(--line);border-left:4px solid var(--control);background:var(--card);
   padding:12px 16px;border-radius:6px}

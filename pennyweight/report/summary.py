@@ -139,7 +139,7 @@ def summarise(
             "per_seed": per_seed(by_seed, list(first["metrics"])),
         }
     method = recipe["method"]["kind"]
-    both, measured = method != "sft", evaluations["teacher"]
+    both, measured = method != "sft" and "sft" in evaluations, evaluations["teacher"]
     return {
         "schema": 1,
         "name": recipe["name"],

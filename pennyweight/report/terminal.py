@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
+from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
-from pennyweight.report.wording import MISSING, measured, parameters, size, span
+from pennyweight.report.wording import MISSING, count, duration, measured, parameters, size, span
 
 _HEADINGS = {
     "accuracy": "accuracy, %",
@@ -18,6 +20,8 @@ _HEADINGS = {
     "agreement": "agreement, %",
     "bits_per_byte": "bits/byte",
 }
+
+_OF_STAGES = {"accuracy": "accuracy, %", "pass_at_k": "pass@k, %", "bits_per_byte": "bits/byte"}
 
 _LIKE = {"kl_to_teacher": "kl", "ece": "ece", "bits_per_byte": ""}
 """Metrics that lend their unit to values of other names, by how those begin."""
@@ -32,8 +36,12 @@ def interval(name: str, row: dict[str, Any]) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """What was made in a sentence, then teacher, arms and low-bit copies side by side with their intervals."""
+    """What was made in a sentence, then teacher, arms and low-bit copies side by side with their intervals; of a chain
+    its stages."""
     console = Console(width=None, soft_wrap=True, highlight=False)
+    if "chain" in summary:
+        _print_chain(summary, console)
+        return
     if summary.get("unfinished"):
         console.print(
             f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}"
@@ -45,6 +53,48 @@ def print_summary(summary: dict[str, Any]) -> None:
     t = summary["targets"]
     if t["bytes"]:
         console.print(f"teacher's targets: {t['tokens']:,} tokens at {t['bytes_per_token']:.1f} bytes each")
+
+
+def _print_chain(summary: dict[str, Any], console: Console) -> None:
+    done = finished(summary)
+    metric = leading(done)
+    console.print(*filter(None, (chain_headline(summary), metric and compared_on(done, metric))), sep="\n")
+    for table in (_stages(summary, done), _costs(done)):
+        console.print(table)
+    tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
+    console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+
+
+def _stages(summary: dict[str, Any], done: Mapping[str, Any]) -> Table:
+    """Every stage in two lines: its values, and below them the intervals; fits 80 columns."""
+    names = [n for n in _OF_STAGES if any(n in s["metrics"] for s in done.values())]
+    title = f"{summary['name']}: {len(summary['stages'])} stages, 95 % intervals below each value"
+    table = _of_columns(title, ("stage", "method"), ("size", *(_OF_STAGES[n] for n in names)))
+    for name, s in summary["stages"].items():
+        if s["state"] != "finished":
+            table.add_row(name, s["state"])
+            continue
+        rows = [(METRICS[n].unit, s["metrics"].get(n)) for n in names]
+        values = [measured(unit, row["mean"]) if row else MISSING for unit, row in rows]
+        table.add_row(name, s["method"], parameters(s["params"]), *values)
+        table.add_row("", "", "", *(span(unit, row) if row else "" for unit, row in rows))
+    return table
+
+
+def _costs(done: Mapping[str, Any]) -> Table:
+    """What each stage took."""
+    table = _of_columns(None, ("stage",), ("time", "tokens trained", "generated", "peak memory"))
+    for name, s in done.items():
+        tokens = [count(s[k]) if s[k] else MISSING for k in ("tokens_trained", "tokens_generated")]
+        table.add_row(name, duration(s["seconds"]), *tokens, size(s["peak_memory_bytes"]))
+    return table
+
+
+def _of_columns(title: str | None, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1), pad_edge=False)
+    for heading in (*left, *right):
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return table
 
 
 def print_inspection(found: dict[str, Any]) -> None:
@@ -113,10 +163,7 @@ def _table(summary: dict[str, Any]) -> Table:
     names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())]
     seeds = len(summary["seeds"])
     title = f"{summary['name']}: {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals below each value"
-    table = Table(title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for heading in ("size", "weights", *(_HEADINGS[n] for n in names)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _of_columns(title, ("model",), ("size", "weights", *(_HEADINGS[n] for n in names)))
     for name, m in models.items():
         rows = [(METRICS[n].unit, m["metrics"].get(n)) for n in names]
         values = [measured(unit, row["mean"]) if row else MISSING for unit, row in rows]

@@ -1,0 +1,125 @@
+"""A recipe, or a chain of them, run to its end: each stage of a chain is an ordinary run in RUN/STAGE.
+
+What a stage begins from is content that its run depends on, so it runs again when an earlier one made something else.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pennyweight.chain_file import Chain
+from pennyweight.errors import MethodError, RecipeError, RunError
+from pennyweight.methods import check
+from pennyweight.progress import say
+from pennyweight.recipe import Recipe
+from pennyweight.records import CHAIN
+from pennyweight.report.chain_summary import write_chain
+from pennyweight.run_folder import read_object, write_json
+from pennyweight.teacher.refusals import check_teacher
+from pennyweight.train.group import join
+
+RunLine = Callable[[Recipe, Path], dict[str, Any]]
+
+
+def go(plan: Recipe | Chain, out: Path, run_line: RunLine, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a recipe, or the stages of a chain, in the folder ``out``; what its summary.json holds.
+
+    Args:
+        run_line: runs one recipe.
+        only: names of the stages to run, of a chain; all of them when there is none.
+
+    Raises:
+        PennyweightError: whatever a run raises; ``only`` names what is no stage, or stages that begin from what has not
+            been made; or the folder belongs to something else.
+    """
+    if isinstance(plan, Recipe):
+        if only:
+            raise RecipeError(f"--only {only[0]} names a stage of a chain, and {plan.name} is one run; leave it out")
+        return run_line(plan, out)
+    recipes, chosen, group = plan.recipes(out), _chosen(plan, only), join()
+    for stage in chosen:
+        _refuse(stage, recipes[stage])
+        for reference, other in plan.needs(stage).items():
+            if other not in chosen:
+                _look_for(reference, stage, other, out)
+                _say_if_changed(stage, other, recipes[other], out)
+    if group.first:
+        _claim(plan, out)
+    order, summary = list(recipes), {}
+    for stage in chosen:
+        say(f"stage {order.index(stage) + 1} of {len(order)}: {stage}, {recipes[stage].method.kind}, in {out / stage}")
+        for reference, other in plan.needs(stage).items() if group.first else ():
+            _look_for(reference, stage, other, out)
+        # Of several processes the others leave a run before its student is written, which the next begins from.
+        group.tell({"next": stage}) if group.first else group.hear()
+        run_line(recipes[stage], out / stage)
+        gc.collect()  # models of a finished run that something in a circle still holds
+        summary = write_chain(out, read_object) if group.first else {}
+    return summary
+
+
+def _chosen(chain: Chain, only: Sequence[str]) -> list[str]:
+    """The stages to run, in the order of the chain."""
+    for stage in only:
+        if stage not in chain.tables:
+            raise RecipeError(f"--only {stage} is no stage of {chain.origin}; its stages: {', '.join(chain.tables)}")
+    return [stage for stage in chain.tables if not only or stage in only]
+
+
+def _refuse(stage: str, recipe: Recipe) -> None:
+    """What a run refuses before it writes anything, found before the stages ahead of it have taken their hours."""
+    try:
+        check(recipe.method, frozenset({recipe.targets.kind}))
+        check_teacher(recipe)
+    except (MethodError, RecipeError) as e:
+        raise type(e)(f"stages.{stage}: {e}") from None
+
+
+def _look_for(reference: str, stage: str, other: str, out: Path) -> None:
+    """Raise RunError where what a stage begins from is not there."""
+    place = out / reference.removeprefix("@")
+    if place.exists():
+        return
+    if not (out / other / "summary.json").exists():
+        raise RunError(
+            f"{stage} begins from {reference}, which is not there: {other} has not been run to its end; run it first "
+            f"(--only {other}), or the whole chain"
+        )
+    made = ", ".join(sorted(p.name for p in (out / other).iterdir() if not p.name.startswith(".")))
+    raise RunError(
+        f"{stage} begins from {reference}, and {other} has made no such thing; refer to what is in {out / other}: "
+        f"{made}"
+    )
+
+
+def _say_if_changed(stage: str, other: str, recipe: Recipe, out: Path) -> None:
+    file = out / other / "recipe.json"
+    if file.exists() and read_object(file) != recipe.model_dump(mode="json"):
+        say(f"{other} was run with other settings than it has now; {stage} begins from what is there")
+
+
+def _claim(chain: Chain, out: Path) -> None:
+    """Make ``out`` the folder of this chain.
+
+    Raises:
+        RunError: it cannot be written, or holds something else.
+    """
+    file = out / CHAIN
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists() and any(not p.name.startswith(".making-") for p in out.iterdir()):
+            raise RunError(f"{out} is not empty and holds no chain; choose another --out")
+    except FileExistsError:
+        raise RunError(f"{out} is a file; choose another --out") from None
+    except OSError as e:
+        raise RunError(f"cannot write the folder {out}: {e.strerror}; choose another with --out") from None
+    owner = read_object(file).get("name") if file.exists() else chain.name
+    if owner != chain.name and any(out.glob("*/ledger.sqlite")):
+        raise RunError(
+            f"{out} holds the chain {owner!r}, not {chain.name!r}; choose another --out, or remove that folder"
+        )
+    stages = {stage: {"recipe": table, "needs": chain.needs(stage)} for stage, table in chain.tables.items()}
+    write_json(file, {"name": chain.name, "stages": stages})
