@@ -45,6 +45,8 @@ class TaskSource(Settings):
     name: str
     size: int = Field(default=1000, ge=1, description="how many problems to draw before removing repeats")
     config: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym's own settings of the task")
+    worked: float = Field(default=1, ge=0, le=1, description="share of solutions that are worked; others: bare answers")
+    think: bool = Field(default=False, description="put the work into <think></think>")
 
 
 class TeacherSamples(Settings):

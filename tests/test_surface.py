@@ -42,7 +42,7 @@ FIELDS = {
     "Recipe": "name seed seeds compute teacher data targets student method control train tripwires quantize evaluate "
     "log",
     "Compute": "device dtype threads",
-    "TaskSource": "name size config",
+    "TaskSource": "name size config worked think",
     "TeacherSamples": "kind count max_tokens temperature",
     "FileData": "kind path split prompt response text answer verifier licence limit",
     "TaskData": "kind tasks seed",

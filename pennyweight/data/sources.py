@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.data.files import rows
-from pennyweight.data.tasks import problems
+from pennyweight.data.tasks import in_style, problems
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
@@ -53,7 +53,7 @@ def read_tasks(source: TaskData) -> list[Sample]:
     out: dict[str, Sample] = {}
     for task in source.tasks:
         for sample in problems(task.name, task.size, source.seed, task.config):
-            out.setdefault(sample.prompt_hash, sample)
+            out.setdefault(sample.prompt_hash, in_style(sample, task.worked, task.think))
     return list(out.values())
 
 

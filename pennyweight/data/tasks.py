@@ -49,6 +49,17 @@ def problems(name: str, size: int, seed: int, config: dict[str, Any]) -> list[Sa
     return list(out.values())
 
 
+def in_style(sample: Sample, worked: float, think: bool) -> Sample:
+    """A problem whose worked solution is left as it is, put into ``<think></think>`` before its answer, or given up for
+    the bare answer; the last, by the hash of the prompt, for all but the share ``worked`` of problems."""
+    work, mark, answer = (sample.response or "").rpartition("#### ")
+    if not mark or not work.strip():
+        return sample
+    if int(sample.prompt_hash[15:30], 16) / 16**15 >= worked:  # other digits than the split goes by
+        return dataclasses.replace(sample, response=f"#### {answer}")
+    return dataclasses.replace(sample, response=f"<think>\n{work}</think>\n#### {answer}") if think else sample
+
+
 def solution(name: str, entry: dict[str, Any]) -> str | None:
     """The worked solution of an entry, or its bare answer, or None; an answer of many lines goes into a block."""
     if name in TRACES:
