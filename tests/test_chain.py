@@ -136,11 +136,15 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(pennyweight.__file__).parents[1])}
 
 
-def test_a_stage_runs_again_when_what_it_begins_from_has_changed(out, capsys):
+def test_a_stage_runs_again_when_what_it_begins_from_has_changed(out, capsys, typed):
     before = started(out)
     pennyweight.run(CHAIN, ["base.train.lr=1e-3"], "r1", only=["base"])
     assert "sft-0" in again(out, before)["base"] and not again(out, before)["zero"]
+    assert "zero (began from @base/student of an earlier run)" in typed("show", "r1")[1]
+    assert "This chain is not finished." in (out / "report.html").read_text()
     pennyweight.run(CHAIN, out="r1", only=["zero"])
+    outdated = {name: s["outdated"] for name, s in pennyweight.show("r1")["stages"].items()}
+    assert outdated == {"base": [], "zero": [], "sft": ["@zero/student"]}
     ran = again(out, before)
     assert {"teacher", "data", "start-0", "grpo-0"} <= ran["zero"] and not ran["sft"]
     assert "base was run with other settings than it has now" in capsys.readouterr().err
@@ -215,7 +219,14 @@ def told_of(*accuracies, **changes) -> dict:
     stages = {}
     for name, accuracy in zip("abc", accuracies, strict=False):
         found = {"mean": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
-        stages[name] = {"state": "finished", "needs": [], "method": "sft", "params": 1000, "metrics": {}}
+        stages[name] = {
+            "state": "finished",
+            "needs": [],
+            "outdated": [],
+            "method": "sft",
+            "params": 1000,
+            "metrics": {},
+        }
         stages[name] |= {"metrics": {"accuracy": found}, "measured_on": {"problems": 500, "sha256": "x"}}
     stages[name] |= changes
     return {"name": "c", "chain": list(stages), "stages": stages}

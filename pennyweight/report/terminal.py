@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
-from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading
+from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, to_be_run
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
 from pennyweight.report.wording import MISSING, count, duration, measured, parameters, size, span
@@ -63,6 +63,8 @@ def _print_chain(summary: dict[str, Any], console: Console) -> None:
         console.print(table)
     tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
     console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+    if told := to_be_run(summary):
+        console.print(told)
 
 
 def _stages(summary: dict[str, Any], done: Mapping[str, Any]) -> Table:
