@@ -59,10 +59,10 @@ def _print_chain(summary: dict[str, Any], console: Console) -> None:
     done = finished(summary)
     metric = leading(done)
     console.print(*filter(None, (chain_headline(summary), metric and compared_on(done, metric))), sep="\n")
-    for table in (_stages(summary, done), _costs(done)):
-        console.print(table)
-    tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
-    console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+    if done:
+        console.print(_stages(summary, done), _costs(done), sep="")
+        tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
+        console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
     if told := to_be_run(summary):
         console.print(told)
 
