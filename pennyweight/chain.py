@@ -16,10 +16,10 @@ from pennyweight.methods import check
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import CHAIN
-from pennyweight.report.chain_summary import write_chain
+from pennyweight.report.chain_summary import made_by, note_begun, write_chain
 from pennyweight.run_folder import read_object, write_json
 from pennyweight.teacher.refusals import check_teacher
-from pennyweight.train.group import join
+from pennyweight.train.group import Group, join
 
 RunLine = Callable[[Recipe, Path], dict[str, Any]]
 
@@ -48,17 +48,30 @@ def go(plan: Recipe | Chain, out: Path, run_line: RunLine, only: Sequence[str] =
                 _say_if_changed(stage, other, recipes[other], out)
     if group.first:
         _claim(plan, out)
-    order, summary = list(recipes), {}
+    order = list(recipes)
+    summary: dict[str, Any] = {}
     for stage in chosen:
         say(f"stage {order.index(stage) + 1} of {len(order)}: {stage}, {recipes[stage].method.kind}, in {out / stage}")
         for reference, other in plan.needs(stage).items() if group.first else ():
             _look_for(reference, stage, other, out)
-        # Of several processes the others leave a run before its student is written, which the next begins from.
-        group.tell({"next": stage}) if group.first else group.hear()
+        _together(group, stage)
+        begun = made_by(out, plan.needs(stage)) if group.first else {}
         run_line(recipes[stage], out / stage)
         gc.collect()  # models of a finished run that something in a circle still holds
-        summary = write_chain(out, read_object) if group.first else {}
+        if group.first:
+            note_begun(out, stage, begun)
+            summary = write_chain(out, read_object)
     return summary
+
+
+def _together(group: Group, stage: str) -> None:
+    """Begin a stage in all processes, once what it begins from is written: the others leave a run before its student
+    is, and do not hear what the first one tells of that."""
+    if group.first:
+        group.tell({"next": stage})
+        return
+    while group.hear().get("next") != stage:
+        pass
 
 
 def _chosen(chain: Chain, only: Sequence[str]) -> list[str]:

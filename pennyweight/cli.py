@@ -47,14 +47,16 @@ def run(
 ) -> None:
     """The whole line: teacher, targets, students, low-bit copies, evaluation, ledger, report.
 
-    Without a recipe, the quickstart. The same command again goes on where it stopped. A file with [stages.NAME] is a
-    chain of runs; its settings begin with a stage's name, or with defaults for all.
+    Without a recipe, the quickstart. The same command again goes on where it stopped. A file with stages is a chain of
+    runs; its settings begin with a stage's name, or with defaults for all.
 
     Examples:
 
         pennyweight run
 
         pennyweight run recipes/quickstart.toml train.steps=500 --out runs/longer
+
+        pennyweight run chain.toml --only zero zero.train.steps=50
     """
     from pennyweight.chain_file import load
 

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_line import stages
 
 import pennyweight
+from pennyweight.chain import _together
 from pennyweight.chain_file import chain_of, load
 from pennyweight.errors import RecipeError, RunError
 from pennyweight.ledger.hashing import hash_folder
@@ -136,11 +138,34 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(pennyweight.__file__).parents[1])}
 
 
-def test_a_stage_runs_again_when_what_it_begins_from_has_changed(out, capsys):
+def test_of_several_processes_the_others_wait_for_the_stage_and_pass_over_what_they_left():
+    words = iter([{"stage": "student", "facts": {}}, {"stage": "evaluate-teacher"}, {"next": "zero"}, {"open": "r1"}])
+    _together(SimpleNamespace(first=False, hear=lambda: next(words)), "zero")
+    assert next(words) == {"open": "r1"}
+
+
+def test_a_chain_of_which_nothing_is_finished_says_so(out, typed):
+    for stage in STAGES:
+        shutil.rmtree(out / stage)
+    told = typed("show", "r1")[1].splitlines()
+    assert told == [
+        "0 of 3\u00a0stages run so far; nothing has been measured yet.",
+        "To be run: base (not run), zero (not run), sft (not run). Start the chain again to go on.",
+    ]
+    page = typed("report", "r1")[1].strip()
+    assert "<table" in Path(page).read_text() and "What did each stage take?" not in Path(page).read_text()
+    assert "verified: 0 entries" in typed("ledger", "verify", "r1")[1]
+
+
+def test_a_stage_runs_again_when_what_it_begins_from_has_changed(out, capsys, typed):
     before = started(out)
     pennyweight.run(CHAIN, ["base.train.lr=1e-3"], "r1", only=["base"])
     assert "sft-0" in again(out, before)["base"] and not again(out, before)["zero"]
+    assert "zero (began from @base/student of an earlier run)" in typed("show", "r1")[1]
+    assert "This chain is not finished." in (out / "report.html").read_text()
     pennyweight.run(CHAIN, out="r1", only=["zero"])
+    outdated = {name: s["outdated"] for name, s in pennyweight.show("r1")["stages"].items()}
+    assert outdated == {"base": [], "zero": [], "sft": ["@zero/student"]}
     ran = again(out, before)
     assert {"teacher", "data", "start-0", "grpo-0"} <= ran["zero"] and not ran["sft"]
     assert "base was run with other settings than it has now" in capsys.readouterr().err
@@ -215,7 +240,14 @@ def told_of(*accuracies, **changes) -> dict:
     stages = {}
     for name, accuracy in zip("abc", accuracies, strict=False):
         found = {"mean": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
-        stages[name] = {"state": "finished", "needs": [], "method": "sft", "params": 1000, "metrics": {}}
+        stages[name] = {
+            "state": "finished",
+            "needs": [],
+            "outdated": [],
+            "method": "sft",
+            "params": 1000,
+            "metrics": {},
+        }
         stages[name] |= {"metrics": {"accuracy": found}, "measured_on": {"problems": 500, "sha256": "x"}}
     stages[name] |= changes
     return {"name": "c", "chain": list(stages), "stages": stages}

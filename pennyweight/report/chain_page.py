@@ -107,17 +107,20 @@ def _mean(stage: Stage, metric: str) -> float | None:
     return finite((stage["metrics"].get(metric) or {}).get("mean"))
 
 
-def _notice(summary: Mapping[str, Any]) -> Html | None:
+def to_be_run(summary: Mapping[str, Any]) -> str | None:
+    """Which stages are not what the chain as it is now would make, in a sentence; None where all are."""
     missing = [f"{name} ({s['state']})" for name, s in summary["stages"].items() if s["state"] != "finished"]
-    if not missing:
+    for name, s in finished(summary).items():
+        if s["outdated"]:
+            missing.append(f"{name} (began from {', '.join(s['outdated'])} of an earlier run)")
+    return f"To be run: {', '.join(missing)}. Start the chain again to go on." if missing else None
+
+
+def _notice(summary: Mapping[str, Any]) -> Html | None:
+    told = to_be_run(summary)
+    if told is None:
         return None
-    return element(
-        "p",
-        element("strong", "This chain is not finished. "),
-        f"To be run: {', '.join(missing)}. Start the chain again to go on.",
-        class_="notice",
-        role="note",
-    )
+    return element("p", element("strong", "This chain is not finished. "), told, class_="notice", role="note")
 
 
 def _quality(summary: Mapping[str, Any], done: Mapping[str, Stage], metric: str | None) -> Html:

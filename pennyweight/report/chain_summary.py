@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pennyweight.atomic import write_whole
+from pennyweight.ledger.store import Ledger
 from pennyweight.records import CHAIN, sha256_json
 from pennyweight.report.chain_page import render_chain
 from pennyweight.report.view import view
@@ -19,6 +20,9 @@ MEASURED = ("accuracy", "pass_at_k", "bits_per_byte")
 Read = Callable[[Path], dict[str, Any]]
 
 
+_BEGUN = "begun.json"  # in a stage's folder: hashes of what it began from, by reference
+
+
 def is_chain(root: Path) -> bool:
     """Whether ``root`` is the folder of a chain of runs."""
     return (root / CHAIN).is_file()
@@ -27,6 +31,27 @@ def is_chain(root: Path) -> bool:
 def stages_of(root: Path, read: Read) -> list[str]:
     """Names of a chain's stages, in their order, of those whose run has begun."""
     return [stage for stage in read(root / CHAIN)["stages"] if (root / stage / "recipe.json").exists()]
+
+
+def made_by(root: Path, needs: Mapping[str, str]) -> dict[str, str]:
+    """What references (each with its stage) stand for now: hashes of the artifacts that they are, or are part of.
+
+    They are those in the ledgers, so that nothing large has to be read.
+    """
+    out = {}
+    for reference, stage in needs.items():
+        path = PurePosixPath(reference.removeprefix(f"@{stage}/"))
+        if not (root / stage / "ledger.sqlite").exists():
+            continue
+        with Ledger.open(root / stage / "ledger.sqlite", create=False) as ledger:
+            whole = [a.sha256 for a in ledger.artifacts() if path.is_relative_to(a.path)]
+        out |= {reference: whole[0]} if whole else {}
+    return out
+
+
+def note_begun(root: Path, stage: str, begun: Mapping[str, str]) -> None:
+    """Keep what a stage that has been run began from, so that it is seen when that is no more."""
+    write_whole(root / stage / _BEGUN, json.dumps(begun, indent=2))
 
 
 def write_chain(root: Path, read: Read) -> dict[str, Any]:
@@ -44,7 +69,7 @@ def summarise_chain(root: Path, read: Read) -> dict[str, Any]:
         read: file -> the JSON object in it, or an error that says that it is damaged.
     """
     chain = read(root / CHAIN)
-    stages = {name: _stage(root / name, name, known, read) for name, known in chain["stages"].items()}
+    stages = {name: _stage(root, name, known["needs"], read) for name, known in chain["stages"].items()}
     done = [s for s in stages.values() if s["state"] == "finished"]
     return {
         "schema": 1,
@@ -58,9 +83,9 @@ def summarise_chain(root: Path, read: Read) -> dict[str, Any]:
     }
 
 
-def _stage(folder: Path, name: str, known: Mapping[str, Any], read: Read) -> dict[str, Any]:
+def _stage(root: Path, name: str, known: Mapping[str, str], read: Read) -> dict[str, Any]:
     """One stage; what is not finished has a ``state`` alone, and no numbers."""
-    needs = list(known["needs"])
+    folder, needs = root / name, list(known)
     if not (folder / "recipe.json").exists():
         return {"state": "not run", "needs": needs}
     recipe, file = read(folder / "recipe.json"), folder / "summary.json"
@@ -69,10 +94,13 @@ def _stage(folder: Path, name: str, known: Mapping[str, Any], read: Read) -> dic
         return {"state": "unfinished", "needs": needs}
     seen, work = view(made), made["stages"]
     student = seen.student.facts if seen.student else {}
+    begun = read(folder / _BEGUN) if (folder / _BEGUN).exists() else {}
+    now = made_by(root, known)
     measured = {m: student["metrics"][m] for m in MEASURED if m in student.get("metrics", {})}
     return {
         "state": "finished",
         "needs": needs,
+        "outdated": [r for r in needs if r in begun and begun[r] != now.get(r)],
         "method": seen.method,
         "params": student.get("params"),
         "bytes": student.get("bytes"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
-from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading
+from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, to_be_run
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
 from pennyweight.report.wording import MISSING, count, duration, measured, parameters, size, span
@@ -59,10 +59,12 @@ def _print_chain(summary: dict[str, Any], console: Console) -> None:
     done = finished(summary)
     metric = leading(done)
     console.print(*filter(None, (chain_headline(summary), metric and compared_on(done, metric))), sep="\n")
-    for table in (_stages(summary, done), _costs(done)):
-        console.print(table)
-    tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
-    console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+    if done:
+        console.print(_stages(summary, done), _costs(done), sep="")
+        tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
+        console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+    if told := to_be_run(summary):
+        console.print(told)
 
 
 def _stages(summary: dict[str, Any], done: Mapping[str, Any]) -> Table:
