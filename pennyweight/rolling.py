@@ -21,6 +21,8 @@ from pennyweight.records import Sample
 from pennyweight.settings import Schedule
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.rollout import Judge, Roller, Rollout
+from pennyweight.train.tripwire import UNWATCHED, Watch
+from pennyweight.watching import lookout, trained_by
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def steps(
     ledger: Any,
     journal: Any,
     judge: Judge,
-) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, for one arm of a run.
+) -> tuple[Callable[[int], list[Batch]], Watch]:
+    """step -> its micro-batches, for one arm of a run; and what watches over them.
 
     Args:
         bench: of the run, which has its recipe, folder, context, device and training samples.
@@ -53,12 +55,12 @@ def steps(
         begin: the student, which is trained by these steps.
         work: where rounds of rollouts are kept.
         ledger, journal: take the samples of a round, and a line of what they were like.
-        judge: of rollouts.
+        judge: of rollouts, by each task's own verifier; the method may name another for training.
     """
     schedule = bench.recipe.train
     if not row.rolls:
         batches, signal = bench.batches(schedule, seed), bench.signal if row.signals(method) else None
-        return lambda step: [row.apply(b, method, signal) for b in batches(step)]
+        return lambda step: [row.apply(b, method, signal) for b in batches(step)], UNWATCHED
     if bench.group.size > 1:
         raise RecipeError(
             f"method {method.kind} writes with the model that it trains, which several processes have in parts; run it "
@@ -66,9 +68,13 @@ def steps(
         )
     samples = askable(read_samples(bench.folder / "data" / "train.jsonl"), begin.tokenizer, bench.context)
     record = lambda written: ledger.add_records(written, "train", None)  # noqa: E731
-    roller = Roller(begin, samples, groups_of(schedule, method), method, judge, seed, bench.context, work, record)
-    log = lambda line: journal.write({"stage": "rollout", "arm": arm, "seed": seed, **line})  # noqa: E731
-    return steps_of(roller, row.apply, schedule, reference_of(begin, method, bench.compute), log)
+    by = trained_by(method, judge)
+    roller = Roller(begin, samples, groups_of(schedule, method), method, by, seed, bench.context, work, record)
+    write = lambda line: journal.write({"arm": arm, "seed": seed, **line})  # noqa: E731
+    held_out, limits = read_samples(bench.folder / "data" / "eval.jsonl"), bench.recipe.tripwires.rollouts
+    rounds = -(-schedule.steps // method.updates)
+    watch = lookout(roller, limits, rounds, held_out, judge, write, bench.folder, f"{arm}-{seed}")
+    return steps_of(roller, row.apply, schedule, reference_of(begin, method, bench.compute), watch.look), watch
 
 
 def steps_of(

@@ -165,16 +165,16 @@ def outputs(view: View, samples: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
-    asked = [(element("dt", "Prompt"), element("dd", _pre(sample.get("prompt")), dir="auto"))]
+    asked = [(element("dt", "Prompt"), element("dd", pre(sample.get("prompt")), dir="auto"))]
     if sample.get("gold") is not None:
-        asked.append((element("dt", "Right answer"), element("dd", _pre(sample["gold"]), dir="auto")))
+        asked.append((element("dt", "Right answer"), element("dd", pre(sample["gold"]), dir="auto")))
     given: Mapping[str, Any] = sample.get("outputs") or {}
     ranked = _one_seed_each(view, given)
     answers = [
         element(
             "li",
-            element("p", element("b", view.label(key)), " ", _judged((given[key] or {}).get("correct")), class_="who"),
-            _pre((given[key] or {}).get("text")),
+            element("p", element("b", view.label(key)), " ", judged((given[key] or {}).get("correct")), class_="who"),
+            pre((given[key] or {}).get("text")),
         )
         for key in ranked
     ]
@@ -196,13 +196,15 @@ def _one_seed_each(view: View, names: Iterable[str]) -> list[str]:
     return [seen[k] for k in sorted(seen, key=lambda k: (order.index(k) if k in order else len(order), k))]
 
 
-def _judged(correct: Any) -> Html:
+def judged(correct: Any) -> Html:
+    """A verdict as a word of its colour."""
     if correct is None:
         return element("span", "not judged", class_="note")
     return element("span", "✓ correct", class_="right") if correct else element("span", "✗ wrong", class_="wrong")
 
 
-def _pre(text: Any) -> Html:
+def pre(text: Any) -> Html:
+    """A text as it was written, in a box that scrolls where it is long."""
     if text is None or not str(text).strip():
         return element("span", "(empty)", class_="empty")
     long = len(str(text)) > 600 or str(text).count("\n") > 9
