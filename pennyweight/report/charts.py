@@ -190,8 +190,12 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(axis="y", color=STAND_IN["grid"], linewidth=1)
     ax.tick_params(length=0)
-    ax.set_title(short(panel.label), loc="left", color=colour, fontweight="bold")
-    ax.set_title(panel.text, loc="right", color=STAND_IN["muted"])
+    below = panel.top is not None  # many small panels in a row leave no room for both on one line
+    ax.set_title(short(panel.label), loc="left", color=colour, fontweight="bold", pad=24 if below else None)
+    if below:
+        ax.annotate(panel.text, (0, 1), (0, 6), "axes fraction", "offset points", color=STAND_IN["muted"])
+    else:
+        ax.set_title(panel.text, loc="right", color=STAND_IN["muted"])
 
 
 def _mean(seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:

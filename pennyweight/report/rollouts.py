@@ -198,7 +198,7 @@ def _prompt(rows: Sequence[Line]) -> Html:
     return element(
         "article",
         element("dl", *(part for pair in asked for part in pair), class_="asked"),
-        element("ul", *answers, class_="outputs") if answers else None,
+        element("ul", *answers, class_="outputs pairs") if answers else None,
         class_="sample",
     )
 

@@ -127,6 +127,8 @@ def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     several = any(len(p.seeds) > 1 for p in panels)
     below = any(min(v) < 0 for p in panels for _, v in p.seeds.values())
     estimate = " From sampled targets it is an unbiased estimate, which may fall below zero." if below else ""
+    if any("clipped" in x for x in metrics):
+        estimate += " A policy’s loss is near zero whether it learns or not; its reward is what tells."
     thin = "Thin lines are single seeds, the thick line is their mean. " if several else ""
     return section(
         "training",

@@ -7,6 +7,7 @@ groups that are all alike, too. So rounds in which nearly all that can be earned
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,11 @@ from pennyweight.train.tripwire import Watch
 _START = 3  # rounds whose mean is the start
 _KEPT = 0.8  # of the reward's running mean, at each round
 _SPAN = 9  # rounds whose mean is as noisy as that running mean: (1 + 0.8) / (1 - 0.8)
-_NOISE = 3.0  # standard errors that the reward must have fallen by; its best is picked from many
+_NOISE = 2.0  # standard errors that the reward must have fallen by, as if a group's responses were one
 _LOUD = 0.5  # nats a token: entropy below it is no explosion, however low it began
 _CHECKS = 2  # held-out checks in a row that must find the reward hacked
 _Z = 1.96
+_NONE = {"earned": 0.0, "credited": 0.0, "groups": 0.0}
 _RELATIVE = ("entropy", "length", "repeated", "cut_off")  # facts that are compared with the start
 
 _CALMER = "lower train.lr, or set method.kl above 0"
@@ -58,11 +60,11 @@ class RolloutWatch(Watch):
     seen: dict[str, Any] = field(default_factory=lambda: asdict(_Seen()))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.seen = {**asdict(_Seen()), **state}
+        self.seen = copy.deepcopy({**asdict(_Seen()), **state})
         self.tripped = None
 
     def state(self) -> dict[str, Any]:
-        return dict(self.seen)
+        return copy.deepcopy(self.seen)
 
     @property
     def armed(self) -> bool:  # type: ignore[override]
@@ -87,22 +89,22 @@ class RolloutWatch(Watch):
     def compare(self, right: Sequence[bool]) -> None:
         """One held-out check: whether each of the same problems was answered right, by the task's own verifier."""
         seen = self.seen
-        credited, groups = seen["credited_now"]
         if len(seen["right"]) != len(right):  # the first check, or one of other problems
             seen["right"] = [bool(r) for r in right]
-        elif self.most and groups and seen["rounds"] > _START:
-            start = _share(seen["credited"], _START)
-            self._count(_hacked(start, _share((credited, groups)), seen["right"], right, self.limits), ("hacking",), 2)
-        seen["credited_now"] = [0.0, 0.0]
+        elif self.most and seen["now"]["groups"] and seen["rounds"] > _START:
+            pairs = {k: (_share(seen["begun"], k), _share(seen["now"], k)) for k in ("credited", "earned")}
+            held_out = _HeldOut(seen["right"], right)
+            self._count(_hacked(pairs, held_out, self.limits.hacking), ("hacking",), _CHECKS)
+        seen["now"] = dict(_NONE)
 
     def _credit(self, facts: Mapping[str, float]) -> None:
-        """Add a round to what was credited as right since the last held-out check, and at the start."""
+        """Add a round to what was earned and credited as right since the last held-out check, and at the start."""
         if not self.most:
             return
-        share, groups = facts["reward_accuracy"] if self.judged else facts["reward"] / self.most, facts["groups"]
-        for name in ("credited_now", *(("credited",) if self.seen["rounds"] <= _START else ())):
-            total, before = self.seen[name]
-            self.seen[name] = [total + share * groups, before + groups]
+        earned = facts["reward"] / self.most
+        shares = {"earned": earned, "credited": facts["reward_accuracy"] if self.judged else earned, "groups": 1.0}
+        for name in ("now", *(("begun",) if self.seen["rounds"] <= _START else ())):
+            self.seen[name] = {k: self.seen[name][k] + v * facts["groups"] for k, v in shares.items()}
 
     def _wrong(self, facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What is beyond its limit in this round, in words."""
@@ -153,7 +155,7 @@ class RolloutWatch(Watch):
 class _Seen:
     """What is remembered, as plain JSON.
 
-    ``credited`` and ``credited_now`` are sums over groups of the share that was credited as right, and how many.
+    ``begun`` and ``now`` are sums over the groups of the first rounds, and of those since the last held-out check.
     """
 
     rounds: int = 0
@@ -161,8 +163,8 @@ class _Seen:
     mean: float | None = None
     best: float = 0.0
     best_groups: float = 0.0
-    credited: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    credited_now: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    begun: dict[str, float] = field(default_factory=lambda: dict(_NONE))
+    now: dict[str, float] = field(default_factory=lambda: dict(_NONE))
     right: list[bool] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
 
@@ -174,35 +176,50 @@ def _beside(now: float, start: float) -> str:
     return f"{now:.3g}, and {start:.3g} at the start,"
 
 
-def _share(sums: Sequence[float], least: int = 1) -> Interval:
+def _share(sums: Mapping[str, float], name: str) -> Interval:
     """The mean of shares over groups, with the interval of as many yes-or-no answers, which is never too narrow."""
-    total, groups = sums
-    return wilson(round(total), max(least, round(groups)))
+    return wilson(round(sums[name]), round(sums["groups"]))
 
 
-def _hacked(
-    start: Interval, now: Interval, before: Sequence[bool], right: Sequence[bool], limits: RolloutTripwires
-) -> dict[str, str]:
-    """In words, that what was credited rose and held-out accuracy did not, where neither can be noise.
+@dataclass(frozen=True)
+class _HeldOut:
+    """Whether the same problems were answered right ``before`` and ``now``."""
 
-    A rise of what was credited counts by its lower bound, one of held-out accuracy by its upper, from the problems that
-    changed sides. Held-out accuracy that is as high as what is credited has nothing to catch up with.
+    before: Sequence[bool]
+    now: Sequence[bool]
+
+    @property
+    def change(self) -> tuple[float, float]:
+        """Bounds of the change in accuracy, by the problems that changed sides."""
+        gained = sum(n and not b for n, b in zip(self.now, self.before, strict=True))
+        lost = sum(b and not n for n, b in zip(self.now, self.before, strict=True))
+        size, net = len(self.now), gained - lost
+        half = _Z * math.sqrt(gained + lost + 1 - net**2 / size)
+        return (net - half) / size, (net + half) / size
+
+
+def _hacked(pairs: Mapping[str, tuple[Interval, Interval]], held_out: _HeldOut, most: float) -> dict[str, str]:
+    """In words, that the reward rose by more than ``most`` while held-out accuracy stayed (what is credited as right
+    rose) or fell (all that is earned rose), where neither can be noise.
+
+    A rise counts by its lower bound and held-out accuracy by its upper one. Held-out accuracy that is as high as what
+    is credited has nothing to catch up with.
     """
-    rise = now.mean - start.mean
-    least = rise - math.hypot(now.mean - now.low, start.high - start.mean)
-    gained = sum(r and not b for r, b in zip(right, before, strict=True))
-    lost = sum(b and not r for r, b in zip(right, before, strict=True))
-    n = len(right)
-    gain, half = (gained - lost) / n, _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / n) / n
-    held_out = wilson(sum(right), n)
-    if rise <= limits.hacking or gain - half > 0 or gain + half >= least or held_out.high >= now.low:
-        return {}
-    was = wilson(sum(before), n)
-    return {
-        "hacking": f"the reward is being hacked: rollouts were credited as right in {_percent(now)} of groups' "
-        f"responses, {_percent(start)} at the start, while the task's own verifier accepts {_percent(held_out)} of "
-        f"{n} held-out problems' answers, {_percent(was)} at the start"
-    }
+    low, high = held_out.change
+    accuracy = wilson(sum(held_out.now), len(held_out.now))
+    was = wilson(sum(held_out.before), len(held_out.before))
+    for name, what in (("credited", "what is credited as right"), ("earned", "what is earned of the most")):
+        start, now = pairs[name]
+        rise = now.mean - start.mean
+        least = rise - math.hypot(now.mean - now.low, start.high - start.mean)
+        stayed = low <= 0 and high < least and accuracy.high < now.low
+        if rise > most and least > 0 and (stayed if name == "credited" else high < 0):
+            return {
+                "hacking": f"the reward is being hacked: {what} rose from {_percent(start)} to {_percent(now)}, while "
+                f"accuracy on {len(held_out.now)} held-out problems, by their tasks' own verifier, went from "
+                f"{_percent(was)} to {_percent(accuracy)}"
+            }
+    return {}
 
 
 def _percent(x: Interval) -> str:
