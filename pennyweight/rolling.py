@@ -17,12 +17,11 @@ from pennyweight.errors import DataError, RecipeError
 from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
-from pennyweight.records import Sample
+from pennyweight.records import Sample, Task, Verdict
 from pennyweight.settings import Schedule
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.train.rollout import Judge, Roller, Rollout
 from pennyweight.train.tripwire import UNWATCHED, Watch
-from pennyweight.watching import lookout, trained_by
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ def steps(
     ledger: Any,
     journal: Any,
     judge: Judge,
+    lookout: Callable[..., Any],
 ) -> tuple[Callable[[int], list[Batch]], Watch]:
     """step -> its micro-batches, for one arm of a run; and what watches over them.
 
@@ -56,6 +56,7 @@ def steps(
         work: where rounds of rollouts are kept.
         ledger, journal: take the samples of a round, and a line of what they were like.
         judge: of rollouts, by each task's own verifier; the method may name another for training.
+        lookout: ``watching.lookout``.
     """
     schedule = bench.recipe.train
     if not row.rolls:
@@ -135,3 +136,23 @@ def askable(samples: list[Sample], tokenizer: Any, room: int) -> list[Sample]:
             "tokens; give problems with an answer (data.source.kind=tasks, or data.source.answer and .verifier)"
         )
     return fits
+
+
+def trained_by(method: Any, judge: Judge) -> Judge:
+    """Who judges rollouts in training: the task's own verifier, or the one that the method's reward names.
+
+    Raises:
+        RecipeError: there is no verifier of that name.
+    """
+    name = getattr(getattr(method, "reward", None), "verifier", None)
+    if name is None:
+        return judge
+
+    def by_that_one(response: str, task: Task) -> Verdict:
+        return judge(response, replace(task, verifier=name))
+
+    try:
+        by_that_one("", Task("", name, ""))  # what goes wrong inside a verifier is a verdict, so this finds it or not
+    except DataError as e:
+        raise RecipeError(f"method.reward.verifier: {e}, or leave it out for each task's own") from None
+    return by_that_one

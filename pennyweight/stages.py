@@ -50,6 +50,7 @@ from pennyweight.train.loop import Outcome, train
 from pennyweight.train.tripwire import UNWATCHED
 from pennyweight.verifiers import judge, judge_sample
 from pennyweight.version import __version__
+from pennyweight.watching import lookout
 
 
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
 
     def make(work: Path) -> Made:
         begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"
-        told = line.run.ledger, line.journal, judge
+        told = line.run.ledger, line.journal, judge, lookout
         next_batch, watch = steps(line.bench, METHODS[arm], method, begin, arm, seed, work, *told)
         outcome = _fit(line, work, arm, seed, begin.model, s, next_batch, line.bench.group, watch)
         merge(begin.model)
@@ -297,9 +298,8 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     for by_seed in made.arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
-    text = line.recipe.evaluate.text
-    shared = {"evaluate": line.recipe.hash_of("evaluate", "seed"), "teacher": teacher}
-    shared |= {"text": [content_hash(text), line.recipe.data.context] if text else None}
+    text = [content_hash(t), line.recipe.data.context] if (t := line.recipe.evaluate.text) else None
+    shared = {"evaluate": line.recipe.hash_of("evaluate", "seed"), "text": text, "teacher": teacher}
     shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"]]}
     parents = dict.fromkeys(made.copies, made.student.outputs)
     depends = {n: {**shared, "model": outputs, "parent": parents.get(n)} for n, (_, outputs) in models.items()}

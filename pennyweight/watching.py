@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pennyweight.atomic import write_whole
 from pennyweight.data.render import prompt_ids
-from pennyweight.errors import DataError, RecipeError
 from pennyweight.evaluate.intervals import wilson
 from pennyweight.model.generate import generate
-from pennyweight.records import Sample, Task, Verdict
+from pennyweight.records import Sample
 from pennyweight.settings import RolloutTripwires
 from pennyweight.train.rollout import Judge, Roller
 from pennyweight.train.rollout_watch import RolloutWatch
@@ -157,23 +156,3 @@ def lookout(
     every = max(1, rounds // 10) if limits.held_out_every is None else limits.held_out_every
     watch = RolloutWatch(limits, reward.most if reward else 0.0, bool(reward and reward.accuracy))
     return Lookout(watch, roller, problems, every, judge, write, root, name)
-
-
-def trained_by(method: Any, judge: Judge) -> Judge:
-    """Who judges rollouts in training: the task's own verifier, or the one that the method's reward names.
-
-    Raises:
-        RecipeError: there is no verifier of that name.
-    """
-    name = getattr(getattr(method, "reward", None), "verifier", None)
-    if name is None:
-        return judge
-
-    def by_that_one(response: str, task: Task) -> Verdict:
-        return judge(response, replace(task, verifier=name))
-
-    try:
-        by_that_one("", Task("", name, ""))  # what goes wrong inside a verifier is a verdict, so this finds it or not
-    except DataError as e:
-        raise RecipeError(f"method.reward.verifier: {e}, or leave it out for each task's own") from None
-    return by_that_one

@@ -15,7 +15,7 @@ from pennyweight.errors import RecipeError, Stopped, Tripped
 from pennyweight.methods.grpo import grpo
 from pennyweight.records import Task, Verdict
 from pennyweight.report.page import render
-from pennyweight.rolling import groups_of, reference_of, steps_of
+from pennyweight.rolling import groups_of, reference_of, steps_of, trained_by
 from pennyweight.settings import GrpoMethod, Reward, RolloutTripwires, Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
@@ -23,7 +23,7 @@ from pennyweight.train.rollout import Roller
 from pennyweight.train.rollout_watch import CURES, RolloutWatch
 from pennyweight.train.tripwire import Tripwire
 from pennyweight.verifiers import VERIFIERS, judge
-from pennyweight.watching import lookout, trained_by
+from pennyweight.watching import lookout
 
 LIMITS = RolloutTripwires(patience=3)
 HEALTHY = {

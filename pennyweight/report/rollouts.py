@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pennyweight.report.charts import Panel, curves
-from pennyweight.report.markup import Html, element, figure, section
-from pennyweight.report.sections import judged, pre
+from pennyweight.report.markup import Html, element, figure, judged, pre, section
 from pennyweight.report.view import View
 from pennyweight.report.wording import count, finite, number
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.charts import Mark, Panel, bars, curves
-from pennyweight.report.markup import Html, element, figure, section, table
+from pennyweight.report.markup import Html, element, figure, judged, pre, section, table
 from pennyweight.report.view import Model, View
 from pennyweight.report.wording import (
     MISSING,
@@ -196,21 +196,6 @@ def _one_seed_each(view: View, names: Iterable[str]) -> list[str]:
     for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split("-")]):
         seen.setdefault(re.sub(r"-\d+$", "", name), name)
     return [seen[k] for k in sorted(seen, key=lambda k: (order.index(k) if k in order else len(order), k))]
-
-
-def judged(correct: Any) -> Html:
-    """A verdict as a word of its colour."""
-    if correct is None:
-        return element("span", "not judged", class_="note")
-    return element("span", "✓ correct", class_="right") if correct else element("span", "✗ wrong", class_="wrong")
-
-
-def pre(text: Any) -> Html:
-    """A text as it was written, in a box that scrolls where it is long."""
-    if text is None or not str(text).strip():
-        return element("span", "(empty)", class_="empty")
-    long = len(str(text)) > 600 or str(text).count("\n") > 9
-    return element("pre", text, dir="auto", tabindex="0" if long else None)
 
 
 def cost(view: View) -> Html | None:
