@@ -96,6 +96,9 @@ def test_a_reward_that_held_out_accuracy_follows_and_one_that_it_does_not() -> N
     words = plain(metrics(held_out=0.3))
     assert "reward rose, 0.300 to 0.900, but held-out accuracy did not, 30 % to 30 %" in words
     assert "what is rewarded is not what is asked for" in words
+    checks = [x | {"held_out_low": 0.2, "held_out_high": 0.5} if "held_out_accuracy" in x else x for x in metrics()]
+    wide = part([x for x in checks if x["stage"] != "train"]).replace("\u00a0", " ")
+    assert "held-out accuracy went 30 % to 85 %, which may be noise." in wide
     assert "reward fell, 0.300 to 0.00" in plain(metrics(last=0.0))
 
 

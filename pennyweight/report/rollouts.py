@@ -65,7 +65,7 @@ def _arm(view: View, arm: str, metrics: Sequence[Line], shown: Sequence[Line]) -
     by_key = {q.key: (q, seeds) for q, seeds in found.items()}
     chart = curves(f"rollouts-{_anchor(arm)}", panels, "training step", "", f"{view.label(arm)}. {described}.")
     rows = [x for x in shown if x.get("arm") == arm]
-    return [figure(_finding(view, arm, by_key), chart, note), *_responses(rows)]
+    return [figure(_finding(view, arm, by_key, _may_be_noise(mine)), chart, note), *_responses(rows)]
 
 
 def _anchor(arm: str) -> str:
@@ -139,7 +139,16 @@ def _way(first: float, last: float) -> str:
     return "up" if last > first else "down"
 
 
-def _finding(view: View, arm: str, found: Mapping[str, tuple[_Quantity, Mapping[str, Curve]]]) -> str:
+def _may_be_noise(lines: Sequence[Line]) -> bool:
+    """Whether the 95 % intervals of the first and the last held-out check overlap, in the mean over seeds."""
+    low, high = _curves(lines, "held_out_low"), _curves(lines, "held_out_high")
+    if not low or low.keys() != high.keys():
+        return False
+    first, last = ([sum(v[i] for _, v in side.values()) / len(side) for side in (low, high)] for i in (0, -1))
+    return first[0] <= last[1] and last[0] <= first[1]
+
+
+def _finding(view: View, arm: str, found: Mapping[str, tuple[_Quantity, Mapping[str, Curve]]], noise: bool) -> str:
     """The reward beside held-out accuracy, in one sentence."""
     name = view.label(arm)
     if "reward" not in found:
@@ -153,6 +162,8 @@ def _finding(view: View, arm: str, found: Mapping[str, tuple[_Quantity, Mapping[
     q, seeds = held_out
     first, last = _ends(seeds)
     other, numbers = _way(first, last), f"{q.text(first)} to {q.text(last)}"
+    if noise and other != "steady":
+        return f"{said}; held-out accuracy went {numbers}, which may be noise."
     if way == other:
         return f"{said}, and held-out accuracy with it, {numbers}."
     if way == "up":
