@@ -29,9 +29,11 @@ from pennyweight.recipe import CutStudent, Recipe, TrainedTeacher
 from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Message, Sample
 from pennyweight.report.chain_summary import is_chain, stages_of, summarise_chain, write_chain
-from pennyweight.report.draw import draw
+from pennyweight.report.draw import draw, draw_unfinished
+from pennyweight.report.rollouts import stopped
 from pennyweight.run_folder import a_run, read_object, recipe_of
 from pennyweight.settings import TEXT_ONLY
+from pennyweight.train.journal import Journal
 from pennyweight.verifiers import judge
 
 WINDOW = 1024
@@ -197,7 +199,9 @@ def show(folder: str) -> dict[str, Any]:
     if (root / "summary.json").exists():
         return read_object(root / "summary.json")
     with Ledger.open(root / "ledger.sqlite", create=False) as ledger:
-        return {"recipe": read_object(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
+        known = {"recipe": read_object(root / "recipe.json"), "unfinished": True, "stages": ledger.finished_stages()}
+    lines = Journal(root / "metrics.jsonl").read() if (root / "metrics.jsonl").exists() else []
+    return known | ({"stopped": why} if (why := stopped(lines)) else {})
 
 
 def show_sample(folder: str, number: int, as_json: bool = False) -> str:
@@ -239,18 +243,21 @@ def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, cont
 
 
 def redraw(folder: str) -> Path:
-    """Draw report.html again from what the run has measured; of a chain its own, from its runs as they are now.
+    """Draw report.html again from what the run has measured, of an unfinished one from what it has so far; of a chain
+    its own, from its runs as they are now.
 
     Raises:
-        RunError: the folder is neither, or the run is not finished.
+        RunError: the folder is neither, or nothing of the run is finished.
     """
     if is_chain(Path(folder)):
         write_chain(Path(folder), read_object)
         return Path(folder) / "report.html"
     root = a_run(folder)
-    if not (root / "summary.json").exists():
+    if (root / "summary.json").exists():
+        return draw(root)
+    if not (root / "metrics.jsonl").exists() or not (known := show(folder))["stages"]:
         raise RunError(f"{root} is not finished, so there is no report yet; run it again to go on")
-    return draw(root)
+    return draw_unfinished(root, known)
 
 
 def verify(folder: str) -> Verification:

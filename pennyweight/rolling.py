@@ -18,12 +18,13 @@ from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
 from pennyweight.progress import counting
-from pennyweight.records import Sample
+from pennyweight.records import Sample, Task, Verdict
 from pennyweight.settings import GrpoMethod, OfflineMethod, Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep
 from pennyweight.train.rollout import Judge, Roller, Rollout
+from pennyweight.train.tripwire import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def steps(
     ledger: Any,
     journal: Any,
     judge: Judge,
-) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, for one arm of a run.
+    lookout: Callable[..., Any],
+) -> tuple[Callable[[int], list[Batch]], Watch]:
+    """step -> its micro-batches, for one arm of a run; and what watches over them.
 
     Args:
         bench: of the run, which has its recipe, folder, context, device and training samples.
@@ -58,12 +60,13 @@ def steps(
         begin: the student, which is trained by these steps.
         work: where rounds of rollouts are kept.
         ledger, journal: take the samples of a round, and a line of what they were like.
-        judge: of rollouts.
+        judge: of rollouts, by each task's own verifier; the method may name another for training.
+        lookout: ``watching.lookout``.
     """
     schedule = bench.recipe.train
     if not row.rolls:
         batches, signal = bench.batches(schedule, seed), bench.signal if row.signals(method) else None
-        return lambda step: [row.apply(b, method, signal) for b in batches(step)]
+        return lambda step: [row.apply(b, method, signal) for b in batches(step)], UNWATCHED
     if bench.group.size > 1:
         raise RecipeError(
             f"method {method.kind} writes with the model that it trains, which several processes have in parts; run it "
@@ -72,14 +75,18 @@ def steps(
     own = isinstance(method, GrpoMethod) or getattr(method, "rewarded", 0)
     samples = askable(read_samples(bench.folder / "data" / "train.jsonl"), begin.tokenizer, bench.context, bool(own))
     record = lambda written: ledger.add_records(written, "train", None)  # noqa: E731
-    roller = Roller(begin, samples, groups_of(schedule, method), method, judge, seed, bench.context, work, record)
-    log = lambda line: journal.write({"stage": "rollout", "arm": arm, "seed": seed, **line})  # noqa: E731
+    by = trained_by(method, judge)
+    roller = Roller(begin, samples, groups_of(schedule, method), method, by, seed, bench.context, work, record)
+    write = lambda line: journal.write({"arm": arm, "seed": seed, **line})  # noqa: E731
     if isinstance(method, OfflineMethod):
-        return _offline(bench, roller, row.apply, log)
+        return _offline(bench, roller, row.apply, lambda line: write({"stage": "rollout", **line})), UNWATCHED
     asked = Asked(reference_of(begin, method, bench.compute), *_teacher_of(bench, row))
     given = getattr(method, "given", 0.0)
     others = replace(bench.batches(schedule, seed), batch=max(1, round(schedule.batch * given))) if given else None
-    return steps_of(roller, row.apply, schedule, asked, log, others)
+    held_out, limits = read_samples(bench.folder / "data" / "eval.jsonl"), bench.recipe.tripwires.rollouts
+    rounds = -(-schedule.steps // method.updates)
+    watch = lookout(roller, limits, rounds, held_out, judge, write, bench.folder, f"{arm}-{seed}")
+    return steps_of(roller, row.apply, schedule, asked, watch.look, others), watch
 
 
 @dataclass(frozen=True)
@@ -194,3 +201,23 @@ def askable(samples: list[Sample], tokenizer: Any, room: int, judged: bool = Tru
             "data.context"
         )
     return fits
+
+
+def trained_by(method: Any, judge: Judge) -> Judge:
+    """Who judges rollouts in training: the task's own verifier, or the one that the method's reward names.
+
+    Raises:
+        RecipeError: there is no verifier of that name.
+    """
+    name = getattr(getattr(method, "reward", None), "verifier", None)
+    if name is None:
+        return judge
+
+    def by_that_one(response: str, task: Task) -> Verdict:
+        return judge(response, replace(task, verifier=name))
+
+    try:
+        by_that_one("", Task("", name, ""))  # what goes wrong inside a verifier is a verdict, so this finds it or not
+    except DataError as e:
+        raise RecipeError(f"method.reward.verifier: {e}, or leave it out for each task's own") from None
+    return by_that_one

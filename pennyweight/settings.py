@@ -145,6 +145,16 @@ class Reward(Settings):
     )
     language: float = Field(default=0.0, ge=0, description="share of its letters in the prompt's script")
     brevity: float = Field(default=0.0, ge=0, description="1 up to four fifths of max_tokens, from there down to 0")
+    verifier: str | None = Field(
+        default=None,
+        description="row of VERIFIERS that judges rollouts in training in place of the task's own; for cheap or "
+        "partial checks",
+    )
+
+    @property
+    def most(self) -> float:
+        """What a response can earn at most."""
+        return self.accuracy + self.format + self.language + self.brevity
 
 
 class GrpoMethod(Settings):
@@ -237,13 +247,52 @@ _Methods = SftMethod | KdMethod | GrpoMethod | OnPolicyMethod | OfflineMethod
 MethodChoice = Annotated[_Methods, Discriminator("kind")]
 
 
+class RolloutTripwires(Settings):
+    """What stops a run that learns from rollouts: each must hold for ``patience`` rounds in a row.
+
+    The start is the mean of the first three rounds. Where a limit was passed at the start already, it is not watched.
+    Rounds in which at least ``solved`` of all that can be earned was earned are never held against a run.
+    """
+
+    entropy_low: float = Field(default=0.02, ge=0, lt=1, description="entropy below this share of the start's")
+    entropy_high: float = Field(default=5.0, gt=1, description="entropy above this many times the start's")
+    length_low: float = Field(default=0.1, ge=0, lt=1, description="mean length below this share of the start's")
+    length_high: float = Field(default=20.0, gt=1, description="mean length above this many times the start's")
+    repeated: float = Field(default=0.8, gt=0, le=1, description="share of runs of 4 tokens that were there before")
+    cut_off: float = Field(default=0.95, gt=0, le=1, description="share of responses that filled max_tokens")
+    stuck: float = Field(
+        default=0.98, gt=0, le=1, description="share of groups that are all alike, and not because all are right"
+    )
+    reward_low: float = Field(
+        default=0.5, ge=0, lt=1, description="running mean of the reward below this share of its best"
+    )
+    solved: float = Field(default=0.9, gt=0, le=1, description="share of what can be earned that speaks for itself")
+    patience: int = Field(default=5, ge=1, description="rounds")
+    hacking: float = Field(
+        default=0.1,
+        gt=0,
+        description="reward up by more than this share of all that can be earned, and held-out accuracy is not",
+    )
+    held_out_every: int | None = Field(
+        default=None, ge=0, description="rounds between held-out checks; default: a tenth of all; 0: never"
+    )
+    held_out_problems: int = Field(default=64, ge=1, description="of a held-out check, at most")
+
+
 class Tripwires(Settings):
     """What stops a run: each must hold for ``patience`` measurements in a row; entropy counts after the warm-up."""
 
     loss_spike: float = Field(default=3.0, gt=1, description="loss above this many times its running mean")
     entropy_low: float = Field(default=0.02, ge=0, description="entropy below this share of the cross-entropy")
     entropy_high: float = Field(default=50.0, gt=1, description="entropy above this many times the cross-entropy")
+    kl_old: float = Field(
+        default=0.5, gt=0, description="nats a token that a policy may be from the weights that wrote its rollouts"
+    )
+    kl_reference: float = Field(
+        default=5.0, gt=0, description="nats a token that a policy may be from its start, where a KL term measures it"
+    )
     patience: int = Field(default=5, ge=1)
+    rollouts: RolloutTripwires = Field(default_factory=RolloutTripwires)
 
 
 LowBit = Literal["int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4"]

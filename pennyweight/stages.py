@@ -48,8 +48,10 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
+from pennyweight.train.tripwire import UNWATCHED
 from pennyweight.verifiers import judge, judge_sample
 from pennyweight.version import __version__
+from pennyweight.watching import lookout
 
 
 def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -137,9 +139,10 @@ def _trained_teacher(line: Line, key: str, work: Path) -> Made:
     return Made({**line.bench.teacher.facts(), "cached": False}, outcome.tokens, ["teacher"], outcome.seconds)
 
 
-def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, batches: Any, group=ALONE) -> Outcome:
+def _fit(
+    line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any, batches: Any, group=ALONE, watch=UNWATCHED
+) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
-    labels = {"stage": "train", "arm": arm, "seed": seed}
     compute_in(model, schedule.precision, schedule.weights)
     with group.together(), counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
         return train(
@@ -151,11 +154,12 @@ def _fit(line: Line, work: Path, arm: str, seed: int, model: Any, schedule: Any,
             checkpoints=Checkpoints(work),
             seed=seed,
             admit=lambda ids: line.run.ledger.admit(i.partition(":")[0] for i in ids),
-            log=lambda x: line.journal.write({**labels, **x}),
+            log=lambda x: line.journal.write({"stage": "train", "arm": arm, "seed": seed, **x}),
             rewind=lambda step: line.journal.rewind({"arm": arm, "seed": seed}, step),
             progress=c.reach,
             should_stop=should_stop,
             group=group,
+            watch=watch,
         )
 
 
@@ -231,8 +235,7 @@ def the_targets(line: Line, teacher: Done, data: Done) -> Done:
 
 def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Done, targets: Done) -> Done:
     """One student, trained by one method from one seed: same start, same tokens, same steps in every arm."""
-    recipe, s = line.recipe, line.recipe.train
-    method = SftMethod() if arm == "sft" else recipe.method
+    recipe, method = line.recipe, SftMethod() if arm == "sft" else line.recipe.method
     depends: dict[str, Any] = {"train": recipe.hash_of("train"), "method": method.model_dump(mode="json"), "seed": seed}
     depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
     if METHODS[arm].asks or METHODS[arm].signals(method):
@@ -240,13 +243,14 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
 
     def make(work: Path) -> Made:
         begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"
-        told = line.run.ledger, line.journal, judge
-        next_batch = steps(line.bench, METHODS[arm], method, begin, arm, seed, work, *told)
-        outcome = _fit(line, work, arm, seed, begin.model, s, next_batch, line.bench.group)
+        who = (arm, seed, work, line.run.ledger, line.journal, judge, lookout)
+        next_batch, watch = steps(line.bench, METHODS[arm], method, begin, *who)
+        outcome = _fit(line, work, arm, seed, begin.model, recipe.train, next_batch, line.bench.group, watch)
         merge(begin.model)
         if line.bench.group.first:
             save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
-        return Made({"steps": outcome.steps, "tokens": outcome.tokens}, outcome.tokens, [place], outcome.seconds)
+        facts = {"steps": outcome.steps, "tokens": outcome.tokens}
+        return Made(facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
 
     return line.run.stage(f"{arm}-{seed}", depends, make, shared=True)
 
@@ -294,13 +298,9 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     for by_seed in made.arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
-    text = line.recipe.evaluate.text
-    shared = {
-        "evaluate": line.recipe.hash_of("evaluate", "seed"),
-        "text": [content_hash(text), line.recipe.data.context] if text else None,
-        "teacher": teacher,
-        "data": [made.data.outputs, made.data.facts["eval_stream"]],
-    }
+    text = [content_hash(t), line.recipe.data.context] if (t := line.recipe.evaluate.text) else None
+    shared = {"evaluate": line.recipe.hash_of("evaluate", "seed"), "text": text, "teacher": teacher}
+    shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"]]}
     parents = dict.fromkeys(made.copies, made.student.outputs)
     depends = {n: {**shared, "model": outputs, "parent": parents.get(n)} for n, (_, outputs) in models.items()}
     return {name: an_evaluation(line, name, path, depends[name]) for name, (path, _) in models.items()}

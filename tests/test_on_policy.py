@@ -162,8 +162,8 @@ def test_offline_asks_the_teacher_once_and_comes_nearer(tmp_path, targets):
     ledger = SimpleNamespace(add_records=lambda samples, split, teacher: told.extend(samples))
     method = OfflineMethod(rollouts=48, max_tokens=8)
     make = lambda who: steps(  # noqa: E731
-        bench, METHODS["offline"], method, who, "offline", 5, tmp_path / "work", ledger, written, judge
-    )
+        bench, METHODS["offline"], method, who, "offline", 5, tmp_path / "work", ledger, written, judge, None
+    )[0]
     next_batch = make(loaded)
     assert len(told) == 48 and [x["step"] for x in lines] == [1]
     fit(tmp_path, loaded, next_batch, 40)

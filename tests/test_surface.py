@@ -52,7 +52,9 @@ FIELDS = {
     "Schedule": "steps batch micro_batch pack lr shape warmup decay floor weight_decay beta1 beta2 clip "
     "precision moments weights lora gradient_checkpointing compile checkpoint_every",
     "Lora": "rank alpha dropout base",
-    "Tripwires": "loss_spike entropy_low entropy_high patience",
+    "RolloutTripwires": "entropy_low entropy_high length_low length_high repeated cut_off stuck reward_low solved "
+    "patience hacking held_out_every held_out_problems",
+    "Tripwires": "loss_spike entropy_low entropy_high kl_old kl_reference patience rollouts",
     "FolderTeacher": "kind path trust_remote_code licence",
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
     "EndpointTeacher": "kind url model api key_env concurrency timeout retries tokenizer licence",
@@ -66,7 +68,7 @@ FIELDS = {
     "OnPolicyMethod": "kind group max_tokens signal divergence beta alpha temperature first given rewarded reward "
     "updates clip_low clip_high",
     "OfflineMethod": "kind rollouts group max_tokens divergence beta alpha temperature first reward",
-    "Reward": "accuracy format language brevity",
+    "Reward": "accuracy format language brevity verifier",
     "DenseTargets": "kind",
     "SampledTargets": "kind threshold budget shard precision",
     "TopKTargets": "kind k shard precision",

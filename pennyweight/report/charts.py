@@ -54,12 +54,14 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Curves of one arm: name of each seed -> (steps, values), in step order. ``text`` is written at the right."""
+    """Curves of one arm: name of each seed -> (steps, values), in step order. ``text`` is written at the right, or
+    below the label in a chart whose axis ends at ``top``; without a top, the axis is logarithmic over a decade."""
 
     role: str
     label: str
     seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     text: str = ""
+    top: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +178,10 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
     if several:
         ax.plot(*_mean(panel.seeds), color=colour, linewidth=2)
     every = [v for _, values in panel.seeds.values() for v in values]
-    if min(every) > 0 and max(every) / min(every) > 10:
+    if panel.top is None and min(every) > 0 and max(every) / min(every) > 10:
         log_axis(ax, "y", min(every), max(every), 5)
     else:
-        ax.set_ylim(min(0.0, 1.05 * min(every)), (1.05 * max(every)) or 1.0)
+        ax.set_ylim(min(0.0, 1.05 * min(every)), panel.top or (1.05 * max(every)) or 1.0)
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_formatter(FuncFormatter(tick))
     last = max(steps[-1] for steps, _ in panel.seeds.values())
@@ -188,8 +190,12 @@ def _curve_panel(ax: Axes, panel: Panel) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(axis="y", color=STAND_IN["grid"], linewidth=1)
     ax.tick_params(length=0)
-    ax.set_title(short(panel.label), loc="left", color=colour, fontweight="bold")
-    ax.set_title(panel.text, loc="right", color=STAND_IN["muted"])
+    below = panel.top is not None  # many small panels in a row leave no room for both on one line
+    ax.set_title(short(panel.label), loc="left", color=colour, fontweight="bold", pad=24 if below else None)
+    if below:
+        ax.annotate(panel.text, (0, 1), (0, 6), "axes fraction", "offset points", color=STAND_IN["muted"])
+    else:
+        ax.set_title(panel.text, loc="right", color=STAND_IN["muted"])
 
 
 def _mean(seeds: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:

@@ -94,3 +94,18 @@ def figure(finding: str, chart: str, note: str | None = None) -> Html:
         element("figcaption", element("strong", finding), element("span", note, class_="note") if note else None),
         Html(chart),
     )
+
+
+def judged(correct: Any) -> Html:
+    """A verdict as a word of its colour."""
+    if correct is None:
+        return element("span", "not judged", class_="note")
+    return element("span", "✓ correct", class_="right") if correct else element("span", "✗ wrong", class_="wrong")
+
+
+def pre(text: Any) -> Html:
+    """A text as it was written, in a box that scrolls where it is long."""
+    if text is None or not str(text).strip():
+        return element("span", "(empty)", class_="empty")
+    long = len(str(text)) > 600 or str(text).count("\n") > 9
+    return element("pre", text, dir="auto", tabindex="0" if long else None)

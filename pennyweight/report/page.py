@@ -13,6 +13,7 @@ from pennyweight.records import METRICS
 from pennyweight.report import origin, sections
 from pennyweight.report.markup import Html, document, element
 from pennyweight.report.quality import how_good, outcome, plain, verdict
+from pennyweight.report.rollouts import learning, stopped
 from pennyweight.report.scatter import quality_against_bytes
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
@@ -20,7 +21,10 @@ from pennyweight.report.wording import finite, parameters, share_of, size, with_
 
 
 def render(
-    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    rollouts: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The report as one self-contained HTML page; the same input gives the same text.
 
@@ -30,6 +34,7 @@ def render(
         metrics: lines of metrics.jsonl, of which ``arm``, ``seed``, ``step`` and ``loss`` are used.
         samples: prompts with each model's output: ``prompt``, ``gold`` or None, and
             ``outputs`` (model name -> ``text``, ``correct`` or None).
+        rollouts: responses early and late of arms that learnt from rollouts (``rollouts.learning``).
     """
     seen = view(summary)
     name = str(summary.get("name") or (summary.get("recipe") or {}).get("name") or "run")
@@ -40,7 +45,7 @@ def render(
             element("h1", f"Pennyweight report: {name}"),
             element("p", said, class_="lead"),
             element("p", beside, class_="verdict") if (beside := against_control(seen)) else None,
-            _notice(seen),
+            _notice(seen, metrics),
             _tiles(seen),
         ),
         element(
@@ -48,6 +53,7 @@ def render(
             how_good(seen),
             sections.size_and_speed(seen, quality_against_bytes(seen)),
             sections.training(seen, metrics),
+            learning(seen, metrics, rollouts),
             sections.outputs(seen, samples),
             sections.cost(seen),
             origin.data(seen),
@@ -112,13 +118,14 @@ def _decisive(seen: View) -> str | None:
     return next((m for m in (seen.leading, *METRICS) if m and gaps.get(m)), None)
 
 
-def _notice(seen: View) -> Html | None:
+def _notice(seen: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     if not seen.unfinished:
         return None
     done = ", ".join(seen.summary.get("stages") or {}) or "none"
     return element(
         "p",
         element("strong", "This run is not finished. "),
+        *(f"{said} " for said in stopped(metrics)),
         f"Stages done so far: {done}. Start the run again to go on.",
         class_="notice",
         role="note",

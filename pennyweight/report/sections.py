@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.charts import Mark, Panel, bars, curves
-from pennyweight.report.markup import Html, element, figure, section, table
+from pennyweight.report.markup import Html, element, figure, judged, pre, section, table
 from pennyweight.report.view import Model, View
 from pennyweight.report.wording import (
     MISSING,
@@ -129,6 +129,8 @@ def training(view: View, metrics: Sequence[Mapping[str, Any]]) -> Html | None:
     estimate = " From sampled targets it is an unbiased estimate, which may fall below zero." if below else ""
     shapes = "Each arm has a loss and a scale of its own, so compare the shapes, not the heights."
     shapes = shapes if len(panels) > 1 else ""
+    if any("clipped" in x for x in metrics):
+        estimate += " A policy’s loss is near zero whether it learns or not; its reward is what tells."
     thin = "Thin lines are single seeds, the thick line is their mean. " if several else ""
     return section(
         "training",
@@ -167,16 +169,16 @@ def outputs(view: View, samples: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def _sample(view: View, index: int, sample: Mapping[str, Any]) -> Html:
-    asked = [(element("dt", "Prompt"), element("dd", _pre(sample.get("prompt")), dir="auto"))]
+    asked = [(element("dt", "Prompt"), element("dd", pre(sample.get("prompt")), dir="auto"))]
     if sample.get("gold") is not None:
-        asked.append((element("dt", "Right answer"), element("dd", _pre(sample["gold"]), dir="auto")))
+        asked.append((element("dt", "Right answer"), element("dd", pre(sample["gold"]), dir="auto")))
     given: Mapping[str, Any] = sample.get("outputs") or {}
     ranked = _one_seed_each(view, given)
     answers = [
         element(
             "li",
-            element("p", element("b", view.label(key)), " ", _judged((given[key] or {}).get("correct")), class_="who"),
-            _pre((given[key] or {}).get("text")),
+            element("p", element("b", view.label(key)), " ", judged((given[key] or {}).get("correct")), class_="who"),
+            pre((given[key] or {}).get("text")),
         )
         for key in ranked
     ]
@@ -196,19 +198,6 @@ def _one_seed_each(view: View, names: Iterable[str]) -> list[str]:
     for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split("-")]):
         seen.setdefault(re.sub(r"-\d+$", "", name), name)
     return [seen[k] for k in sorted(seen, key=lambda k: (order.index(k) if k in order else len(order), k))]
-
-
-def _judged(correct: Any) -> Html:
-    if correct is None:
-        return element("span", "not judged", class_="note")
-    return element("span", "✓ correct", class_="right") if correct else element("span", "✗ wrong", class_="wrong")
-
-
-def _pre(text: Any) -> Html:
-    if text is None or not str(text).strip():
-        return element("span", "(empty)", class_="empty")
-    long = len(str(text)) > 600 or str(text).count("\n") > 9
-    return element("pre", text, dir="auto", tabindex="0" if long else None)
 
 
 def cost(view: View) -> Html | None:

@@ -92,6 +92,8 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:15rem;overfl
 .asked dd{margin:0}
 .outputs{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px;
   list-style:none;margin:0 0 12px;padding:0}
+.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
+.pairs p.note{margin:6px 0 0}
 .outputs li{border:1px solid var(--line);border-radius:8px;padding:10px 12px;min-width:0}
 .who{display:flex;justify-content:space-between;gap:8px;flex-wrap:wrap;margin:0 0 6px;font-size:.875rem}
 .who b{font-weight:600}

@@ -46,6 +46,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(
             f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}"
         )
+        console.print(*summary.get("stopped", ()), sep="\n", markup=False)
         return
     seen = view(summary)
     console.print(*filter(None, (headline(seen), against_control(seen))), sep="\n")

@@ -28,7 +28,7 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE, Group
 from pennyweight.train.optim import adamw, lr_at
 from pennyweight.train.sharding import clip, cut_over, gather
-from pennyweight.train.tripwire import Tripwire
+from pennyweight.train.tripwire import UNWATCHED, Tripwire, Watch
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def train(
     progress: Callable[[int, str], None] = lambda step, note: None,
     should_stop: Callable[[], bool] = lambda: False,
     group: Group = ALONE,
+    watch: Watch = UNWATCHED,
 ) -> Outcome:
-    """Train ``model`` in place, from its newest checkpoint if there is one.
-
-    All processes of ``group`` call it, each with its share of every step; the first one logs, and gets the weights.
+    """Train ``model`` in place, from its newest checkpoint if there is one. All processes of ``group`` call it, each
+    with its share of every step; the first one logs, and gets the weights.
 
     Args:
         next_batch: step -> its micro-batches, the same every time it is asked; as many in every process.
@@ -66,34 +66,34 @@ def train(
         admit: raises for sample ids that the ledger does not know; called before a batch is used.
         log: takes one line of metrics, at the first, the last and every hundredth part of the steps.
         rewind: called with the step from which training goes on, to drop log lines written after it.
-        progress: called with the number of finished steps and a short note.
+        progress: called with the number of finished steps and a note.
         should_stop: asked after each step; when True in any process a checkpoint is written and ``Stopped`` raised.
+        watch: over what batches are made from; a checkpoint keeps its state.
 
     Raises:
         Tripped, Stopped: a tripwire held, or the user asked; the last good checkpoint is kept.
     """
     trained, loss_of, optimizer = _ready(model, schedule, compute, seed, group)
-    facts = checkpoints.restore(trained, optimizer, group) or {"step": 0, "tokens": 0, "seconds": 0.0}
-    wire = Tripwire(**tripwires.model_dump(), mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
+    facts, wire = _restored(checkpoints, trained, optimizer, group, tripwires, watch)
     start, tokens, began = facts["step"], facts["tokens"], time.monotonic() - facts["seconds"]
-    if group.first:
-        rewind(start)
+    log, rewind = (log, rewind) if group.first else (_silent, _silent)
+    rewind(start)
     for step in range(start, schedule.steps):
         batches = next_batch(step)
+        _halt(watch.tripped, step + 1, checkpoints, log)
         admit(sample.id for batch in batches for sample in batch.placed)
         last = step + 1 == schedule.steps
         measured = step == 0 or last or (step + 1) % max(1, schedule.steps // 100) == 0
         lr = _set_lr(optimizer, step, schedule)
         line, norm, seen = _step(trained, optimizer, batches, loss_of, schedule.clip, measured, group)
-        tokens += seen
-        _trip(wire, line, norm, step >= schedule.warmup * schedule.steps, step + 1, checkpoints)
-        seconds = time.monotonic() - began
-        if measured and group.first:
+        tokens, seconds = tokens + seen, time.monotonic() - began
+        _halt(_tripped(wire, line, norm, step >= schedule.warmup * schedule.steps), step + 1, checkpoints, log)
+        if measured:
             log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
         stop = group.any(should_stop())  # the signal reaches some a step sooner than others
-        if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not wire.armed):
-            so_far = {"tokens": tokens, "seconds": seconds, **wire.state()}
-            checkpoints.save(step + 1, trained, optimizer, so_far, group)
+        if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not (wire.armed or watch.armed)):
+            watched = {**wire.state(), "watch": watch.state()}
+            checkpoints.save(step + 1, trained, optimizer, {"tokens": tokens, "seconds": seconds, **watched}, group)
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop:
             raise Stopped(step + 1)
@@ -192,15 +192,42 @@ def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | No
     return {name: everywhere[name] / count if name in everywhere else None for name in here}
 
 
-def _trip(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool, step: int, checkpoints: Checkpoints) -> None:
-    """Raise Tripped when a tripwire has held; entropy is watched from the end of the warm-up on."""
+def _restored(
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    limits: Tripwires,
+    watch: Watch,
+) -> tuple[dict[str, Any], Tripwire]:
+    """Model, optimizer and watch as the newest checkpoint has them: its facts, and the tripwire."""
+    facts = checkpoints.restore(model, optimizer, group) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    watch.restore(facts.get("watch") or {})
+    alone = limits.model_dump(exclude={"rollouts"})
+    return facts, Tripwire(**alone, mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
+
+
+def _tripped(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool) -> tuple[str, str] | None:
+    """The reason to stop and what to do; entropy is watched from the end of the warm-up on."""
     watched = (line["cross_entropy"], line["entropy"]) if warm else (None, None)
+    kl = {k: line[k] for k in ("kl_old", "kl_reference") if k in line}
     # A policy's loss is near 0 whether things go well or not, so that no multiple of it means anything.
-    tripped = wire.check(line["loss"], norm, *watched, spikes="clipped" not in line)
+    reason = wire.check(line["loss"], norm, *watched, spikes="clipped" not in line, kl=kl)
+    return (reason, "lower train.lr, or loosen [tripwires] if this is right") if reason else None
+
+
+def _halt(
+    tripped: tuple[str, str] | None, step: int, checkpoints: Checkpoints, log: Callable[[dict[str, Any]], None]
+) -> None:
+    """Raise Tripped where there is a reason to; the log has it, too."""
     if not tripped:
         return
+    reason, cure = tripped
     newest = checkpoints.newest()
     kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
-    raise Tripped(
-        f"training stopped at step {step}: {tripped}; {kept}; lower train.lr, or loosen [tripwires] if this is right"
-    )
+    log({"step": step, "tripped": reason, "cure": cure})
+    raise Tripped(f"training stopped at step {step}: {reason}; {kept}; {cure}")
+
+
+def _silent(what: Any) -> None:
+    """Of several processes, the first one logs."""

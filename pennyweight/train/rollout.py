@@ -30,6 +30,8 @@ Judge = Callable[[str, Task], Verdict]
 AUTHOR = "student"
 """Who wrote a rollout, in the ledger."""
 
+_FOR_THE_EYE = 1_002  # more than a round has groups, so that these are drawn apart from those
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -106,7 +108,8 @@ class Round:
         return [collate([[e] for e in rows[a : a + micro]], pad_id) for a in range(0, len(rows), micro)]
 
     def facts(self) -> dict[str, float]:
-        """What a step's rollouts were like, over all that were written for it."""
+        """What a step's rollouts were like, over all that were written for it; ``entropy`` is that of the model's
+        distribution, estimated by what it wrote, in nats a token."""
         all_of = [r for group in self.every for r in group]
         share = lambda values: sum(values) / max(1, len(all_of))  # noqa: E731
         return {
@@ -116,6 +119,10 @@ class Round:
             "cut_off": share(r.cut_off for r in all_of),
             "repeated": share(repeated(r.encoded.ids[-len(r.logprobs) :]) for r in all_of),
             "all_alike": sum(alike(g) for g in self.every) / max(1, len(self.every)),
+            "stuck": sum(alike(g) and not all(r.verdict.correct for r in g) for g in self.every)
+            / max(1, len(self.every)),
+            "entropy": -sum(sum(r.logprobs) for r in all_of) / max(1, sum(len(r.logprobs) for r in all_of)),
+            "groups": float(len(self.every)),
             "generated": float(self.tokens),
         }
 
@@ -147,6 +154,11 @@ class Roller:
     def pad_id(self) -> int:
         return self.loaded.pad_id
 
+    @property
+    def updates(self) -> int:
+        """Steps that a round serves."""
+        return getattr(self.method, "updates", 1)
+
     def __call__(self, number: int, may_write: bool) -> Round:
         """Round ``number``: as it is kept, or written now.
 
@@ -165,6 +177,14 @@ class Roller:
             head = json.loads(f.readline())
             every = [[Rollout.from_json(r) for r in json.loads(line)] for line in f]
         return Round([every[i] for i in head["chosen"]], every=every, **head["facts"])
+
+    def again(self, samples: list[Sample], number: int) -> list[list[Rollout]]:
+        """A group to each of the samples by the weights as they are, for the reader's eye: nothing of it is kept."""
+        return replace(self, record=lambda written: None)._answered(number, _FOR_THE_EYE, samples)
+
+    def first(self, count: int) -> list[Sample]:
+        """The first samples that are asked."""
+        return [self._sample(i) for i in range(min(count, len(self.samples)))]
 
     def _keep(self, file: Path, written: tuple[list[list[Rollout]], list[int]]) -> None:
         every, chosen = written
@@ -229,8 +249,7 @@ class Roller:
         verdict = self.judge(text, task) if task else Verdict(False, None, "there is nothing to judge it by")
         asked = "\n".join(t.content for t in sample.prompt)
         parts = rewards(asked, text, len(ids), m.max_tokens, verdict)
-        weights = m.reward.model_dump()
-        earned = sum(weights[k] * v for k, v in parts.items())
+        earned = sum(getattr(m.reward, k) * v for k, v in parts.items())
         answer = sample.answered(text, AUTHOR, g.end is not None)
         encoded = encoded_of(f"{answer.id}:{name}", [*prompt, *ids], len(prompt))
         return Rollout(encoded, tuple(logprobs), text, g.end is None, verdict, earned, parts)
