@@ -70,7 +70,7 @@ def distill(
     data: Annotated[str | None, typer.Option(help="JSONL, CSV, Parquet, text, dataset folder or hub name.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder of a student, of any tokenizer.")] = None,
     cut: Annotated[str | None, typer.Option(help="Cut from the teacher: layers=N[,hidden=N][,intermediate=N].")] = None,
-    method: Annotated[str, typer.Option(help="kd or sft.")] = "kd",
+    method: Annotated[str, typer.Option(help="kd, sft, grpo, on_policy or offline.")] = "kd",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each arm.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,

@@ -15,14 +15,16 @@ from truth import fresh
 
 from pennyweight.data.pack import Packer
 from pennyweight.data.render import encode_all
-from pennyweight.errors import RecipeError
+from pennyweight.errors import MethodError, RecipeError
 from pennyweight.methods import METHODS
 from pennyweight.methods.on_policy import on_policy
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
+from pennyweight.recipe_file import parse
 from pennyweight.rolling import Asked, Written, groups_of, steps, steps_of
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 
@@ -182,3 +184,16 @@ def test_what_does_not_go_together_is_refused():
         OnPolicyMethod(signal="token", given=0.2)
     with pytest.raises(RecipeError, match="100 responses .method.rollouts."):
         groups_of(Schedule(), OfflineMethod(rollouts=100, group=8))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "on_policy", "offline"])
+def test_recipes_that_leave_a_student_nothing_to_write_to_or_nobody_to_ask_are_refused_at_once(kind):
+    table = {"name": "x", "student": {"kind": "folder", "path": "s"}, "method": {"kind": kind}}
+    folder, files = {"kind": "folder", "path": "t"}, {"source": {"kind": "files", "path": "p.jsonl"}}
+    with pytest.raises(RecipeError, match="has the student write to prompts, and data.source.kind=teacher_samples"):
+        check_teacher(parse(table | {"teacher": folder}))
+    check_teacher(parse(table | {"teacher": folder, "data": files}))
+    if kind != "grpo":
+        served = {"kind": "endpoint", "url": "http://127.0.0.1:8000/v1"}
+        with pytest.raises(MethodError, match="behind a server"):
+            check_teacher(parse(table | {"teacher": served, "data": files}))

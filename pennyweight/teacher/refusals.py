@@ -20,12 +20,18 @@ from pennyweight.recipe import (
 
 
 def check_teacher(recipe: Recipe) -> None:
-    """Refuse a recipe that asks of an endpoint what no server gives, or of several teachers what they cannot be.
+    """Refuse a recipe that asks of an endpoint what no server gives, of several teachers what they cannot be, or of a
+    student rollouts where there is nothing to write to.
 
     Raises:
         RecipeError, MethodError: with the reason and the cure.
     """
     t, kind = recipe.teacher, recipe.method.kind
+    if kind in ("grpo", "on_policy", "offline") and isinstance(recipe.data.source, TeacherSamples):
+        raise RecipeError(
+            f"method {kind} has the student write to prompts, and data.source.kind=teacher_samples has none; give a "
+            "file of prompts (--data FILE, data.source.kind=files) or problems (data.source.kind=tasks)"
+        )
     if kind in ("on_policy", "offline") and isinstance(t, SeveralTeachers | EndpointTeacher):
         where = "behind a server, which tells" if isinstance(t, EndpointTeacher) else "several, of which each tells"
         raise MethodError(
