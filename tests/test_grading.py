@@ -199,11 +199,11 @@ def test_a_process_that_the_system_stops_is_told(monkeypatch):
 def test_ctrl_c_is_clean(tmp_path):
     path = tmp_path / "slow.jsonl"
     row = json.dumps({"r": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "g": "(a+)+b"})
-    path.write_text(f"{row}\n" * 50)
+    path.write_text(f"{row}\n" * 2000)  # hours, were it let to
     words = ["grade", str(path), "--verifier", "regex", "--answer", "r", "--gold", "g"]
     process = subprocess.Popen([sys.executable, "-m", "pennyweight", *words], stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until = time.monotonic() + 60
+    until = time.monotonic() + 20
     while children.exists() and len(children.read_text().split()) < 3 and time.monotonic() < until:
         time.sleep(0.05)  # in the middle of starting the other processes
     process.send_signal(signal.SIGINT)

@@ -46,7 +46,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(
             f"{summary['recipe']['name']}: unfinished; stages so far: {', '.join(summary['stages']) or 'none'}"
         )
-        console.print(*summary.get("stopped", ()), sep="\n", markup=False)
+        if stopped := summary.get("stopped"):
+            console.print(*stopped, sep="\n", markup=False)
         return
     seen = view(summary)
     console.print(*filter(None, (headline(seen), against_control(seen))), sep="\n")
