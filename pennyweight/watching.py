@@ -12,7 +12,6 @@ from typing import Any
 from pennyweight.atomic import write_whole
 from pennyweight.data.render import prompt_ids
 from pennyweight.evaluate.intervals import wilson
-from pennyweight.model.generate import generate
 from pennyweight.records import Sample
 from pennyweight.settings import RolloutTripwires
 from pennyweight.train.rollout import Judge, Roller
@@ -79,21 +78,9 @@ class Lookout(Watch):
 
     def _check(self) -> None:
         """Most likely answers to the held-out problems."""
-        roller, loaded = self.roller, self.roller.loaded
-        was = loaded.model.training
-        made = generate(
-            loaded.model.eval(),
-            [prompt_ids(s, loaded.tokenizer) for s in self.problems],
-            max_tokens=roller.method.max_tokens,
-            temperature=0.0,
-            eos_ids=loaded.eos_ids,
-            pad_id=loaded.pad_id,
-            seed=roller.seed,
-            batch=256,
-            context=roller.context,
-        )
-        loaded.model.train(was)
-        texts = [loaded.tokenizer.decode(list(g.ids), skip_special_tokens=True) for g in made]
+        roller, tokenizer = self.roller, self.roller.loaded.tokenizer
+        made = roller.write([prompt_ids(s, tokenizer) for s in self.problems], 0.0, roller.seed)
+        texts = [tokenizer.decode(list(g.ids), skip_special_tokens=True) for g in made]
         right = [self._right(text, s) for text, s in zip(texts, self.problems, strict=True)]
         found = wilson(sum(right), len(right))
         bounds = {"held_out_low": round(found.low, 6), "held_out_high": round(found.high, 6)}
@@ -123,7 +110,7 @@ class Lookout(Watch):
                 {
                     "text": r.text[:_LONGEST],
                     "reward": round(r.reward, 6),
-                    "correct": self._right(r.text, sample),
+                    "correct": self._right(r.text, sample) if sample.task else None,
                     "cut_off": r.cut_off,
                 }
                 for r in group[:_RESPONSES]

@@ -3,6 +3,7 @@ and a student that comes nearer to its teacher at what it writes itself."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,25 +16,25 @@ from truth import fresh
 
 from pennyweight.data.pack import Packer
 from pennyweight.data.render import encode_all
+from pennyweight.data.store import write_samples
 from pennyweight.errors import MethodError, RecipeError
 from pennyweight.methods import METHODS
 from pennyweight.methods.on_policy import on_policy
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
 from pennyweight.recipe_file import parse
-from pennyweight.rolling import Asked, Written, groups_of, steps, steps_of
+from pennyweight.rolling import Asked, Written, _logprobs, groups_of, steps, steps_of
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
+from pennyweight.watching import lookout
 
 WAYS = [{}, {"signal": "token"}, {"divergence": "jsd", "group": 4, "rewarded": 0.3}, {"signal": "token", "updates": 2}]
 
 
 def asks(teacher) -> Asked:
-    from pennyweight.rolling import _logprobs
-
     local = LocalTeacher(replace(teacher, model=teacher.model.eval()), FLOAT32)
     told = lambda batch: _logprobs(local, batch)  # noqa: E731
     return Asked(told, told, local.dense)
@@ -147,8 +148,6 @@ def test_offline_asks_the_teacher_once_and_comes_nearer(tmp_path, targets):
     local, lines = LocalTeacher(replace(teacher, model=teacher.model.eval()), FLOAT32), []
     schedule = Schedule(steps=40, batch=12, lr=5e-3)
     (tmp_path / "data").mkdir()
-    from pennyweight.data.store import write_samples
-
     write_samples(tmp_path / "data" / "train.jsonl", [s.answered("a", "given", True) for s in asked()])
     bench = SimpleNamespace(
         recipe=SimpleNamespace(train=schedule, targets=targets),
@@ -197,3 +196,14 @@ def test_recipes_that_leave_a_student_nothing_to_write_to_or_nobody_to_ask_are_r
         served = {"kind": "endpoint", "url": "http://127.0.0.1:8000/v1"}
         with pytest.raises(MethodError, match="behind a server"):
             check_teacher(parse(table | {"teacher": served, "data": files}))
+
+
+def test_prompts_that_nobody_can_judge_are_looked_at_all_the_same(tmp_path):
+    loaded, lines = student(1), []
+    untold = [replace(s, task=None) for s in asked()]
+    rolls = replace(roller(tmp_path, loaded), samples=untold, method=OnPolicyMethod(max_tokens=8))
+    watch = lookout(rolls, Tripwires().rollouts, 4, untold, judge, lines.append, tmp_path, "on_policy-0")
+    watch.look({"step": 1, **rolls(0, True).facts()})
+    rows = [json.loads(line) for line in (tmp_path / watch.shown()[0]).read_text().splitlines()]
+    assert {row["when"] for row in rows} == {"early", "late"} and [x["stage"] for x in lines] == ["rollout"]
+    assert all(answer["correct"] is None for row in rows for answer in row["responses"])

@@ -159,12 +159,12 @@ class Packer:
 
     def _at(self, index: int) -> Encoded:
         epoch, place = divmod(index, len(self.samples))
-        return self.samples[int(_order(len(self.samples), self.seed, epoch)[place])]
+        return self.samples[int(order(len(self.samples), self.seed, epoch)[place])]
 
 
 @lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of one epoch; cached, since steps walk through it in order."""
+def order(count: int, seed: int, epoch: int) -> Tensor:
+    """(count,) int64: the permutation of one epoch; cached, since steps walk through it in order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 

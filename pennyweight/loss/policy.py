@@ -3,7 +3,8 @@ as GRPO takes it (Shao et al., arXiv 2402.03300), with room above of its own (cl
 token or by sequence (GSPO, arXiv 2507.18071), and the k3 estimate of the KL to a reference.
 
 Each is a function of the log-probability of the token that was written and of nothing else, so its gradient is that of
-cross-entropy with a weight of its own: the ``pull``. Head and loss then need no pass but the one of ``loss.chunked``.
+cross-entropy with a weight of its own: the ``pull``. Head and loss then stay the one pass of ``loss.chunked``, after a
+product of the head, without gradient, that tells the log-probabilities.
 
 Letters: N positions that carry loss.
 """

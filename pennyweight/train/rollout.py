@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pennyweight.atomic import write_whole
-from pennyweight.data.pack import Batch, collate
+from pennyweight.data.pack import Batch, collate, order
 from pennyweight.data.render import prompt_ids
 from pennyweight.errors import DataError
 from pennyweight.model.generate import Generated, generate
@@ -79,14 +77,21 @@ def encoded_of(name: str, ids: Sequence[int], prompt: int) -> Encoded:
 
 @dataclass(frozen=True)
 class Round:
-    """Groups of rollouts of which steps are made; ``asked`` prompts were answered for them with ``tokens`` tokens, and
-    ``left_out`` groups were all alike."""
+    """Groups of rollouts of which steps are made, and all those that were written for them, a group to each prompt that
+    was asked."""
 
     groups: list[list[Rollout]]
-    asked: int
-    tokens: int
-    left_out: int
     every: list[list[Rollout]]
+
+    @property
+    def asked(self) -> int:
+        """Prompts."""
+        return len(self.every)
+
+    @property
+    def left_out(self) -> int:
+        """Groups that were all alike."""
+        return sum(alike(g) for g in self.every)
 
     @property
     def of(self) -> dict[str, Rollout]:
@@ -100,7 +105,7 @@ class Round:
 
     def part(self, number: int, parts: int) -> Round:
         """The groups of one of ``parts`` steps."""
-        return Round(self.groups[number::parts], self.asked, self.tokens, self.left_out, self.every)
+        return replace(self, groups=self.groups[number::parts])
 
     def batches(self, micro: int, pad_id: int) -> list[Batch]:
         """Micro-batches of at most ``micro`` rows, those of like length together."""
@@ -112,18 +117,18 @@ class Round:
         distribution, estimated by what it wrote, in nats a token."""
         all_of = [r for group in self.every for r in group]
         share = lambda values: sum(values) / max(1, len(all_of))  # noqa: E731
+        tokens = sum(len(r.logprobs) for r in all_of)
         return {
             "reward": share(r.reward for r in all_of),
             **{f"reward_{k}": share(r.parts[k] for r in all_of) for k in (all_of[0].parts if all_of else ())},
             "length": share(len(r.logprobs) for r in all_of),
             "cut_off": share(r.cut_off for r in all_of),
             "repeated": share(repeated(r.encoded.ids[-len(r.logprobs) :]) for r in all_of),
-            "all_alike": sum(alike(g) for g in self.every) / max(1, len(self.every)),
-            "stuck": sum(alike(g) and not all(r.verdict.correct for r in g) for g in self.every)
-            / max(1, len(self.every)),
-            "entropy": -sum(sum(r.logprobs) for r in all_of) / max(1, sum(len(r.logprobs) for r in all_of)),
-            "groups": float(len(self.every)),
-            "generated": float(self.tokens),
+            "all_alike": self.left_out / max(1, self.asked),
+            "stuck": sum(alike(g) and not all(r.verdict.correct for r in g) for g in self.every) / max(1, self.asked),
+            "entropy": -sum(sum(r.logprobs) for r in all_of) / max(1, tokens),
+            "groups": float(self.asked),
+            "generated": float(tokens),
         }
 
 
@@ -174,9 +179,9 @@ class Roller:
                 )
             self._keep(file, self._written(number))
         with open(file, encoding="utf-8") as f:
-            head = json.loads(f.readline())
+            chosen = json.loads(f.readline())["chosen"]
             every = [[Rollout.from_json(r) for r in json.loads(line)] for line in f]
-        return Round([every[i] for i in head["chosen"]], every=every, **head["facts"])
+        return Round([every[i] for i in chosen], every)
 
     def again(self, samples: list[Sample], number: int) -> list[list[Rollout]]:
         """A group to each of the samples by the weights as they are, for the reader's eye: nothing of it is kept."""
@@ -188,10 +193,7 @@ class Roller:
 
     def _keep(self, file: Path, written: tuple[list[list[Rollout]], list[int]]) -> None:
         every, chosen = written
-        rollouts = [r for group in every for r in group]
-        facts = {"asked": len(every), "tokens": sum(len(r.logprobs) for r in rollouts)}
-        facts["left_out"] = sum(alike(g) for g in every)
-        lines = [json.dumps({"chosen": chosen, "facts": facts}), *(json.dumps([r.to_json() for r in g]) for g in every)]
+        lines = [json.dumps({"chosen": chosen}), *(json.dumps([r.to_json() for r in g]) for g in every)]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, "".join(f"{line}\n" for line in lines))
 
@@ -206,31 +208,35 @@ class Roller:
             every += self._answered(
                 number, len(every), [self._sample(line.pop(0)) for _ in range(min(missing, len(line)))]
             )
-        order = sorted(range(len(every)), key=lambda i: counts and alike(every[i]))  # in order, those all alike last
-        return every, order[: self.groups]
+        ranked = sorted(range(len(every)), key=lambda i: counts and alike(every[i]))  # in order, those all alike last
+        return every, ranked[: self.groups]
 
     def _sample(self, index: int) -> Sample:
         epoch, place = divmod(index, len(self.samples))
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return self.samples[int(torch.randperm(len(self.samples), generator=g)[place])]
+        return self.samples[int(order(len(self.samples), self.seed, epoch)[place])]
 
-    def _answered(self, number: int, before: int, asked: list[Sample]) -> list[list[Rollout]]:
-        """A group to each of the samples; ``before`` groups of the round are there already."""
-        m, tokenizer = self.method, self.loaded.tokenizer
-        prompts = [prompt_ids(s, tokenizer) for s in asked]
-        was = self.loaded.model.training
+    def write(self, prompts: list[list[int]], temperature: float, seed: int) -> list[Generated]:
+        """Responses to prompts by the weights as they are."""
+        model, training = self.loaded.model, self.loaded.model.training
         made = generate(
-            self.loaded.model.eval(),
-            [p for p in prompts for _ in range(m.group)],
-            max_tokens=m.max_tokens,
-            temperature=1.0,
+            model.eval(),
+            prompts,
+            max_tokens=self.method.max_tokens,
+            temperature=temperature,
             eos_ids=self.loaded.eos_ids,
             pad_id=self.loaded.pad_id,
-            seed=(self.seed * 1_000_003 + number) * 1_003 + before,
+            seed=seed,
             batch=256,
             context=self.context,
         )
-        self.loaded.model.train(was)
+        model.train(training)
+        return made
+
+    def _answered(self, number: int, before: int, asked: list[Sample]) -> list[list[Rollout]]:
+        """A group to each of the samples; ``before`` groups of the round are there already."""
+        m, prompts = self.method, [prompt_ids(s, self.loaded.tokenizer) for s in asked]
+        seed = (self.seed * 1_000_003 + number) * 1_003 + before
+        made = self.write([p for p in prompts for _ in range(m.group)], 1.0, seed)
         groups, written = [], []
         for i, (sample, ids) in enumerate(zip(asked, prompts, strict=True)):
             name = f"{number}.{before + i}"
