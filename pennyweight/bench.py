@@ -16,7 +16,7 @@ from pennyweight.data.render import encode_all
 from pennyweight.data.store import read_samples
 from pennyweight.errors import RecipeError
 from pennyweight.evaluate.agreement import Routed
-from pennyweight.evaluate.held_out import HeldOut, hold_out
+from pennyweight.evaluate.held_out import HeldOut, check_harder, hold_out
 from pennyweight.loss.signals import Sparse
 from pennyweight.model.device import choose, set_threads
 from pennyweight.model.head import check_packing
@@ -79,12 +79,10 @@ class Bench:
     @cached_property
     def teacher_path(self) -> str:
         """The folder of the teacher, or its address; of several teachers, all."""
-        t = self.recipe.teacher
         if self.team:
             return ", ".join(b.teacher_path for b in self.team.benches.values())
-        if isinstance(t, EndpointTeacher):
-            return t.url
-        return getattr(t, "path", str(self.folder / "teacher"))
+        t = self.recipe.teacher
+        return t.url if isinstance(t, EndpointTeacher) else getattr(t, "path", str(self.folder / "teacher"))
 
     @cached_property
     def teacher(self) -> Loaded:
@@ -230,12 +228,13 @@ class Bench:
         return replace(whole, rank=self.group.rank, ranks=self.group.size)
 
     def first_student(self, seed: int) -> Any:
-        """The student before training: given, made from nothing by ``seed``, or cut from the teacher."""
+        """The student before training: given, made from nothing by ``seed``, or cut from the teacher. What the run
+        could not do is refused now, not after hours of writing and training."""
         cut_from_it = lambda: self.of(cut_from(self.recipe)).teacher.model  # noqa: E731
         student = first(self.recipe.student, self.language, self.context, seed, cut_from_it, self._opened)
-        # What cannot be done is refused now, not after hours of writing and training.
         self._check_targets()
         check_options(student, self.recipe.train)
+        check_harder(self.recipe.evaluate)
         if self.recipe.train.pack and not self.served and (not self.team or self.team.mixture):
             check_packing(self.teacher.model)
         return student
@@ -325,17 +324,17 @@ class Bench:
     @cached_property
     def held_out(self) -> HeldOut:
         """Held-out samples and problems; the recipe's text, where it names one, in place of the samples."""
-        samples = read_samples(self.folder / "data" / "eval.jsonl")
-        return hold_out(samples, self.recipe.evaluate, self.language.tokenizer, self.context, self.encode)
+        r, mine = self.recipe, (self.language.tokenizer, self.context, self.encode)
+        return hold_out(self.folder / "data", r.evaluate, r.seed, *mine)
 
     @property
     def teachers_held_out(self) -> HeldOut:
         """The same in the teacher's tokens."""
         if not self.apart:
             return self.held_out
-        samples, tokenizer = read_samples(self.folder / "data" / "eval.jsonl"), self.teacher.tokenizer
+        r, tokenizer = self.recipe, self.teacher.tokenizer
         encode = lambda some: encode_all(some, tokenizer, self.asked_in, "truncate")  # noqa: E731
-        return hold_out(samples, self.recipe.evaluate, tokenizer, self.asked_in, encode)
+        return hold_out(self.folder / "data", r.evaluate, r.seed, tokenizer, self.asked_in, encode)
 
     @property
     def measurable(self) -> bool:

@@ -23,6 +23,7 @@ from pennyweight.settings import (
     Seed,
     Settings,
     Shape,
+    TaskSource,
     Tripwires,
     plain,
     taught,
@@ -37,16 +38,6 @@ def _with_default_kind(table: Any, **kinds: str) -> Any:
     if not isinstance(table, dict):
         return table
     return {k: {"kind": kinds[k], **v} if k in kinds and isinstance(v, dict) else v for k, v in table.items()}
-
-
-class TaskSource(Settings):
-    """Problems of a reasoning-gym task, with a worked solution where Pennyweight has a generator for it."""
-
-    name: str
-    size: int = Field(default=1000, ge=1, description="how many problems to draw before removing repeats")
-    config: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym's own settings of the task")
-    worked: float = Field(default=1, ge=0, le=1, description="share of solutions that are worked; others: bare answers")
-    think: bool = Field(default=False, description="put the work into <think></think>")
 
 
 class TeacherSamples(Settings):

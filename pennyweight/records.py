@@ -254,6 +254,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("accuracy (pass@1)", True, "percent"),
     "pass_at_k": Metric("pass@k", True, "percent"),
+    "accuracy_harder": Metric("accuracy on harder problems (pass@1)", True, "percent"),
+    "pass_at_k_harder": Metric("pass@k on harder problems", True, "percent"),
     "agreement": Metric("top-1 agreement with the teacher", True, "percent"),
     "kl_to_teacher": Metric("KL(teacher || model)", False, "nats"),
     "kl_from_teacher": Metric("KL(model || teacher)", False, "nats"),

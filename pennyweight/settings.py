@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
@@ -310,6 +310,16 @@ class Quantize(Settings):
     lr: float | None = Field(default=None, gt=0, description="of the recovery; default: by the step of the codes")
 
 
+class TaskSource(Settings):
+    """Problems of a reasoning-gym task, with a worked solution where Pennyweight has a generator for it."""
+
+    name: str
+    size: int = Field(default=1000, ge=1, description="how many problems to draw before removing repeats")
+    config: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym's own settings of the task")
+    worked: float = Field(default=1, ge=0, le=1, description="share of solutions that are worked; others: bare answers")
+    think: bool = Field(default=False, description="put the work into <think></think>")
+
+
 class Evaluate(Settings):
     """What is measured on held-out samples."""
 
@@ -318,4 +328,7 @@ class Evaluate(Settings):
     temperature: float = Field(default=1.0, gt=0, description="of the pass@k samples")
     max_tokens: int = Field(default=256, ge=1)
     text: str | None = Field(default=None, description="a text file for bits per byte; default: the held-out samples")
+    harder: list[TaskSource] = Field(
+        default_factory=list, description="harder or longer problems that nothing is trained on, measured besides"
+    )
     shown: int = Field(default=4, ge=0, description="sample outputs shown side by side in the report")

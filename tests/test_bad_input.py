@@ -185,6 +185,16 @@ def test_tasks_that_are_not_there(says, teacher):
     assert "min_terms" in says("evaluate", teacher, "--tasks", "chain_sum:min_trms=2")
 
 
+def test_harder_problems_that_are_not_there_are_refused_before_anything_is_trained(says, teacher, rows, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'name = "r"\n[teacher]\nkind = "folder"\npath = "{teacher}"\n[student]\nkind = "cut"\nlayers = 1\n'
+        f'[data.source]\nkind = "files"\npath = "{rows}"\n[[evaluate.harder]]\nname = "chain_sums"\n'
+    )
+    assert "chain_sum" in says("run", recipe, "--out", tmp_path / "runs")
+    assert not (tmp_path / "runs" / "arms").exists()
+
+
 def test_texts_that_cannot_be_used(says, teacher, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt" in says("compare", teacher, teacher, "--text", tmp_path / "empty.txt")

@@ -13,8 +13,9 @@ import pytest
 from pennyweight.data.files import documents
 from pennyweight.data.sources import FILE_VERIFIERS, read, read_tasks
 from pennyweight.errors import DataError
-from pennyweight.recipe import FileData, TaskData, TaskSource
+from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message
+from pennyweight.settings import TaskSource
 from pennyweight.verifiers import VERIFIERS, judge_sample
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"

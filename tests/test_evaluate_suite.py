@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from architectures import make, save_with_tokenizer
 
-from pennyweight.data.render import encode, learnt_bytes, prompt_ids
+from pennyweight.data.render import encode, encode_all, learnt_bytes, prompt_ids
+from pennyweight.data.store import write_samples
+from pennyweight.data.tasks import problems as drawn
+from pennyweight.errors import DataError
 from pennyweight.evaluate import suite
-from pennyweight.evaluate.held_out import HeldOut
+from pennyweight.evaluate.held_out import HeldOut, hold_out
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.model.device import choose
 from pennyweight.model.generate import Generated
 from pennyweight.model.load import load
 from pennyweight.records import Message, Sample, Task, Verdict
+from pennyweight.settings import Evaluate, TaskSource
 
 CPU = choose("cpu", "float32")
 
@@ -69,3 +75,41 @@ def test_without_problems_it_writes_on_and_nobody_judges(loaded):
     found = examine(loaded, held_out, exact, Sampling(6, 2, 1.0, 0), CPU)
     assert found.outputs[0]["prompt"] == "p0"
     assert len(found.outputs) == 1 and found.outputs[0]["correct"] is None and "accuracy" not in found.metrics
+
+
+def test_harder_problems_are_judged_apart(loaded, monkeypatch):
+    """Scripted answers: greedy and one sample of the held-out problems, then of the harder ones."""
+    rows, hard = problems(2), problems(4)[2:]
+    scripts = iter([["a0", "a1"], ["a0", "x"], ["a2", "x"], ["x", "a3"]])
+
+    def answers(model, prompts, sampling, temperature, seed):
+        return [Generated(tuple(loaded.tokenizer(t)["input_ids"]), 2, ()) for t in next(scripts)]
+
+    monkeypatch.setattr(suite, "_answers", answers)
+    prompts, harder = ([prompt_ids(s, loaded.tokenizer) for s in some] for some in (rows, hard))
+    held_out = HeldOut([], [], rows, prompts, harder=list(zip(hard, harder, strict=True)))
+    found = examine(loaded, held_out, exact, Sampling(8, 1, 1.0, 0), CPU)
+    means = {name: interval.mean for name, interval in found.metrics.items()}
+    assert means == {"accuracy": 1, "pass_at_k": 0.5, "accuracy_harder": 0.5, "pass_at_k_harder": 0.5}
+    assert [o["prompt"] for o in found.outputs] == ["p0", "p1"] and held_out.passes(1, 1) == 8
+
+
+def test_harder_problems_are_new_and_fit(loaded, tmp_path):
+    """Prompts of the run are left out; where none is left, the message says what to do."""
+    tasks = [TaskSource(name="gcd", size=6), TaskSource(name="lcm", size=6)]
+    known = drawn("gcd", 6, 3, {})
+    write_samples(tmp_path / "train.jsonl", known[:2])
+    write_samples(tmp_path / "eval.jsonl", known[2:3])
+
+    def held_out(context, **asked):
+        wanted = Evaluate(**asked)
+        encode = partial(encode_all, tokenizer=loaded.tokenizer, context=1000, too_long="drop")
+        return hold_out(tmp_path, wanted, 3, loaded.tokenizer, context, encode)
+
+    found = [s for s, _ in held_out(1000, harder=tasks).harder]
+    assert {s.prompt_hash for s in known[3:]} < {s.prompt_hash for s in found}
+    assert not {s.prompt_hash for s in known[:3]} & {s.prompt_hash for s in found}
+    assert [s.task.name for s in found if s.task][:2] == ["gcd", "lcm"]
+    assert len(held_out(1000, harder=tasks, problems=4).harder) == 4 and not held_out(1000).harder
+    with pytest.raises(DataError, match=r"none of the problems of evaluate.harder .* data.context"):
+        held_out(2, harder=tasks)

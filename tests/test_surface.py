@@ -74,7 +74,7 @@ FIELDS = {
     "TopKTargets": "kind k shard precision",
     "HiddenTargets": "kind shard precision",
     "Quantize": "formats group method recover lr",
-    "Evaluate": "problems samples temperature max_tokens text shown",
+    "Evaluate": "problems samples temperature max_tokens text harder shown",
 }
 
 

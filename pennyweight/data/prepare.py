@@ -13,8 +13,9 @@ from pennyweight.data.sources import read, read_tasks
 from pennyweight.data.split import Split, is_held_out, split
 from pennyweight.data.traces import asked_for, selected
 from pennyweight.errors import DataError
-from pennyweight.recipe import Data, Responses, Source, TaskData, TaskSource, TeacherSamples
+from pennyweight.recipe import Data, Responses, Source, TaskData, TeacherSamples
 from pennyweight.records import Encoded, Sample, Teacher, Verdict, sha256_json
+from pennyweight.settings import TaskSource
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
 from pennyweight.teacher.several import assigned, by_teacher, member_of, one_teacher_each, route_of

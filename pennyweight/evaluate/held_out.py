@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from pennyweight.data.files import documents, read_text
 from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
 from pennyweight.data.split import overlap
 from pennyweight.data.store import read_samples
+from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError
 from pennyweight.records import Encoded, Sample
-from pennyweight.settings import Evaluate
+from pennyweight.settings import Evaluate, TaskSource
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Token samples with the bytes their learnt tokens spell, and problems with their prompts as token ids.
 
-    ``openings`` are token ids to write on from, and what a reader is shown of them, where there are no problems.
+    ``openings`` are token ids to write on from, and what a reader is shown of them, where there are no problems;
+    ``harder`` are problems that nothing is trained on, again with their prompts.
     """
 
     encoded: list[Encoded]
@@ -28,28 +31,63 @@ class HeldOut:
     problems: list[Sample]
     prompts: list[list[int]]
     openings: list[tuple[list[int], str]] = field(default_factory=list)
+    harder: list[tuple[Sample, list[int]]] = field(default_factory=list)
 
     def passes(self, samples: int, references: int) -> int:
         """Samples that an evaluation goes through: tokens once for each reference, greedy and sampled answers."""
-        return len(self.encoded) * references + len(self.problems) * (1 + samples)
+        return len(self.encoded) * references + (len(self.problems) + len(self.harder)) * (1 + samples)
 
 
 def hold_out(
-    samples: list[Sample],
+    data: Path,
     wanted: Evaluate,
+    seed: int,
     tokenizer: Any,
     context: int,
     encode: Callable[[list[Sample]], list[Encoded]],
 ) -> HeldOut:
-    """Held-out samples and problems, as many as are ``wanted``; of a text, where one is named, its windows in place of
-    the samples."""
+    """The held-out samples and problems of the folder ``data``, as many as are ``wanted``; of a text, where one is
+    named, its windows in place of the samples. Harder problems are drawn by ``seed``.
+
+    Raises:
+        DataError: the text is missing or empty, a harder task is unknown or refuses its settings, or none of its
+            problems is new or fits.
+    """
+    samples = read_samples(data / "eval.jsonl")
     encoded = windows(wanted.text, tokenizer, context) if wanted.text else encode(samples)
-    asked = [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < context]
-    problems, prompts = [s for s, _ in asked[: wanted.problems]], [ids for _, ids in asked[: wanted.problems]]
+    asked = _that_fit(samples, tokenizer, context)
+    harder = _that_fit(_harder(wanted.harder, seed, data, samples), tokenizer, context)[: wanted.problems]
+    if wanted.harder and not harder:
+        raise DataError(
+            f"none of the problems of evaluate.harder is new and fits into {context} tokens; ask for others, or raise "
+            "data.context"
+        )
+    easy, prompts = [s for s, _ in asked[: wanted.problems]], [ids for _, ids in asked[: wanted.problems]]
     asked_of = {s.id: s.prompt[-1].content for s in samples if s.prompt}
     begun = [(x.id, _opening(x, x.id in asked_of)) for x in encoded[: wanted.shown]]
     openings = [(ids, asked_of.get(i) or tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in begun]
-    return HeldOut(encoded, learnt_bytes(encoded, tokenizer), problems, prompts, openings)
+    return HeldOut(encoded, learnt_bytes(encoded, tokenizer), easy, prompts, openings, harder)
+
+
+def check_harder(wanted: Evaluate) -> None:
+    """Raise DataError where a task of ``harder`` is unknown or refuses its settings: one problem of each is drawn."""
+    for task in wanted.harder:
+        problems(task.name, 1, 0, task.config)
+
+
+def _that_fit(samples: list[Sample], tokenizer: Any, context: int) -> list[tuple[Sample, list[int]]]:
+    """Problems with the token ids of their prompts, where these leave room for an answer."""
+    return [(s, ids) for s in samples if s.task and len(ids := prompt_ids(s, tokenizer)) < context]
+
+
+def _harder(tasks: list[TaskSource], seed: int, data: Path, held_out: list[Sample]) -> list[Sample]:
+    """Problems of the tasks, in turn, without those that the run knows otherwise."""
+    if not tasks:
+        return []
+    known = {s.prompt_hash for s in (*read_samples(data / "train.jsonl"), *held_out)}
+    drawn = [problems(t.name, t.size, seed, t.config) for t in tasks]
+    new = [[s for s in some if s.prompt_hash not in known] for some in drawn]
+    return [s for some in zip_longest(*new) for s in some if s]
 
 
 def _opening(sample: Encoded, has_prompt: bool) -> list[int]:

@@ -71,8 +71,11 @@ def examine(
     if isinstance(loaded, Loaded) and not loaded.writes:
         return found
     if held_out.problems:
-        _solve(found, loaded, held_out, judge, sampling, progress)
-    elif held_out.openings:
+        asked = list(zip(held_out.problems, held_out.prompts, strict=True))
+        found.outputs = _solve(found, "", loaded, asked, judge, sampling, progress)
+    if held_out.harder:
+        _solve(found, "_harder", loaded, held_out.harder, judge, sampling, progress)
+    if held_out.openings and not held_out.problems:
         _write_on(found, loaded, held_out, sampling)
     return found
 
@@ -116,40 +119,39 @@ def _token_metrics(scored: Scored, with_teacher: bool, seed: int) -> dict[str, I
 
 def _solve(
     found: Examined,
+    which: str,
     loaded: Loaded | Routed,
-    held_out: HeldOut,
+    asked: Sequence[tuple[Sample, list[int]]],
     judge: Judge,
     sampling: Sampling,
     progress: Callable[[int], None],
-) -> None:
-    """Greedy answers for pass@1, sampled ones for pass@k."""
-    began = time.monotonic()
-    ask = partial(_asked, loaded, held_out.problems, held_out.prompts, sampling)
+) -> list[dict[str, Any]]:
+    """Greedy answers for pass@1, which are returned, and sampled ones for pass@k; ``which`` ends the metrics' names."""
+    began, problems = time.monotonic(), [s for s, _ in asked]
+    ask = partial(_asked, loaded, problems, [ids for _, ids in asked], sampling)
     greedy = ask(0.0, sampling.seed)
     found.tokens += _timed(found, loaded, greedy, began)
     progress(len(greedy))
-    verdicts = []
-    for sample, answer in zip(held_out.problems, greedy, strict=True):
-        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+    outputs, text_of = [], partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    for sample, answer in zip(problems, greedy, strict=True):
         assert sample.task is not None
-        verdicts.append(judge(text, sample.task))
-        prompt = "\n".join(m.content for m in sample.prompt)
-        found.outputs.append(
-            {"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": verdicts[-1].correct}
-        )
-    found.metrics["accuracy"] = wilson(sum(v.correct for v in verdicts), len(verdicts))
+        text, prompt = text_of(list(answer.ids)), "\n".join(m.content for m in sample.prompt)
+        correct = judge(text, sample.task).correct
+        outputs.append({"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": correct})
+    found.metrics[f"accuracy{which}"] = wilson(sum(o["correct"] for o in outputs), len(outputs))
     if not sampling.samples:
-        return
-    right = [0] * len(held_out.problems)
+        return outputs
+    right = [0] * len(problems)
     for k in range(sampling.samples):
         sampled = ask(sampling.temperature, sampling.seed + 1 + k)
         found.tokens += sum(len(g.ids) for g in sampled)
         progress(len(sampled))
-        for i, (sample, answer) in enumerate(zip(held_out.problems, sampled, strict=True)):
+        for i, (sample, answer) in enumerate(zip(problems, sampled, strict=True)):
             assert sample.task is not None
-            right[i] += judge(loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True), sample.task).correct
+            right[i] += judge(text_of(list(answer.ids)), sample.task).correct
     solved = wilson(sum(c > 0 for c in right), len(right))  # k is the number of samples: any right one is a pass
-    found.metrics["pass_at_k"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
+    found.metrics[f"pass_at_k{which}"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
+    return outputs
 
 
 def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampling: Sampling) -> None:

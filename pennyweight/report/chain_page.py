@@ -150,22 +150,32 @@ def _picture(done: Mapping[str, Stage], metric: str) -> Html:
     return figure(f"{name} – {', '.join(listed)}", chart, " ".join(notes))
 
 
+_COLUMNS = {
+    "accuracy": "accuracy, %",
+    "pass_at_k": "pass@k, %",
+    "accuracy_harder": "harder, %",
+    "bits_per_byte": "bits per byte",
+}
+
+
 def _better(metric: str) -> str:
     return "right" if METRICS[metric].higher_is_better else "left"
 
 
 def _stages(summary: Mapping[str, Any]) -> Html:
     """Every stage in a row: linked to its own report, with what it made."""
+    found = [s for s in summary["stages"].values() if s["state"] == "finished"]
+    shown = [m for m in _COLUMNS if m != "accuracy_harder" or any(m in s["metrics"] for s in found)]
     rows = []
     for name, s in summary["stages"].items():
         if s["state"] != "finished":
-            rows.append([element("span", name, element("small", s["state"])), *[MISSING] * 5])
+            rows.append([element("span", name, element("small", s["state"])), *[MISSING] * (2 + len(shown))])
             continue
         begins = element("small", f"from {', '.join(s['needs'])}") if s["needs"] else None
-        cells = (_cell(s, metric) for metric in ("accuracy", "pass_at_k", "bits_per_byte"))
+        cells = (_cell(s, metric) for metric in shown)
         linked = element("span", element("a", name, href=s["report"]), begins)
         rows.append([linked, s["method"], parameters(s["params"]), *cells])
-    headings = ["stage", "method", "parameters", "accuracy, %", "pass@k, %", "bits per byte"]
+    headings = ["stage", "method", "parameters", *(_COLUMNS[m] for m in shown)]
     return table("Stages in their order, with 95 % intervals below each value", headings, rows)
 
 

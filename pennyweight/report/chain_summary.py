@@ -14,7 +14,7 @@ from pennyweight.report.chain_page import render_chain
 from pennyweight.report.view import view
 from pennyweight.version import __version__
 
-MEASURED = ("accuracy", "pass_at_k", "bits_per_byte")
+MEASURED = ("accuracy", "pass_at_k", "accuracy_harder", "pass_at_k_harder", "bits_per_byte")
 """What stages are compared by; distances to a teacher are to another one in each."""
 
 Read = Callable[[Path], dict[str, Any]]

@@ -16,12 +16,18 @@ from pennyweight.report.wording import MISSING, count, duration, measured, param
 
 _HEADINGS = {
     "accuracy": "accuracy, %",
+    "accuracy_harder": "harder, %",
     "kl_to_teacher": "teacher KL",
     "agreement": "agreement, %",
     "bits_per_byte": "bits/byte",
 }
 
-_OF_STAGES = {"accuracy": "accuracy, %", "pass_at_k": "pass@k, %", "bits_per_byte": "bits/byte"}
+_OF_STAGES = {
+    "accuracy": "accuracy, %",
+    "pass_at_k": "pass@k, %",
+    "accuracy_harder": "harder, %",
+    "bits_per_byte": "bits/byte",
+}
 
 _LIKE = {"kl_to_teacher": "kl", "ece": "ece", "bits_per_byte": ""}
 """Metrics that lend their unit to values of other names, by how those begin."""
@@ -164,7 +170,7 @@ def _table(summary: dict[str, Any]) -> Table:
     """Every model in two lines: its values, and below them the intervals; fits 80 columns."""
     models = {"teacher": summary["teacher"], **summary["arms"], **summary["quantized"]}
     models = {name: m for name, m in models.items() if m["metrics"] or m["params"]}  # not a teacher behind a server
-    names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())]
+    names = [n for n in _HEADINGS if any(n in m["metrics"] for m in models.values())][:4]  # what 80 columns hold
     seeds = len(summary["seeds"])
     title = f"{summary['name']}: {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals below each value"
     table = _of_columns(title, ("model",), ("size", "weights", *(_HEADINGS[n] for n in names)))
