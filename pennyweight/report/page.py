@@ -65,9 +65,13 @@ def render(
     return document(f"{name} – Pennyweight report", said, sheet(), *body)
 
 
+_TAUGHT_BY_NOBODY = "grpo"
+"""The method that has a verifier in place of a teacher: its student is held against its own start."""
+
+
 def headline(seen: View) -> str:
     """What was made, in one plain sentence with its numbers."""
-    student, teacher = seen.student, seen.teacher
+    student, teacher = seen.student, seen.teacher if seen.method != _TAUGHT_BY_NOBODY else None
     if student is None or not student.facts.get("params"):
         return "No student has been measured yet."
     size_words = f"A student of {parameters(student.facts['params'])} parameters"
@@ -85,8 +89,11 @@ def _achievement(seen: View, student: Model) -> str:
         return "was made, and not measured yet"
     theirs = seen.teacher.mean(metric) if seen.teacher else None
     if metric == "accuracy":
-        if not theirs:
-            return f"answers {with_unit('percent', mine)} of the held-out problems right"
+        base = seen.find("base")
+        before = base.mean(metric) if base and seen.method == _TAUGHT_BY_NOBODY else None
+        if before is not None or not theirs:
+            than = "" if before is None else f", where it was {with_unit('percent', before)} before training"
+            return f"answers {with_unit('percent', mine)} of the held-out problems right{than}"
         share = mine / theirs
         return f"{'keeps' if share <= 1 else 'reaches'} {100 * share:.0f}\u00a0% of the teacher’s accuracy"
     if metric == "kl_to_teacher":
