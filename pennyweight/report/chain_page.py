@@ -83,6 +83,20 @@ def _so_far(summary: Mapping[str, Any]) -> str:
     return f"{plural(whole, 'stage')} run" if ready == whole else f"{ready} of {plural(whole, 'stage')} run so far"
 
 
+def columns(done: Mapping[str, Stage]) -> list[tuple[str, str, str]]:
+    """What the stages are shown side by side by: (``before`` or ``metrics``, metric, heading), as far as measured. Bits
+    per byte only where some have no accuracy, as each stage has held-out texts of its own."""
+    known = [
+        ("before", "accuracy", "before, %"),
+        ("metrics", "accuracy", "accuracy, %"),
+        ("metrics", "pass_at_k", "pass@k, %"),
+        ("metrics", "accuracy_harder", "harder, %"),
+    ]
+    if not done or not all("accuracy" in s["metrics"] for s in done.values()):
+        known.append(("metrics", "bits_per_byte", "bits/byte"))
+    return [(side, m, heading) for side, m, heading in known if any(m in s.get(side, ()) for s in done.values())]
+
+
 def compared_on(done: Mapping[str, Stage], metric: str) -> str | None:
     """Whether the last stage is better than the first, worse or a draw, in a sentence; that it cannot be told where
     they were not asked the same problems; None where there are no two."""
@@ -150,32 +164,23 @@ def _picture(done: Mapping[str, Stage], metric: str) -> Html:
     return figure(f"{name} – {', '.join(listed)}", chart, " ".join(notes))
 
 
-_COLUMNS = {
-    "accuracy": "accuracy, %",
-    "pass_at_k": "pass@k, %",
-    "accuracy_harder": "harder, %",
-    "bits_per_byte": "bits per byte",
-}
-
-
 def _better(metric: str) -> str:
     return "right" if METRICS[metric].higher_is_better else "left"
 
 
 def _stages(summary: Mapping[str, Any]) -> Html:
     """Every stage in a row: linked to its own report, with what it made."""
-    found = [s for s in summary["stages"].values() if s["state"] == "finished"]
-    shown = [m for m in _COLUMNS if m != "accuracy_harder" or any(m in s["metrics"] for s in found)]
+    shown = columns(finished(summary))
     rows = []
     for name, s in summary["stages"].items():
         if s["state"] != "finished":
             rows.append([element("span", name, element("small", s["state"])), *[MISSING] * (2 + len(shown))])
             continue
         begins = element("small", f"from {', '.join(s['needs'])}") if s["needs"] else None
-        cells = (_cell(s, metric) for metric in shown)
+        cells = (_cell(s.get(side, {}), metric) for side, metric, _ in shown)
         linked = element("span", element("a", name, href=s["report"]), begins)
         rows.append([linked, s["method"], parameters(s["params"]), *cells])
-    headings = ["stage", "method", "parameters", *(_COLUMNS[m] for m in shown)]
+    headings = ["stage", "method", "parameters", *(heading for *_, heading in shown)]
     return table("Stages in their order, with 95 % intervals below each value", headings, rows)
 
 
@@ -201,8 +206,8 @@ def _costs(summary: Mapping[str, Any], done: Mapping[str, Stage]) -> Html | None
     )
 
 
-def _cell(stage: Stage, metric: str) -> Any:
-    found, unit = stage["metrics"].get(metric), METRICS[metric].unit
+def _cell(measures: Mapping[str, Any], metric: str) -> Any:
+    found, unit = measures.get(metric), METRICS[metric].unit
     if not found:
         return MISSING
     between = span(unit, found)

@@ -96,7 +96,11 @@ def _stage(root: Path, name: str, known: Mapping[str, str], read: Read) -> dict[
     student = seen.student.facts if seen.student else {}
     begun = read(folder / _BEGUN) if (folder / _BEGUN).exists() else {}
     now = made_by(root, known)
-    measured = {m: student["metrics"][m] for m in MEASURED if m in student.get("metrics", {})}
+    base = seen.find("base")
+    measured, before = (
+        {m: of["metrics"][m] for m in MEASURED if m in of.get("metrics", {})}
+        for of in (student, base.facts if base else {})
+    )
     return {
         "state": "finished",
         "needs": needs,
@@ -106,6 +110,7 @@ def _stage(root: Path, name: str, known: Mapping[str, str], read: Read) -> dict[
         "bytes": student.get("bytes"),
         "seeds": made["seeds"],
         "metrics": measured,
+        "before": before,
         "measured_on": _problems(folder, f"{seen.method}-{made['seeds'][0]}", read),
         "seconds": round(sum(s["seconds"] for s in work.values()), 3),
         "tokens_trained": sum(s["tokens"] for stage, s in work.items() if _trains(stage)),

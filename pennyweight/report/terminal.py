@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
-from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, to_be_run
+from pennyweight.report.chain_page import chain_headline, columns, compared_on, finished, leading, to_be_run
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.view import view
 from pennyweight.report.wording import MISSING, count, duration, measured, parameters, size, span
@@ -19,13 +19,6 @@ _HEADINGS = {
     "accuracy_harder": "harder, %",
     "kl_to_teacher": "teacher KL",
     "agreement": "agreement, %",
-    "bits_per_byte": "bits/byte",
-}
-
-_OF_STAGES = {
-    "accuracy": "accuracy, %",
-    "pass_at_k": "pass@k, %",
-    "accuracy_harder": "harder, %",
     "bits_per_byte": "bits/byte",
 }
 
@@ -77,14 +70,14 @@ def _print_chain(summary: dict[str, Any], console: Console) -> None:
 
 def _stages(summary: dict[str, Any], done: Mapping[str, Any]) -> Table:
     """Every stage in two lines: its values, and below them the intervals; fits 80 columns."""
-    names = [n for n in _OF_STAGES if any(n in s["metrics"] for s in done.values())]
+    shown = columns(done)
     title = f"{summary['name']}: {len(summary['stages'])} stages, 95 % intervals below each value"
-    table = _of_columns(title, ("stage", "method"), ("size", *(_OF_STAGES[n] for n in names)))
+    table = _of_columns(title, ("stage", "method"), ("size", *(heading for *_, heading in shown)))
     for name, s in summary["stages"].items():
         if s["state"] != "finished":
             table.add_row(name, s["state"])
             continue
-        rows = [(METRICS[n].unit, s["metrics"].get(n)) for n in names]
+        rows = [(METRICS[n].unit, s.get(side, {}).get(n)) for side, n, _ in shown]
         values = [measured(unit, row["mean"]) if row else MISSING for unit, row in rows]
         table.add_row(name, s["method"], parameters(s["params"]), *values)
         table.add_row("", "", "", *(span(unit, row) if row else "" for unit, row in rows))

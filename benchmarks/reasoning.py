@@ -1,0 +1,137 @@
+"""The R1 recipe, and four ways to teach one start, each over several seeds.
+
+    python -m benchmarks.reasoning [r1] [ways] [seeds=0,1,2] [out=FOLDER]
+
+``r1`` runs recipes/r1.toml: reinforcement has to lift its base by 15 points with intervals apart, and the small student
+that learns from traces has to be better than the same small model under reinforcement alone. ``ways`` runs
+recipes/four_ways.toml: fine-tuning on a teacher's verified traces, reinforcement, on-policy distillation live and
+offline, all from one start. What each cost is the time of the stages that make its student: prompts or traces,
+targets, training; not the start, the teacher and the evaluation, which are the same for all. With ``out`` the runs are
+kept there, and go on from where they stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bars import Bars, machine
+from pennyweight.api import run
+from pennyweight.evaluate.intervals import over_seeds
+from pennyweight.run_folder import read_json
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SEEDS, MINUTES = [0, 1, 2], 25
+WAYS = ("sft", "rl", "on_policy", "offline")
+POINTS = ("accuracy", "pass_at_k", "accuracy_harder", "pass_at_k_harder")
+
+Made = dict[str, dict[str, Any]]
+"""Of one seed, by stage: summary.json."""
+
+
+def made(name: str, seeds: list[int], out: Path) -> tuple[list[Made], list[float]]:
+    """Run a recipe for each seed: summaries by stage, and the seconds that all stages took."""
+    found, seconds = [], []
+    for seed in seeds:
+        folder = out / f"{name}-{seed}"
+        told = run(RECIPES / f"{name}.toml", [f"defaults.seed={seed}", f"defaults.seeds=[{seed}]"], out=folder)
+        found.append({stage: read_json(folder / stage / "summary.json") for stage in told["chain"]})
+        seconds.append(told["seconds"])
+    return found, seconds
+
+
+def arm(summary: dict[str, Any], before: bool = False) -> dict[str, Any]:
+    """The student of a stage, or what it began as."""
+    return summary["arms"]["base" if before else summary["recipe"]["method"]["kind"]]
+
+
+def points(summary: dict[str, Any], metric: str, before: bool = False) -> float:
+    return 100 * arm(summary, before)["metrics"][metric]["mean"]
+
+
+def cost(summary: dict[str, Any]) -> float:
+    """Seconds of the stages that make a stage's student."""
+    own = ("data", "targets", f"{summary['recipe']['method']['kind']}-")
+    return sum(s["seconds"] for name, s in summary["stages"].items() if name.startswith(own))
+
+
+def spread(values: list[float]) -> str:
+    """``97.4 (96.0-98.1)``: mean, least and largest."""
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+
+
+def told(found: list[Made], stages: list[tuple[str, str, bool]]) -> None:
+    """A table: of each row (label, stage, before its training) the four accuracies in points, and the seconds."""
+    print(f"{'':24} {'parameters':>10} {'pass@1':>18} {'pass@4':>18} {'harder':>18} {'pass@4':>18} {'seconds':>20}")
+    for label, stage, before in stages:
+        of = [m[stage] for m in found]
+        cells = [spread([points(s, metric, before) for s in of]) for metric in POINTS]
+        took = "" if before else spread([cost(s) for s in of])
+        print(
+            f"{label:24} {arm(of[0], before)['params']:>10,} {' '.join(f'{c:>18}' for c in cells)} {took:>20}",
+            flush=True,
+        )
+
+
+def r1(bars: Bars, seeds: list[int], out: Path) -> None:
+    found, seconds = made("r1", seeds, out)
+    after = [(stage, stage, False) for stage in found[0]]
+    told(found, [("base", "zero", True), *after[:5], ("small base", "small_zero", True), *after[5:]])
+    print(f"whole run, minutes: {spread([s / 60 for s in seconds])}")
+    lifts = [points(m["zero"], "accuracy") - points(m["zero"], "accuracy", True) for m in found]
+    apart = all(
+        arm(m["zero"])["metrics"]["accuracy"]["low"] > arm(m["zero"], True)["metrics"]["accuracy"]["high"]
+        for m in found
+    )
+    bars.check("r1.lift", min(lifts), ">=15, intervals apart", min(lifts) >= 15 and apart)
+    better = [points(m["small"], "accuracy") - points(m["small_zero"], "accuracy") for m in found]
+    print(f"distilled less reinforced, points: {', '.join(f'{b:+.1f}' for b in better)}")
+    sure = min(better) > 0 and (len(better) < 2 or over_seeds(better).low > 0)
+    bars.check("r1.distilled_over_reinforced", sum(better) / len(better), ">0, interval over seeds", sure)
+    bars.check("r1.minutes", max(seconds) / 60, f"<={MINUTES}", max(seconds) <= 60 * MINUTES)
+
+
+def ways(bars: Bars, seeds: list[int], out: Path) -> None:
+    found, _ = made("four_ways", seeds, out)
+    told(found, [("start", "sft", True), *((w, w, False) for w in WAYS)])
+    for way in WAYS:
+        work = [m[way]["stages"] for m in found]
+        trained = sum(
+            s["tokens"] for w in work for n, s in w.items() if n.startswith(("sft-", "grpo-", "on_policy-", "off"))
+        )
+        print(f"{way}: {trained / len(work):,.0f} tokens trained")
+    mean = {w: sum(points(m[w], "accuracy") for m in found) / len(found) for w in WAYS}
+    paid = {w: sum(cost(m[w]) for m in found) / len(found) for w in WAYS}
+    on_rl = [points(m["on_policy"], "accuracy") - points(m["rl"], "accuracy") for m in found]
+    print(f"on_policy less rl, points: {', '.join(f'{d:+.1f}' for d in on_rl)}")
+    bars.check("ways.on_policy_less_rl", mean["on_policy"] - mean["rl"], ">=0 points", mean["on_policy"] >= mean["rl"])
+    share = paid["on_policy"] / paid["rl"]
+    bars.check("ways.on_policy_cost_of_rl", share, "<=0.333", share <= 1 / 3)
+    less = mean["on_policy"] - mean["offline"]
+    bars.check("ways.offline_behind_live", less, "<=2 points", less <= 2)
+    share = paid["offline"] / paid["on_policy"]
+    bars.check("ways.offline_cost_of_live", share, "<=0.5", share <= 0.5)
+    for way in ("on_policy", "offline"):
+        over = [points(m[way], "accuracy") - points(m["sft"], "accuracy") for m in found]
+        print(f"{way} less sft, points: {', '.join(f'{d:+.1f}' for d in over)}")
+        bars.check(f"ways.{way}_over_sft", min(over), ">0 in each seed", min(over) > 0)
+
+
+PARTS = {"r1": r1, "ways": ways}
+
+
+def main(argv: list[str]) -> None:
+    settings = dict(a.split("=", 1) for a in argv if "=" in a)
+    seeds = [int(s) for s in settings["seeds"].split(",")] if "seeds" in settings else SEEDS
+    print(machine())
+    bars = Bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in [a for a in argv if "=" not in a] or list(PARTS):
+            PARTS[part](bars, seeds, Path(settings.get("out", scratch)))
+    bars.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
