@@ -86,7 +86,7 @@ def distillation(
     Raises:
         RecipeError: both or neither of ``student`` and ``cut``, or a setting that cannot be read.
     """
-    is_endpoint = teacher.startswith(("http://", "https://"))
+    is_endpoint = teacher.lower().startswith(("http://", "https://"))
     if teacher_model is not None and not is_endpoint:
         raise RecipeError("--teacher-model names a model of a server; give its address with --teacher, or leave it out")
     if data == "":

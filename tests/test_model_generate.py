@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import MAKERS, V, make
+from transformers import MambaConfig, MambaForCausalLM
 
 import pennyweight.model.generate as generating
-from pennyweight.errors import DataError
+from pennyweight.errors import DataError, ModelError
 from pennyweight.model.cache import AnyRows, prefilled, whole_cache
 from pennyweight.model.generate import generate, stream
 from pennyweight.model.llama import LlamaRows
+from pennyweight.model.load import open_tokenizer
 from pennyweight.model.sampling import Choice, before_stop, draws, pick, row_keys, stop_at
 
 PROMPTS = [[5, 9, 11], [7], [3, 3, 8, 20, 40, 41, 17], [100, 90]]
@@ -277,6 +279,21 @@ def test_a_stop_string_ends_a_row(tmp_path):
     cut = generate(model, PROMPTS, **settings, stops=lambda ids: ids[-1] == third)
     assert cut[1].ids == whole[1].ids[: whole[1].ids.index(third) + 1] and cut[1].stopped and cut[1].end is None
     assert all(c.stopped == (third in w.ids) for c, w in zip(cut, whole, strict=True))
+
+
+def test_a_stop_string_may_end_in_the_space_that_a_token_begins_with(stories):
+    tokenizer = open_tokenizer(str(stories))
+    ids = tokenizer("Answer: the girl ran. It was", add_special_tokens=False)["input_ids"]
+    for stop in ("Answer: ", "girl ", " ", "It ", "ran."):
+        ends = stop_at(tokenizer, [stop])
+        first = next(i for i in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:i]))
+        assert [ends(ids[:i]) for i in range(1, first + 1)] == [False] * (first - 1) + [True], stop
+
+
+def test_a_model_without_attention_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
+    with pytest.raises(ModelError, match="a MambaForCausalLM has no attention.*use a model with attention"):
+        generate(model, PROMPTS, max_tokens=6, temperature=0, eos_ids=set(), pad_id=0, seed=0)
 
 
 def test_threads_that_race_for_the_last_prompts_write_what_one_does(monkeypatch):

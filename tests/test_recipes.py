@@ -89,6 +89,7 @@ def test_distill_needs_no_recipe():
     assert recipe.student.layers == 2 and recipe.student.hidden == 64 and recipe.train.lr == 0.5
     assert recipe.data.source.kind == "teacher_samples"
     assert distillation(teacher="t", student="s", data="d.jsonl").data.source.path == "d.jsonl"
+    assert distillation(teacher="HTTP://host/v1", student="s", data="d.jsonl").teacher.kind == "endpoint"
     for both in ({}, {"student": "s", "cut": "layers=1"}):
         with pytest.raises(RecipeError, match="not both"):
             distillation(teacher="t", **both)

@@ -257,6 +257,49 @@ def test_the_key_is_told_to_nobody(tmp_path, monkeypatch, fault, caplog):
         assert KEY not in (tmp_path / "a.jsonl").read_text() + repr(asked) + repr(asked.endpoint.client) + caplog.text
 
 
+class Saying(Faulty):
+    """A server whose answers all have one body."""
+
+    def __init__(self, body: str, **settings):
+        super().__init__(**settings)
+        self.body = body.encode()
+
+    def deliver(self, to, body, fault, said):
+        self.send(to, 200, self.body)
+
+
+def says(content: str, usage: str = "null") -> str:
+    return f'{{"choices": [{{"message": {{"content": "{content}"}}, "finish_reason": "stop"}}], "usage": {usage}}}'
+
+
+@pytest.mark.parametrize("key", [KEY, "sk-very/secret/0123"])
+def test_a_key_that_comes_back_escaped_is_told_to_nobody(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("SOME_KEY", key)
+    for number, escaped in enumerate([key.replace("/", "\\/"), "".join(f"\\u{ord(c):04x}" for c in key)]):
+        with Saying(says(f"it is {escaped}"), key=key) as server:
+            asked = teacher(server.url, tmp_path / f"{number}", key_env="SOME_KEY")
+            assert asked.write(prompts(1), 0) == [("it is [key]", True)]
+            assert key not in (tmp_path / f"{number}").read_text()
+
+
+def test_odd_numbers_in_the_usage_and_half_an_emoji_lose_no_answer(tmp_path):
+    with Saying(says("so \\ud83d", '{"completion_tokens": 3, "cost": NaN, "rates": [Infinity]}')) as server:
+        asked = teacher(server.url, tmp_path / "a")
+        assert asked.write(prompts(2), 0) == [("so \ufffd", True)] * 2
+        made = len(server.seen)
+        again = teacher(server.url, tmp_path / "a")
+        assert again.write(prompts(2), 0) == [("so \ufffd", True)] * 2 and len(server.seen) == made
+        assert again.endpoint.paid.usage["completion_tokens"] == 3 * made
+
+
+def test_an_answer_that_is_too_deep_to_be_read_is_no_answer(tmp_path):
+    with (
+        Saying("[" * 100_000) as server,
+        pytest.raises(EndpointError, match="cannot be read as an OpenAI-compatible server's"),
+    ):
+        teacher(server.url, tmp_path / "a", retries=1).write(prompts(1), 0)
+
+
 def test_a_missing_or_wrong_key(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", KEY)
     with Faulty(key="another") as server:

@@ -115,6 +115,18 @@ def test_a_limit_is_found_and_said(teacher):
     assert found_by(teacher, Imitation(teacher, ("echo",)), k=5).asked == 13
 
 
+@pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
+@pytest.mark.parametrize("nothing", [lambda told: [], lambda told: [(token, None) for token, _ in told]])
+def test_a_limit_is_found_where_a_server_passes_over_what_is_beyond_it(teacher, form, nothing):
+    class Silent(Imitation):
+        def ask(self, form, prompt, k):
+            told = super().ask(form, prompt, k)
+            return told if k <= 5 else nothing(told)
+
+    with pytest.raises(EndpointError, match=r"tells of at most 5 tokens at a position.*set targets.k=5"):
+        found_by(teacher, Silent(teacher, (form,)))
+
+
 def test_what_does_not_line_up_or_is_cut_otherwise_is_refused(teacher, tmp_path):
     with pytest.raises(EndpointError, match="does not line up"):
         found_by(teacher, Imitation(teacher, ("echo",), shift=1))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pennyweight.errors import DataError
+from pennyweight.errors import DataError, ModelError
 from pennyweight.model.cache import AnyRows, NewCache, prefilled, whole_cache
 from pennyweight.model.llama import LlamaRows
 from pennyweight.model.sampling import Choice, Ends, draws, pick, row_keys
@@ -69,6 +69,7 @@ def generate(
 
     Raises:
         DataError: a prompt is empty or leaves no room in the context.
+        ModelError: the model has no attention.
     """
     if not prompts:
         return []
@@ -180,6 +181,11 @@ def _fitting(model: Any, tokens: int) -> int:
     """Rows of so many tokens, at least one, whose keys and values take no more than half of a GPU's free memory, or a
     quarter of the machine's."""
     config, device = model.config.get_text_config(), _device(model)
+    if not getattr(config, "num_attention_heads", None):
+        raise ModelError(
+            f"a {type(model).__name__} has no attention, and keeps a state in place of keys and values, which nothing "
+            "here decodes with; use a model with attention, or let a server write (teacher.kind=endpoint)"
+        )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * width * tokens * next(model.parameters()).element_size()

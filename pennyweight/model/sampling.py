@@ -104,7 +104,7 @@ def stop_at(tokenizer: Any, strings: Sequence[str]) -> Ends:
     def ends(ids: Sequence[int]) -> bool:
         token = ids[-1]
         if token not in may_complete:
-            piece = tokenizer.decode([token])
+            piece = tokenizer.decode([token, token])  # twice, since a first space may be left out of a text
             may_complete[token] = "\ufffd" in piece or bool(last & set(piece))
         if not may_complete[token]:
             return False

@@ -167,15 +167,15 @@ class Client:
             raise _Trouble(f"nothing answers there: {_clean(str(e), key) or type(e).__name__}") from None
         except httpx2.RequestError as e:
             raise _Trouble(f"the connection was cut, or its body cannot be unpacked ({type(e).__name__})") from None
-        status, text = response.status_code, _clean(response.text, key, least=_SECRET)
+        status, text = response.status_code, response.text
         if status in _AGAIN or status >= 500:
             raise _Trouble(_said(status, text, key), status, wait_of(response.headers.get("retry-after")))
         if not 200 <= status < 300:
             said = _said(status, text, key)
             raise EndpointError(self._refused(status, said, key, request), status, said)
         try:
-            return read(json.loads(text))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return read(_cleaned(json.loads(text), key))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             told = _said(status, text, key)
             raise _Trouble(f"its answers cannot be read as an OpenAI-compatible server's ({told})") from None
 
@@ -274,7 +274,7 @@ def _said(status: int, text: str, key: str) -> str:
         told = json.loads(text)
         told = told.get("error", told) if isinstance(told, dict) else told
         told = (told.get("message") or told.get("detail") or told) if isinstance(told, dict) else told
-    except ValueError:
+    except (ValueError, RecursionError):
         told = "" if "<html" in text.lower() else text
     line = _clean(" ".join(str(told).split()), key)
     return f"{status}: {line[:200]}".rstrip(": .")
@@ -291,3 +291,12 @@ def _about(request: Request) -> str:
 def _clean(text: str, key: str, least: int = 1) -> str:
     """``text`` without the key, should it have at least so many characters."""
     return text.replace(key, "[key]") if len(key) >= least else text
+
+
+def _cleaned(body: Any, key: str) -> Any:
+    """The JSON of an answer without the key, however its strings were escaped."""
+    if isinstance(body, str):
+        return _clean(body, key, least=_SECRET)
+    if isinstance(body, list):
+        return [_cleaned(x, key) for x in body]
+    return {_cleaned(k, key): _cleaned(x, key) for k, x in body.items()} if isinstance(body, dict) else body

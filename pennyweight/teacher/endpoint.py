@@ -228,7 +228,7 @@ class ServedTeacher:
             asked[p] += 1
             how = {"temperature": self.write_temperature, "top_p": self.write_top_p, "seed": (seed + number) % 2**31}
             requests.append((dialect.request(self.endpoint.model, p.messages, p.text, self.write_tokens, how), number))
-        return [(a["text"], a["ended"]) for a in self.endpoint.ask(requests, dialect.read, progress)]
+        return [(_whole(a["text"]), a["ended"]) for a in self.endpoint.ask(requests, dialect.read, progress)]
 
     def targets(self, samples: Sequence[Encoded], keep: Keep) -> list[Kept]:
         """The ``keep.k`` most probable tokens at each sample's loss positions, as the server tells them.
@@ -283,3 +283,8 @@ class ServedTeacher:
         first = self.tokenizer("a")["input_ids"][:1]
         own = ids[1:] if [self.tokenizer.bos_token_id] == first == list(ids[:1]) else ids
         return self.tokenizer.decode(list(own), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _whole(text: str) -> str:
+    """``text`` with U+FFFD for each half of a surrogate pair, at which a server cuts an emoji that it counts as two."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pennyweight.records import canonical_json
+from pennyweight.records import canonical_json, json_safe
 
 
 class Paid:
@@ -44,11 +44,11 @@ class Paid:
             return json.loads(f.read(size))["answer"]
 
     def keep(self, key: str, answer: dict[str, Any], usage: Any = None) -> None:
-        """Write an answer; it is on disk afterwards."""
+        """Write an answer; it is on disk afterwards. What a server counts may be NaN, which becomes null."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"key": key, "at": now, "usage": usage if isinstance(usage, dict) else None, "answer": answer}
         # A lone surrogate, which JSON may hold and UTF-8 not, becomes the escape that stands for it.
-        line = canonical_json(row).encode("utf-8", "backslashreplace") + b"\n"
+        line = canonical_json(json_safe(row)).encode("utf-8", "backslashreplace") + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "ab", buffering=0) as f:  # one write, so that lines of several processes stay apart
             before = b"\n" if self._torn else b""

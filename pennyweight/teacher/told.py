@@ -231,9 +231,9 @@ def _compared(line: Any, ids: list[int], names: Names, host: str, form: str) -> 
 
 def _entries(form: str, line: Line | str) -> int:
     """How many of the most probable tokens came at a position, the text's own, which comes besides, not counted."""
-    if isinstance(line, str):
-        return 0
-    counts = [len(entries) for _, entries in line if entries]
+    counts = [] if isinstance(line, str) else [len(entries) for _, entries in line if entries]
+    if not counts:
+        return 0  # it refuses, or passes over the question
     return counts[-1] if form == "echo" else min(counts)  # the token that was generated is the most probable itself
 
 
