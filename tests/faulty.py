@@ -15,7 +15,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("429", "429 until", "500", "503", "408", "cut", "slow", "garbage", "schema", "empty")
-SLOW = 0.8
+SLOW = 1.6
 """Seconds that a slow answer takes: let the client's timeout be shorter."""
 
 
