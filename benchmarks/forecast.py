@@ -100,6 +100,9 @@ def foretold(bars: Bars) -> None:
     print(f"shares of the bfloat16 peak: {shares}; a distilled token's own time: {1e6 * (fit(rows).own or 0):.0f} us")
     each = _shown("each without itself", rows, lambda row: row.run.name)
     family = _shown("each without its family", rows, lambda row: row.family)
+    plain = [p.run.flops / (0.4e12 * p.run.chip["bf16"] * 3600) / p.hours for p in rows if p.table]
+    off = 100 * median(abs(r - 1) for r in plain)
+    print(f"\na constant 40 % of the peak: median error {off:.1f} %, at worst {1 / min(plain):.1f} times too few hours")
     for name, (error, inside), binding in (("", each, True), ("family_", family, False)):
         if not binding:
             print(f"without families: median error {100 * error:.1f} %, {inside} of 17 inside (no bar)")

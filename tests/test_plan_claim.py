@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
 from pennyweight import cli
 from pennyweight.errors import RecipeError
 from pennyweight.plan.claim import check
-from pennyweight.plan.claim_file import SCOPE, claim_of, read_claim, shipped
+from pennyweight.plan.claim_file import MONEY, SCOPE, claim_of, read_claim, shipped
 from pennyweight.plan.hardware import catalogue
 from pennyweight.plan.published import published
 
@@ -239,3 +240,14 @@ def test_the_arithmetic_imports_no_torch(tmp_path, arguments):
     words = [str(tmp_path) if a == "MODEL" else a for a in arguments]
     run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.rstrip().endswith("[]"), run.stdout[-200:] + run.stderr[-300:]
+
+
+def test_what_the_manual_shows_is_understood(tmp_path):
+    manual = (Path(__file__).resolve().parents[1] / "docs" / "bill.md").read_text()
+    own, claim = (block.partition("```")[0] for block in manual.split("```toml\n")[1:])
+    (tmp_path / "own.toml").write_text(own)
+    known = catalogue(str(tmp_path / "own.toml"))
+    assert known.chip("ours")["bf16"] == 400 and known.chip("h100")["bf16"] == 750
+    (tmp_path / "claim.toml").write_text(claim)
+    assert check(read_claim(str(tmp_path / "claim.toml")), known, published())["adds_up"]
+    assert all(word in manual.replace("\n", " ") for word in (*SCOPE, *MONEY))
