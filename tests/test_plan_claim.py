@@ -251,3 +251,14 @@ def test_what_the_manual_shows_is_understood(tmp_path):
     (tmp_path / "claim.toml").write_text(claim)
     assert check(read_claim(str(tmp_path / "claim.toml")), known, published())["adds_up"]
     assert all(word in manual.replace("\n", " ") for word in (*SCOPE, *MONEY))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "on", "said"),
+    [("1B", "h20", "no price is known"), ("300T", "h100", "days"), ("1M", "h100", "seconds"), ("1B", "h100", "USD")],
+)
+def test_an_outlook_is_told_in_units_that_suit(capsys, monkeypatch, tmp_path, tokens, on, said):
+    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 512, "vocab_size": 1024}))
+    code, out, _ = ran(capsys, monkeypatch, tmp_path, "--tokens", tokens, "--on", on)
+    assert code == 0 and said in out and "published runs" in " ".join(out.split())

@@ -176,3 +176,36 @@ def test_a_measured_machine_is_taken_at_its_word():
     assert class_of(run) == "measured"
     found = forecast(run, published())
     assert found.middle == pytest.approx(flops / (0.83e12 * chip["fp32"]) / 3600)
+
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "like"),
+    [
+        ({"model_type": "olmo3", **SIZES}, "llama"),
+        ({"model_type": "glm4_moe", **SIZES, "num_experts": 4, "moe_intermediate_size": 32}, "qwen3_moe"),
+        ({"model_type": "phimoe", **SIZES, "num_local_experts": 4}, "mixtral"),
+        ({"model_type": "kimi_k2", **SIZES, "kv_lora_rank": 16, "n_routed_experts": 4}, "deepseek_v3"),
+        ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3", **SIZES}}, "qwen3"),
+    ],
+)
+def test_an_unknown_architecture_is_counted_as_a_known_one_and_said_so(folders, config, like):
+    (folders / "student" / "config.json").write_text(json.dumps(config))
+    found = planned(folders)
+    assert f"architecture {config['model_type']} is not known: counted as {like} " in found["assumed"][0]
+    assert found["total"]["flops"] > 0 and found["memory"] == []
+
+
+def test_what_no_architecture_has_is_refused(folders):
+    for text in ('{"model_type": "strange"}', '{"hidden_size": 64}', "{", "[]"):
+        (folders / "student" / "config.json").write_text(text)
+        with pytest.raises(ModelError):
+            planned(folders)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.errors import RecipeError
-from pennyweight.plan.architectures import read_shapes
+from pennyweight.plan.assumed import read_or_assume
 from pennyweight.plan.flops import Flops, Training, forward, multiplied, training
 from pennyweight.plan.forecast import CLASSES, CONVENTION, COVERS, Published, Run, class_of, energy, forecast, money
 from pennyweight.plan.hardware import Catalogue, Chip, PriceRange, own_price, price_range
@@ -51,7 +51,7 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
     """FLOPs, hours, energy and money of each part and of all, as ranges with their reasons; what fits; what is cheaper.
 
     Raises:
-        ModelError: a config.json cannot be read, or is of an architecture that is not known.
+        ModelError: a config.json cannot be read, or has not the settings of any architecture that is known.
         RecipeError: what is asked for cannot be.
     """
     if asked.precision not in TRAINABLE:
@@ -59,8 +59,8 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
     asked.chip.peak(asked.precision)
     if asked.price is not None and not 0 < asked.price < math.inf:
         raise RecipeError(f"--price {asked.price:g} is no price; give what a device costs an hour, as in --price 2.50")
-    shapes = read_shapes(asked.model)
-    teacher = read_shapes(asked.teacher) if asked.teacher else None
+    shapes, assumed = read_or_assume(asked.model)
+    teacher, of_teacher = read_or_assume(asked.teacher) if asked.teacher else (None, None)
     length = asked.length or min(shapes.context, _LENGTH)
     if length > shapes.context:
         raise RecipeError(
@@ -68,7 +68,7 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
         )
     price = _price(asked, known, today)
     parts = _parts(asked, shapes, teacher, length, asked.chip, rows, price)
-    fits = _fits(asked, length)
+    fits = [] if assumed else _fits(asked, length)
     return {
         "model": _named(asked.model),
         "teacher": _named(asked.teacher) if asked.teacher else None,
@@ -87,7 +87,8 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
         "currency": price.currency if price else None,
         "stale": price.stale if price else False,
         "memory": fits,
-        "cheaper": _cheaper(asked, shapes, teacher, length, known, rows, today) if price else [],
+        "cheaper": _cheaper(asked, shapes, teacher, length, known, rows, today) if price and fits else [],
+        "assumed": [note for note in (assumed, of_teacher) if note],
     }
 
 
@@ -169,14 +170,14 @@ def _added(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _fits(asked: Asked, length: int) -> list[dict[str, Any]]:
-    """Bytes of a device for each way to train in 16 bits and less: weights, gradients and moments are cut over all
-    devices, and each has a row at a time."""
+    """Bytes of a device for each way to train, float32 if asked for: weights, gradients and moments are cut over
+    all devices, and each has a row at a time."""
     if asked.rank or "memory" not in asked.chip.figures:
         return []
     there = 1e9 * asked.chip["memory"]
     out = []
     for way in memory(asked.model, 1, length, "cuda")["train"]:
-        if way["way"] == "float32":
+        if way["way"] == "float32" and asked.precision != "fp32":
             continue
         kept = way["weights"] + way["gradients"] + way["moments"]
         takes = (kept + max(0, way["optimizer_step"] - way["activations"] - way["logits_tile"])) / asked.devices

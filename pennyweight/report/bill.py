@@ -76,6 +76,8 @@ def print_chips(chips: Sequence[Mapping[str, Any]], stale: bool) -> None:
 def print_outlook(found: Mapping[str, Any]) -> None:
     """Hours, energy and money of each part as ranges, with their reasons; what fits, and what is cheaper."""
     _say(_lead(found))
+    for note in found["assumed"]:
+        _say(f"assumed: {note}")
     names = {"device_hours": "device-hours", "hours": f"hours on {found['devices']:,}", "kwh": "kWh"}
     if found["currency"]:
         names["money"] = found["currency"]
@@ -97,6 +99,8 @@ def print_outlook(found: Mapping[str, Any]) -> None:
         if name in p:
             _say(f"{names[name]}: {p[name]['reason']}")
     _say(f"ranges: meant to hold {100 * found['covers']:.0f} % of runs; docs/bill.md has how often they did")
+    if not found["currency"]:
+        _say("no price is known, so no money: give one with --price, or --catalogue FILE.toml")
     if found["stale"]:
         _say("the newest price is more than 90 days old: give one with --price, or --catalogue FILE.toml")
     _fits(found)
@@ -110,7 +114,7 @@ def _lead(found: Mapping[str, Any]) -> str:
     ends = total["hours"]
     what = f"{found['model']}, {parameters(found['parameters'])} parameters, trained{taught}"
     rows = f"{_tokens(found['tokens'])} tokens in rows of {found['length']:,}"
-    text = f"{what} on {rows}, takes {_span(ends)} hours on {found['devices']:,} x {found['chip']}"
+    text = f"{what} on {rows}, takes {_lasts(ends)} on {found['devices']:,} x {found['chip']}"
     if "money" in total:
         text += f" and costs {found['currency']} {_span(total['money'])}"
     return f"{text}. Counted as {found['class']}."
@@ -186,6 +190,13 @@ def _plain(value: float | None) -> str:
 
 def _span(ends: Mapping[str, float]) -> str:
     return f"{_rounded(ends['low'])}–{_rounded(ends['high'])}"
+
+
+def _lasts(hours: Mapping[str, float]) -> str:
+    """A range of time in the unit that suits its middle."""
+    units = (("days", 1 / 24, 100.0), ("hours", 1.0, 1.0), ("minutes", 60.0, 1 / 60))
+    unit, one = next(((u, one) for u, one, least in units if hours["middle"] >= least), ("seconds", 3600.0))
+    return f"{_span({end: one * hours[end] for end in ('low', 'high')})} {unit}"
 
 
 def _rounded(value: float, digits: int = 2) -> str:
