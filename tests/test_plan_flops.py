@@ -42,9 +42,9 @@ def made(name):
     return tf.AutoModelForCausalLM.from_config(config), shapes_of(config.to_dict())
 
 
-def counted(model, run):
+def counted(run):
     """FLOPs of ``run`` as torch counts them, without rotary positions, which are an outer product in transformers."""
-    with FlopCounterMode(model, display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         run()
     per = counter.get_flop_counts()
     rotary = sum(sum(ops.values()) for name, ops in per.items() if name.endswith("rotary_emb"))
@@ -59,18 +59,16 @@ def ids(rows=ROWS, length=LENGTH):
 def test_forward_and_training_are_what_torch_counts(name):
     model, shapes = made(name)
     batch = ids()
-    assert (
-        counted(model, lambda: model(batch, use_cache=False)) == ROWS * LENGTH * forward(shapes, LENGTH, "full").total
-    )
+    assert counted(lambda: model(batch, use_cache=False)) == ROWS * LENGTH * forward(shapes, LENGTH, "full").total
 
     def step():
         model(batch, use_cache=False, labels=batch).loss.backward()
 
-    assert counted(model, step) == ROWS * LENGTH * training(shapes, LENGTH, attention="full").total
+    assert counted(step) == ROWS * LENGTH * training(shapes, LENGTH, attention="full").total
     model.train()
     checkpoint_gradients(model)
     again = training(shapes, LENGTH, Training(recompute=True), "full")
-    assert counted(model, step) == ROWS * LENGTH * again.total
+    assert counted(step) == ROWS * LENGTH * again.total
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -84,7 +82,7 @@ def test_training_of_factors_is_what_torch_counts(name, recompute):
         checkpoint_gradients(model)
     batch = ids()
     expected = training(shapes, LENGTH, Training(rank=4, recompute=recompute), "full")
-    found = counted(model, lambda: model(batch, use_cache=False, labels=batch).loss.backward())
+    found = counted(lambda: model(batch, use_cache=False, labels=batch).loss.backward())
     assert found == ROWS * LENGTH * expected.total
 
 
@@ -94,9 +92,9 @@ def test_prefill_decode_and_generation_are_what_torch_counts(name):
     prompt, new = ids(1), 6
     cache = model(prompt, use_cache=True).past_key_values
     after = {cache_argument(model): cache}
-    step = counted(model, lambda: model(prompt[:, :1], **after, use_cache=True))
+    step = counted(lambda: model(prompt[:, :1], **after, use_cache=True))
     assert step == decode(shapes, LENGTH + 1, absorbed=False).total
-    found = counted(model, lambda: model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False))
+    found = counted(lambda: model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False))
     plain = forward(shapes, LENGTH, "full").times(LENGTH).attention - prefill(shapes, LENGTH).attention
     assert found == generation(shapes, LENGTH, new, absorbed=False).total + plain
 
