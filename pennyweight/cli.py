@@ -14,6 +14,7 @@ import pennyweight.processes as processes
 from pennyweight.cli_grade import grade
 from pennyweight.cli_memory import memory
 from pennyweight.cli_output import STOPPED, fail, one_sentence, tell
+from pennyweight.cli_plan import plan
 
 app = typer.Typer(
     name="pennyweight",
@@ -312,6 +313,7 @@ def targets_label(folder: Annotated[str, typer.Argument(metavar="RUN")], as_json
 
 
 app.command()(memory)
+app.command()(plan)
 app.command()(grade)
 
 

@@ -29,6 +29,10 @@ COMMANDS = {
         "plan", "seed", "device", "trust_remote_code", "as_json",
     },
     "memory": {"model", "batch", "length", "device", "out", "as_json"},
+    "plan": {
+        "model", "tokens", "on", "length", "teacher", "precision", "lora", "price", "catalogue", "chips", "claim",
+        "claims", "as_json",
+    },
     "grade": {"file", "verifier", "answer", "gold", "label", "entry", "limit", "show", "out", "as_json"},
     "convert": {"model", "to", "out", "as_json"},
     "chat": {"model", "prompt", "temperature", "max_tokens", "seed", "kv_cache", "device", "trust_remote_code"},
@@ -110,5 +114,15 @@ def test_help_imports_nothing_heavy_and_shows_examples(command):
     )
     run = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.rstrip().endswith("[]"), run.stdout[-300:] + run.stderr[-300:]
-    if command and command[0] in ("run", "distill", "evaluate", "compare", "quantize", "memory", "grade", "chat"):
+    if command and command[0] in (
+        "run",
+        "distill",
+        "evaluate",
+        "compare",
+        "quantize",
+        "memory",
+        "plan",
+        "grade",
+        "chat",
+    ):
         assert "Example" in run.stdout

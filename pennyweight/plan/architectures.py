@@ -191,6 +191,7 @@ def _decoder(c: _Given, kind: str, family: Family) -> Shapes:
         norm=family.norm,
         activation=str(c("hidden_activation", c("hidden_act", "silu"))),
         rotary=(attention.latent[2] if attention.latent else attention.key) * (2 if kind == "gemma3_text" else 1),
+        mtp=c.whole("num_nextn_predict_layers", 0, least=0),
     )
 
 

@@ -81,7 +81,7 @@ class Shapes:
         activation: name of the MLP's.
         rotary: width of rotary positions times the kinds of them; 0 where positions are learnt.
         dropout: of embeddings and of what blocks add to the residual stream.
-        experts: parameters of experts that are one tensor for all.
+        mtp: modules of multi-token prediction that its folder has besides, and that no tensor here is of.
     """
 
     architecture: str
@@ -95,6 +95,7 @@ class Shapes:
     activation: str
     rotary: int
     dropout: tuple[float, float] = (0.0, 0.0)
+    mtp: int = 0
 
     @property
     def all_tensors(self) -> list[Tensor]:
