@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.chain_file import Chain
-from pennyweight.errors import MethodError, RecipeError, RunError
+from pennyweight.errors import DataError, MethodError, RecipeError, RunError
 from pennyweight.methods import check
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
@@ -20,6 +20,7 @@ from pennyweight.report.chain_summary import made_by, note_begun, write_chain
 from pennyweight.run_folder import read_object, write_json
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.group import Group, join
+from pennyweight.verifiers import check_verifiers
 
 RunLine = Callable[[Recipe, Path], dict[str, Any]]
 
@@ -87,7 +88,8 @@ def _refuse(stage: str, recipe: Recipe) -> None:
     try:
         check(recipe.method, frozenset({recipe.targets.kind}))
         check_teacher(recipe)
-    except (MethodError, RecipeError) as e:
+        check_verifiers(recipe)
+    except (DataError, MethodError, RecipeError) as e:
         raise type(e)(f"stages.{stage}: {e}") from None
 
 

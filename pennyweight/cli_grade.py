@@ -13,7 +13,9 @@ from pennyweight.records import readable_json
 
 def grade(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One answer a line; CSV and Parquet as well.")],
-    verifier: Annotated[str, typer.Option(help="math, exact, choice, regex, code or reasoning_gym.")],
+    verifier: Annotated[
+        str, typer.Option(help="math, exact, choice, regex, code, reasoning_gym, or FILE.py:FUNCTION.")
+    ],
     answer: Annotated[str, typer.Option(help="Field with the answer to judge; a.b reaches into a record.")],
     gold: Annotated[str | None, typer.Option(help="Field with the gold answer, or a solution that ends in it.")] = None,
     label: Annotated[str | None, typer.Option(help="Field that says true or false: does the verifier agree?")] = None,

@@ -25,6 +25,7 @@ from pennyweight.errors import DataError
 from pennyweight.evaluate.intervals import wilson
 from pennyweight.records import Task, Verdict
 from pennyweight.verifiers.exact import final_answer
+from pennyweight.verifiers.own import is_own, own_verifier
 
 Judge = Callable[[str, Task], Verdict]
 Counting = Callable[[str, int, str], AbstractContextManager[Any]]
@@ -71,11 +72,13 @@ def grade(
         DataError: no such verifier (``known`` are those there are), no such file, a line that is not JSON, a field that
             is not there or holds something else than it should, nothing in the file.
     """
-    if verifier not in known:
+    if is_own(verifier):
+        own_verifier(verifier)
+    elif verifier not in known:
         raise DataError(f"no verifier is named {verifier!r}; use one of {', '.join(known)}")
     if verifier in ("code", "reasoning_gym") and not fields.entry:
         raise DataError(f"--verifier {verifier} needs --entry FIELD: {_ENTRIES[verifier]}")
-    if fields.gold is None and verifier not in ("code", "reasoning_gym"):
+    if fields.gold is None and verifier not in ("code", "reasoning_gym") and not is_own(verifier):
         raise DataError(f"--verifier {verifier} needs --gold FIELD, the field with the gold answers")
     if not Path(path).expanduser().is_file():
         raise DataError(f"there is no file {path}; check the path")
@@ -114,7 +117,7 @@ def _asked(place: str, row: Any, verifier: str, fields: Fields) -> _Asked:
     gold = (final_answer(gold) or "") if verifier in _WORKED else gold
     entry = _entry(place, row, verifier, fields.entry)
     name = str(entry.get("name", verifier))
-    task = Task(name, verifier, gold, json.dumps(entry))
+    task = Task(name, verifier, gold, json.dumps(entry, default=str))
     label = None if fields.label is None else _label(place, row, fields.label)
     return _Asked(int(place.rpartition(" ")[2]), _text(place, row, fields.answer), task, label)
 
@@ -155,7 +158,7 @@ def _label(place: str, row: dict[str, Any], name: str) -> bool:
 
 def _entry(place: str, row: dict[str, Any], verifier: str, names: Sequence[str]) -> dict[str, Any]:
     """What else the verifier wants: a record as it is, choices or tests under that name, or the named parts."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"row": row} if is_own(verifier) else {}
     for name in names:
         key, _, inside = name.rpartition("=")
         value = field_of(place, row, inside)

@@ -63,7 +63,9 @@ class FileData(Settings):
     response: str | None = Field(default=None, description="name of the response column")
     text: str | None = Field(default=None, description="name of the text column")
     answer: str | None = Field(default=None, description="name of the gold-answer column, for a verifier")
-    verifier: str | None = Field(default=None, description="row of VERIFIERS that judges responses against the answer")
+    verifier: str | None = Field(
+        default=None, description="who judges responses: a row of VERIFIERS, or FILE.py:FUNCTION"
+    )
     licence: str = "undeclared"
     limit: int | None = Field(default=None, ge=1, description="read at most this many rows")
 

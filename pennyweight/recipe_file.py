@@ -189,23 +189,6 @@ def _explain(error: ValidationError) -> str:
     return f"{name}: {message}{got}; correct that value"
 
 
-_TAGS = {
-    "folder",
-    "trained",
-    "endpoint",
-    "several",
-    "shape",
-    "cut",
-    "sft",
-    "kd",
-    "dense",
-    "sampled",
-    "files",
-    "tasks",
-    "teacher_samples",
-}
-
-
 def _plain(where: list[str]) -> list[str]:
     """A location without the union tags that pydantic puts after a tagged field."""
     tagged = {"teacher", "student", "method", "targets", "source"}
@@ -217,16 +200,15 @@ def _fields_at(where: list[str]) -> list[str]:
     """Names of the settings allowed at a location, for the suggestion."""
     models: list[Any] = [Recipe]
     for part in where:
-        found: list[Any] = []
-        for model in models:
-            if part in model.model_fields:
-                found += _models_in(model.model_fields[part].annotation)
-            elif part.isdigit() or part in _TAGS:
-                kind = model.model_fields.get("kind")
-                if part.isdigit() or (kind is not None and part == kind.default):
-                    found.append(model)
-        models = found or models
+        tagged = [m for m in models if len(models) > 1 and _tag_of(m) == part]  # before a field: a student has shapes
+        inner = [x for m in models if part in m.model_fields for x in _models_in(m.model_fields[part].annotation)]
+        models = tagged or inner or models
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _tag_of(model: Any) -> str | None:
+    """The ``kind`` of a variant of a tagged union."""
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[Any]:
@@ -235,3 +217,14 @@ def _models_in(annotation: Any) -> list[Any]:
     if get_origin(annotation) is None:
         return []
     return [m for a in get_args(annotation) for m in _models_in(a)]
+
+
+def _tags(model: Any) -> set[str]:
+    """The kinds of all variants below a model."""
+    below = [x for field in model.model_fields.values() for x in _models_in(field.annotation)]
+    own = _tag_of(model)
+    return {tag for x in below for tag in _tags(x)} | ({own} if own else set())
+
+
+_TAGS = _tags(Recipe)
+"""What pydantic puts into a location after a tagged field, and nobody has written there."""

@@ -147,8 +147,8 @@ class Reward(Settings):
     brevity: float = Field(default=0.0, ge=0, description="1 up to four fifths of max_tokens, from there down to 0")
     verifier: str | None = Field(
         default=None,
-        description="row of VERIFIERS that judges rollouts in training in place of the task's own; for cheap or "
-        "partial checks",
+        description="row of VERIFIERS, or FILE.py:FUNCTION, that judges rollouts in training in place of the task's "
+        "own; for cheap or partial checks",
     )
 
     @property

@@ -21,6 +21,7 @@ from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
+from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
 from pennyweight.model.adapters import merge
 from pennyweight.model.device import peak
@@ -36,7 +37,6 @@ from pennyweight.recipe import FileData, Recipe, TeacherSamples, TrainedTeacher
 from pennyweight.records import ROUNDED, sha256_json
 from pennyweight.report.draw import draw
 from pennyweight.report.summary import shown_samples, summarise
-from pennyweight.report.trackers import trackers
 from pennyweight.rolling import steps
 from pennyweight.run_folder import Done, Made, open_run, read_json, write_json
 from pennyweight.settings import SftMethod
@@ -46,10 +46,10 @@ from pennyweight.teacher.refusals import check_teacher
 from pennyweight.teacher.several import cut_from, identities, seed_of, who_teaches
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
-from pennyweight.train.journal import Journal
 from pennyweight.train.loop import Outcome, train
 from pennyweight.train.tripwire import UNWATCHED
-from pennyweight.verifiers import judge, judge_sample
+from pennyweight.verifiers import check_verifiers, judge, judge_sample
+from pennyweight.verifiers.own import made_with
 from pennyweight.version import __version__
 from pennyweight.watching import lookout
 
@@ -58,6 +58,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     check_teacher(recipe)
+    check_verifiers(recipe)
     bench = Bench(recipe, out)
     with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
@@ -87,25 +88,6 @@ class Finished:
     arms: dict[str, dict[int, Done]]
     student: Done
     copies: dict[str, Done]
-
-
-class Line:
-    """A run in progress: its folder and ledger, the bench its stages share, and where its measurements go."""
-
-    def __init__(self, run: Any, bench: Bench):
-        self.run, self.recipe, self.folder = run, run.recipe, run.folder
-        self.bench, self.compute = bench, bench.compute
-        settings = self.recipe.model_dump(mode="json")
-        self.trackers = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)
-        self.journal = Journal(self.folder / "metrics.jsonl", [self.trackers])
-        run.ledger.append("run", {"recipe": settings, "version": __version__})
-        run.ledger.append("environment", environment(self.compute.hardware, bench.threads))
-
-    def __enter__(self) -> Line:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.trackers.close()
 
 
 def the_teacher(line: Line) -> Done:
@@ -168,6 +150,7 @@ def the_data(line: Line, teacher: Done) -> Done:
     source = line.recipe.data.source
     given = content_hash(source.path) if isinstance(source, FileData) else None
     depends = {"data": line.recipe.hash_of("data", "seed"), "teacher": teacher.facts["identity"], "given": given}
+    depends |= made_with(source)
     depends |= {"own": [own.identity, line.recipe.method.kind]} if (own := line.bench.own_language) else {}
     return line.run.stage("data", depends, lambda work: _data(line, teacher, work))
 
@@ -240,6 +223,8 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
     if METHODS[arm].asks or METHODS[arm].signals(method):
         depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
+    if METHODS[arm].rolls:  # what it writes to, and is judged by
+        depends |= {"samples": data.outputs, **made_with(getattr(method, "reward", None))}
 
     def make(work: Path) -> Made:
         begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"

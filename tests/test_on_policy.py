@@ -27,6 +27,7 @@ from pennyweight.rolling import Asked, Written, _logprobs, groups_of, steps, ste
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
+from pennyweight.train import loop
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.watching import lookout
@@ -66,6 +67,22 @@ def test_any_split_gives_the_same_gradient(tmp_path, settings):
         again, parts = gradient(loaded, weighed(loaded, teacher, tmp_path, micro, **settings))
         assert again == pytest.approx(loss, rel=1e-4, abs=1e-6), f"seed {seed}"
         torch.testing.assert_close(parts, whole, atol=1e-5 * float(whole.norm()), rtol=0, msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("settings", [{"signal": "token"}, {"rewarded": 0.5}, {"signal": "token", "rewarded": 0.5}])
+def test_what_no_weight_depends_on_is_not_asked_of_the_head(tmp_path, settings, monkeypatch):
+    """While the weights that wrote are those that learn, the ratio is 1 whatever the log-probabilities are."""
+    seed = fresh()
+    loaded, teacher = student(seed), student(seed + 1)
+    batches = weighed(loaded, teacher, tmp_path, 5, group=2, **settings)
+    now = [replace(b, policy=replace(b.policy, old=_logprobs(LocalTeacher(loaded, FLOAT32), b))) for b in batches]
+    want, slope = gradient(loaded, now)
+    monkeypatch.setattr(loop, "label_logprobs", None)
+    with pytest.raises(TypeError):
+        gradient(loaded, now)
+    loss, mine = gradient(loaded, batches)
+    assert loss == pytest.approx(want, rel=1e-4, abs=1e-5), f"seed {seed}"
+    torch.testing.assert_close(mine, slope, atol=1e-4 * float(slope.norm()), rtol=0, msg=f"seed {seed}")
 
 
 def test_one_token_of_the_kl_has_its_gradient_in_the_mean():

@@ -9,7 +9,7 @@ import pytest
 from pennyweight import chain_file
 from pennyweight.errors import RecipeError
 from pennyweight.recipe import Recipe
-from pennyweight.recipe_file import distillation, load, shipped
+from pennyweight.recipe_file import _models_in, distillation, load, parse, shipped
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
 
@@ -67,6 +67,36 @@ def test_what_is_wrong_is_said_with_the_cure(setting, says):
         load(None, [setting])
     assert says in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def variants(model, path=()):
+    """(place of a tagged table, one of its models) for all of a model's."""
+    for name, field in model.model_fields.items():
+        below = _models_in(field.annotation)
+        for one in below:
+            if len(below) > 1:
+                yield (*path, name), one
+            yield from variants(one, (*path, name))
+
+
+KINDS = {(".".join(place), one.model_fields["kind"].default): one for place, one in variants(Recipe)}
+
+
+@pytest.mark.parametrize(("place", "kind"), KINDS)
+def test_a_message_does_not_name_the_kind_of_a_table_as_if_somebody_had_written_it(place, kind):
+    """For every kind there is, so that one more is not forgotten."""
+    where = place.replace("members", "members.one")
+    table: dict = {"kind": kind, "zzzzzz": 1}
+    for key in reversed(where.split(".")):
+        table = {key: table} | ({"kind": "several"} if key == "members" else {})
+    whole = load(None).model_dump()
+    whole |= {key: (whole[key] if key == "data" else {}) | value for key, value in table.items()}
+    with pytest.raises(RecipeError) as e:
+        parse(whole, "")
+    known = KINDS[place, kind].model_fields
+    told = [f"{where}.{field} is missing; add it" for field in known]
+    told += [f"unknown key '{where}.zzzzzz'; known here: {', '.join(sorted(known))}"]
+    assert str(e.value) in told
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -6,6 +6,7 @@ names given in the recipe come first. Every message names the place of the row a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,6 +18,7 @@ from pennyweight.data.tasks import in_style, problems
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
+from pennyweight.verifiers.own import is_own, made_with
 
 Route = Callable[[Mapping[str, Any], str], str]
 """(row, the place it stands at) -> the teacher that it is for"""
@@ -66,11 +68,7 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     Raises:
         DataError: what is declared cannot be read, or a row does not fit; the message names file and line.
     """
-    if (source.answer or source.verifier) and source.verifier not in FILE_VERIFIERS:
-        raise DataError(
-            f"data.source.verifier={source.verifier!r} cannot judge rows of a file by their answers; "
-            f"set it to {', '.join(FILE_VERIFIERS[:-1])} or {FILE_VERIFIERS[-1]}"
-        )
+    check_judge(source)
     name = source.path if not Path(source.path).expanduser().exists() else Path(source.path).expanduser().resolve().name
     form = _Form(source, name)
     samples = []
@@ -82,11 +80,22 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     return samples
 
 
+def check_judge(source: FileData) -> None:
+    """Raise DataError where the rows' answers are named, and nobody who can judge by them."""
+    name = source.verifier
+    if (source.answer or name is not None) and name not in FILE_VERIFIERS and not is_own(name or ""):
+        raise DataError(
+            f"data.source.verifier={name!r} cannot judge rows of a file by their answers; set it to "
+            f"{', '.join(FILE_VERIFIERS)}, or your own as FILE.py:FUNCTION"
+        )
+
+
 class _Form:
     """How rows of one source become samples."""
 
     def __init__(self, source: FileData, name: str):
         self.given, self.name = source, name
+        self.own = made_with(source)
 
     def samples(self, row: Any, where: str) -> list[Sample]:
         """The samples of a row: one, none for a blank text, or one for each of several responses."""
@@ -108,9 +117,10 @@ class _Form:
         if not prompt and response is None:
             return None
         task = None
-        if gold_column is not None:
-            gold = _gold(row[gold_column], where, gold_column)
-            task = Task("file", self.given.verifier or "", gold)
+        if gold_column is not None or self.own:
+            gold = "" if gold_column is None else _gold(row[gold_column], where, gold_column)
+            entry = {"row": row, **self.own} if self.own else {}
+            task = Task("file", self.given.verifier or "", gold, json.dumps(entry, sort_keys=True, default=str))
         return Sample(prompt, response, self.name, self.given.licence, task=task)
 
     def _turns(self, row: dict[str, Any], where: str, gold: str | None) -> tuple[tuple[Message, ...], str | None]:
@@ -164,7 +174,7 @@ class _Form:
         if self.given.verifier is None:
             return None
         column = _named_column(row, self.given.answer, where) or _first(row, _ANSWERS)
-        if column is None:
+        if column is None and not self.own:
             raise DataError(f"{where} has no answer for the verifier to go by; name the column with data.source.answer")
         return column
 

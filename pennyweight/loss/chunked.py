@@ -51,7 +51,8 @@ class Totals:
 
     ``cross_entropy`` and ``entropy`` (of the student) are summed over all positions, weighted or not, and are None
     unless they were asked for; ``divergence`` is None without a target, ``hidden`` where no hidden states are matched;
-    ``policy`` holds what ``PolicyTerms`` has for the log. ``count`` is the number of positions.
+    ``policy`` holds what ``PolicyTerms`` has for the log. ``count`` is the number of positions; ``weighed`` the part of
+    ``loss`` that is cross-entropy.
     """
 
     loss: Tensor
@@ -61,6 +62,7 @@ class Totals:
     entropy: float | None
     hidden: float | None = None
     policy: dict[str, float] = field(default_factory=dict)
+    weighed: float = 0.0
 
     def void(self) -> Totals:
         """The same of nothing: sums and gradient are 0."""
@@ -89,11 +91,11 @@ def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = Fals
         index = weighed.nonzero().squeeze(-1)
         hidden_ND, terms = hidden_ND[index], terms.take(index)
     size = tile or _tile_rows(hidden_ND, head)
-    sums = torch.zeros(3, dtype=_wide(hidden_ND), device=hidden_ND.device)
+    sums = torch.zeros(4, dtype=_wide(hidden_ND), device=hidden_ND.device)
     loss = _OnePass.apply(hidden_ND, head.weight, head.bias, head, terms, size, measure, sums)
-    ce, kd, entropy = sums.tolist()
-    has_kd = terms.target is not None
-    return Totals(loss, count, ce if measure else None, kd if has_kd else None, entropy if measure else None)
+    ce, kd, entropy, weighed = sums.tolist()
+    told = (ce if measure else None, kd if terms.target is not None else None, entropy if measure else None)
+    return Totals(loss, count, *told, weighed=weighed)
 
 
 @torch.no_grad()
@@ -194,7 +196,9 @@ class _Desk:
         g = None
         if self.has_ce:
             ce, entropy, g = _cross_entropy(s, x.labels[a:b], x.target is not None, self.measure)
-            loss += (ce * x.ce_weight[a:b]).sum(dtype=wide)
+            weighed = (ce * x.ce_weight[a:b]).sum(dtype=wide)
+            loss += weighed
+            self.sums[3] += weighed
             self.sums[0] += ce.sum(dtype=wide)
             self.sums[2] += entropy.sum(dtype=wide)
             g.mul_(x.ce_weight[a:b].unsqueeze(-1))
@@ -231,7 +235,9 @@ class _Desk:
         loss = torch.zeros((), dtype=wide, device=s.device)
         for i, (value, weight) in enumerate(((made.cross_entropy, text.weight), (made.divergence, kd))):
             if value is not None:
-                loss += (value * weight).sum(dtype=wide)
+                weighed = (value * weight).sum(dtype=wide)
+                loss += weighed
+                self.sums[3] += 0 if i else weighed
                 self.sums[i] += value.sum(dtype=wide)
         if made.entropy is not None:
             self.sums[2] += made.entropy.sum(dtype=wide)

@@ -3,8 +3,8 @@ as GRPO takes it (Shao et al., arXiv 2402.03300), with room above of its own (cl
 token or by sequence (GSPO, arXiv 2507.18071), and the k3 estimate of the KL to a reference.
 
 Each is a function of the log-probability of the token that was written and of nothing else, so its gradient is that of
-cross-entropy with a weight of its own: the ``pull``. Head and loss then stay the one pass of ``loss.chunked``, after a
-product of the head, without gradient, that tells the log-probabilities.
+cross-entropy with a weight of its own: the ``pull``. Head and loss then stay the one pass of ``loss.chunked``; where
+the pull depends on what the log-probabilities are now, after a product of the head, without gradient, that tells them.
 
 Letters: N positions that carry loss.
 """
@@ -48,6 +48,11 @@ class Policy:
     kl: float = 0.0
     level: Literal["token", "sequence"] = "token"
 
+    @property
+    def compares(self) -> bool:
+        """Whether the terms depend on what the tokens' log-probabilities are now."""
+        return self.old is not None or self.reference is not None
+
     def to(self, device: torch.device) -> Policy:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
@@ -64,9 +69,10 @@ class PolicyTerms:
     sums: dict[str, float]
 
 
-def policy_terms(logp: Tensor, p: Policy) -> PolicyTerms:
-    """The terms at N tokens of log-probability ``logp`` (N,) under the model as it is."""
-    gap = torch.zeros_like(logp) if p.old is None else logp - p.old
+def policy_terms(logp: Tensor | None, p: Policy) -> PolicyTerms:
+    """The terms at N tokens of log-probability ``logp`` (N,) under the model as it is; None will do where the policy
+    ``compares`` it with nothing."""
+    gap = torch.zeros_like(p.advantage) if p.old is None or logp is None else logp - p.old
     rows = int(p.row[-1]) + 1 if len(p.row) else 0
     if p.level == "sequence":
         length = torch.bincount(p.row, minlength=rows)
@@ -81,7 +87,7 @@ def policy_terms(logp: Tensor, p: Policy) -> PolicyTerms:
     value = -p.weight * torch.where(free, ratio, bounded) * p.advantage
     pull = torch.where(free, ratio * share, 0.0)
     sums = {"clipped": float((~free).sum()), "kl_old": float(k3(-gap)[0].sum())}
-    if p.reference is not None:
+    if p.reference is not None and logp is not None:
         value_kl, slope = k3(p.reference - logp)
         sums["kl_reference"] = float(value_kl.sum())
         value = value + p.kl * p.weight * value_kl

@@ -149,7 +149,10 @@ def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, mea
     labels, ce_weight = batch.loss_labels.to(device), batch.ce_weight.to(device)
     policy, logp = None, None
     if batch.policy is not None:
-        logp = label_logprobs(selected.detach(), head, labels)
+        if batch.policy.compares or bool(
+            ce_weight.any()
+        ):  # else the pull is known, and its value a sum of the one pass
+            logp = label_logprobs(selected.detach(), head, labels)
         policy = policy_terms(logp, batch.policy.to(device))
         ce_weight = ce_weight + policy.pull  # its gradient is that of cross-entropy, so weighed
     terms = Terms(
@@ -160,8 +163,9 @@ def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, mea
         target=batch.target,
     )
     totals = tiled_loss(selected, head, terms, measure=measured)
-    if policy is not None and logp is not None:
-        value = (policy.value + policy.pull * logp).sum()  # in place of the cross-entropy that carried the gradient
+    if policy is not None:  # its value in place of the cross-entropy that carried the gradient
+        carried = totals.weighed if logp is None else -(policy.pull * logp).sum()
+        value = policy.value.sum() - carried
         totals = replace(totals, loss=totals.loss + value, policy=policy.sums)
     if batch.hidden_weight is None:
         return totals

@@ -1,20 +1,24 @@
-"""Who judges a response. A new verifier is one file here and one row in ``VERIFIERS``."""
+"""Who judges a response. A new verifier is one file here and one row in ``VERIFIERS``; a user's own is a file
+that is named with its function, ``FILE.py:FUNCTION``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 
-from pennyweight.errors import DataError
+from pennyweight.data.sources import check_judge
+from pennyweight.errors import DataError, RecipeError
+from pennyweight.recipe import FileData, Recipe
 from pennyweight.records import Sample, Task, Verdict, Verifier
 from pennyweight.verifiers.choice import verify_choice
 from pennyweight.verifiers.code import verify_code
 from pennyweight.verifiers.exact import final_answer, verify_exact
 from pennyweight.verifiers.math import verify_math
+from pennyweight.verifiers.own import is_own, own_verifier
 from pennyweight.verifiers.reasoning_gym import verify_reasoning_gym
 from pennyweight.verifiers.regex import matches, verify_regex
 
-__all__ = ["VERIFIERS", "check_golds", "final_answer", "judge", "judge_sample"]
+__all__ = ["VERIFIERS", "check_golds", "check_verifiers", "final_answer", "judge", "judge_sample", "verifier_of"]
 
 VERIFIERS: dict[str, Verifier] = {
     "exact": verify_exact,
@@ -26,16 +30,46 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 
+def verifier_of(name: str) -> Verifier:
+    """The row of that name, or the function of that file.
+
+    Raises:
+        DataError: there is no such verifier.
+    """
+    if is_own(name):
+        return own_verifier(name)
+    if name not in VERIFIERS:
+        known = ", ".join(VERIFIERS)
+        raise DataError(f"no verifier is named {name!r}; use one of {known}, or your own as FILE.py:FUNCTION")
+    return VERIFIERS[name]
+
+
+def check_verifiers(recipe: Recipe) -> None:
+    """Refuse names of verifiers that there are not, before anything is written or trained.
+
+    Raises:
+        RecipeError, DataError: with those that there are.
+    """
+    source, reward = recipe.data.source, getattr(recipe.method, "reward", None)
+    named = {"method.reward.verifier": reward.verifier if reward else None}
+    if isinstance(source, FileData):
+        check_judge(source)
+        named["data.source.verifier"] = source.verifier
+    for where, name in named.items():
+        try:
+            if name is not None:
+                verifier_of(name)
+        except DataError as e:
+            raise RecipeError(f"{where}: {e}") from None
+
+
 def judge(response: str, task: Task) -> Verdict:
     """The verdict of the verifier that the task names.
 
     Raises:
         DataError: there is no such verifier. What goes wrong inside one is a Verdict.
     """
-    verifier = VERIFIERS.get(task.verifier)
-    if verifier is None:
-        raise DataError(f"no verifier is named {task.verifier!r}; use one of {', '.join(VERIFIERS)}")
-    return verifier(response, task)
+    return verifier_of(task.verifier)(response, task)
 
 
 def judge_sample(sample: Sample) -> Verdict | None:

@@ -1,0 +1,120 @@
+"""A verifier of the user's own, named by the file and the function that it is: ``longest.py:verify``.
+
+The file is run once, in this process and with all that this process may do, like any program of the user's. The
+function takes a response and its task, and gives a ``Verdict``, or True or False.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pennyweight.errors import DataError, first_line
+from pennyweight.records import Task, Verdict, Verifier
+
+SECONDS = 10
+
+
+class _TookTooLong(BaseException):
+    """No Exception, so that what a verifier catches does not hold it up."""
+
+
+def is_own(name: str) -> bool:
+    """Whether it is the name of a file and a function, and of no row of VERIFIERS."""
+    return name.partition(":")[0].endswith(".py")
+
+
+def own_verifier(name: str) -> Verifier:
+    """The function of that name, whose failures are verdicts; each file is run once, as it is when first asked for.
+
+    Raises:
+        DataError: there is no such file or function, or the file cannot be run.
+    """
+    return _opened(name, str(_file(name).resolve()))
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 of the file, which decides what its verdicts are; raises as ``own_verifier``."""
+    try:
+        return hashlib.sha256(_file(name).read_bytes()).hexdigest()
+    except OSError as e:
+        raise DataError(f"cannot read the verifier {name}: {e.strerror or e}; check its permissions") from None
+
+
+def made_with(settings: Any) -> dict[str, str]:
+    """``fingerprint`` of the user's own verifier that some settings name, as a stage depends on it; else nothing."""
+    name = getattr(settings, "verifier", None)
+    return {"verifier": fingerprint(name)} if name and is_own(name) else {}
+
+
+def _file(name: str) -> Path:
+    file = Path(name.partition(":")[0]).expanduser()
+    if not file.is_file():
+        raise DataError(f"there is no file {file} for the verifier {name!r}; give its path, as from {Path.cwd()}")
+    return file
+
+
+@lru_cache(maxsize=64)
+def _opened(name: str, file: str) -> Verifier:
+    wanted = name.partition(":")[2]
+    spec = importlib.util.spec_from_file_location(f"own_verifier_{hashlib.sha256(file.encode()).hexdigest()[:8]}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        said = first_line(e) if isinstance(e, Exception) else str(e)
+        raise DataError(f"the verifier file {file} cannot be run: {type(e).__name__}: {said}; correct it") from None
+    function = getattr(module, wanted, None) if wanted else None
+    if not callable(function):
+        there = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise DataError(
+            f"the verifier {name!r} names no function of that file; write it as FILE.py:FUNCTION with one of "
+            f"{', '.join(there) or 'those that you define in it'}"
+        )
+    return _guarded(function)
+
+
+def _guarded(function: Any) -> Verifier:
+    def verify(response: str, task: Task) -> Verdict:
+        try:
+            with _at_most(SECONDS):
+                said = function(response, task)
+        except _TookTooLong:
+            return Verdict(False, None, f"the verifier failed: it took longer than {SECONDS} seconds")
+        except (Exception, SystemExit) as e:
+            return Verdict(False, None, f"the verifier failed: {type(e).__name__}: {e}"[:300])
+        if isinstance(said, Verdict):
+            return said
+        if isinstance(said, bool):
+            return Verdict(said, None, "" if said else "turned down")
+        return Verdict(False, None, f"the verifier failed: it gave {said!r:.60}, not a Verdict, True or False")
+
+    return verify
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise ``_TookTooLong`` in what takes longer; in the main thread, which alone has signals, and in Python code."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(signum: int, frame: FrameType | None) -> None:
+        raise _TookTooLong
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should it have been caught
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
