@@ -68,6 +68,13 @@ def _drawn_once():
 
 
 @pytest.fixture
+def no_charts(monkeypatch):
+    """Pages are written without their charts, which take longer than all else where little of a run runs again."""
+    for module in ("charts", "scatter"):
+        monkeypatch.setattr(f"pennyweight.report.{module}.both", lambda *_: "")
+
+
+@pytest.fixture
 def typed(monkeypatch, capsys):
     """Run a command line in this process; gives its exit code, what it printed, and what it said beside that."""
 

@@ -1,5 +1,5 @@
-"""What test_train_parallel.py runs in two processes at once: training alone and together, and what came of it as JSON;
-and the whole line, as the folder ``whole``.
+"""What test_train_parallel.py runs in two processes at once: training alone and together, in full and by the options of
+training, and what came of it as JSON; and the whole line, as the folder ``whole``.
 
 torchrun --nproc-per-node 2 tests/several.py FOLDER
 """
@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from functools import partialmethod
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from test_train_loop import FLOAT32, model, samples, weighted
+from torch._dynamo.utils import counters
 
 import pennyweight
 from pennyweight.data.pack import Packer
 from pennyweight.errors import RecipeError, Stopped
+from pennyweight.model.adapters import merge
+from pennyweight.model.options import ready
 from pennyweight.model.projection import attach
 from pennyweight.quant.linear import compute_in
-from pennyweight.settings import Schedule, Tripwires
+from pennyweight.settings import Lora, Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE, Group, join
 from pennyweight.train.loop import train
@@ -37,6 +42,11 @@ CASES = {
     "fp8": {"precision": "fp8"},
     "bfloat16": {"weights": "bfloat16", "moments": "bfloat16"},
 }
+OPTIONS = {
+    "LoRA": {"lora": Lora(rank=4)},
+    "QLoRA, checkpointing, packed": {"lora": Lora(rank=4, base="int4"), "gradient_checkpointing": True, "pack": True},
+    "compile, packed": {"compile": True, "pack": True},
+}
 
 
 def fit(
@@ -50,13 +60,14 @@ def fit(
     tied=True,
     batch=BATCH,
     micro=2,
-    **low,
+    **more,
 ):
-    """(weights by name, log lines by step) of a training by ``group``, until it is done or stopped."""
+    """(weights by name, factors merged, and log lines by step) of a training by ``group``, until done or stopped."""
     student, teacher = model(SEED, tied), model(SEED + 1, hidden=48 if hidden else 32)
     if hidden:
         attach(student, 32, 48, SEED)
-    schedule = Schedule(steps=steps, batch=batch, lr=3e-3, checkpoint_every=4, warmup=0.1, **low)
+    schedule = Schedule(steps=steps, batch=batch, lr=3e-3, checkpoint_every=4, warmup=0.1, pack=pack, **more)
+    ready(student, schedule, SEED)
     compute_in(student, schedule.precision, schedule.weights)
     packer = Packer(samples(24, SEED), batch, micro, 1, 0, pack, 64, group.rank, group.size)
     lines, asked = [], iter(range(10**6))
@@ -74,6 +85,7 @@ def fit(
             should_stop=lambda: stop_at == next(asked) + 1 and group.first,  # the others hear of it
             group=group,
         )
+    merge(student)
     return dict(student.named_parameters()), {x["step"]: x for x in lines}
 
 
@@ -105,7 +117,8 @@ def main(folder: Path) -> None:
     resumed = fit(folder / "resumed", group)
     damaged = fit(folder / "damaged", group)
     back = fit(folder / "there and back", group)
-    try:
+    found |= by_options(folder, group)
+    try:  # the last of all, as processes that met an error do not meet again
         fit(folder / "fp8 moments", group, moments="fp8")
     except RecipeError as e:
         found["fp8 moments"] = str(e)
@@ -114,6 +127,23 @@ def main(folder: Path) -> None:
         found["damaged"] = {**apart(together, damaged), "first": min(damaged[1])}
         found["there and back"] = {**apart(together, back), "first": min(back[1])}
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def by_options(folder: Path, group: Group) -> dict:
+    """How far a training by each option is apart, done together and alone; and how many graphs were compiled for it."""
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="eager")  # needs no compiler
+    found = {}
+    for name, options in OPTIONS.items():
+        if "lora" in options and not find_spec("peft"):
+            continue
+        before = counters["stats"]["unique_graphs"]
+        together = fit(folder / name / "together", group, kind="jsd", **options)
+        graphs = counters["stats"]["unique_graphs"] - before
+        if group.first:
+            alone = fit(folder / name / "alone", ALONE, kind="jsd", **options)
+            found[name] = {**apart(alone, together), "graphs": graphs}
+            assert together[0].keys() == dict(model(0).named_parameters()).keys()
+    return found
 
 
 if __name__ == "__main__":

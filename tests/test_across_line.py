@@ -93,7 +93,7 @@ def test_it_learns_from_the_teacher_and_not_from_the_text_alone(done):
     assert sft != kd
 
 
-def test_a_finished_run_is_gone_through_and_a_lost_student_made_again_alike(done, models, tmp_path_factory):
+def test_a_finished_run_is_gone_through_and_a_lost_student_made_again_alike(done, models, no_charts):
     folder, summary = done
     student = (folder / "arms" / "kd-0" / "model.safetensors").read_bytes()
     (folder / "arms" / "kd-0" / "model.safetensors").unlink()

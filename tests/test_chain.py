@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def out(finished, tmp_path, monkeypatch) -> Path:
+def out(finished, tmp_path, monkeypatch, no_charts) -> Path:
     """A copy of the finished chain, in the working directory."""
     shutil.copytree(finished[0], tmp_path / "r1")
     monkeypatch.chdir(tmp_path)

@@ -201,7 +201,9 @@ def test_ctrl_c_is_clean(tmp_path):
     row = json.dumps({"r": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "g": "(a+)+b"})
     path.write_text(f"{row}\n" * 2000)  # hours, were it let to
     words = ["grade", str(path), "--verifier", "regex", "--answer", "r", "--gold", "g"]
-    process = subprocess.Popen([sys.executable, "-m", "pennyweight", *words], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "pennyweight", *words]
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + 20
     while children.exists() and len(children.read_text().split()) < 3 and time.monotonic() < until:

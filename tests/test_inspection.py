@@ -22,6 +22,19 @@ def run(tiny_run, tmp_path):
     return Path(shutil.copytree(tiny_run[0], tmp_path / "run"))
 
 
+SMALL = ["seeds=[0]", "quantize.formats=[]", "evaluate.samples=0", "evaluate.problems=2"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """The folder of a finished run of one seed and no copies in few bits; to be copied."""
+    out = tmp_path_factory.mktemp("small") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENNYWEIGHT_CACHE", str(out.parent / "cache"))
+        pennyweight.run(TINY, SMALL, out)
+    return out
+
+
 def test_what_is_kept_is_measured_beside_the_other_ways(run, capsys):
     found = inspect_targets(str(run), 256)
     assert set(found["students"]) == {"the untouched student", "the trained student"} and found["tokens"] >= 256
@@ -54,12 +67,11 @@ def test_what_is_kept_is_measured_beside_the_other_ways(run, capsys):
         (["targets.kind=hidden", "targets.precision=bfloat16"], "hidden states", "The last hidden states take"),
     ],
 )
-def test_what_is_measured_is_what_the_run_keeps(tmp_path, monkeypatch, settings, way, said):
-    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
-    some = ["seeds=[0]", "quantize.formats=[]", "evaluate.samples=0", "evaluate.problems=2"]
-    summary = pennyweight.run(TINY, [*some, *settings], tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    found = inspect_targets(str(tmp_path / "run"))
+def test_what_is_measured_is_what_the_run_keeps(small_run, tmp_path, no_charts, settings, way, said):
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    summary = pennyweight.run(TINY, [*SMALL, *settings], run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    found = inspect_targets(str(run))
     assert found["tokens"] == summary["targets"]["tokens"] and found["said"].startswith(said)
     for rows in found["students"].values():
         mine = next(r for r in rows if r["chosen"])
@@ -70,7 +82,7 @@ def test_what_is_measured_is_what_the_run_keeps(tmp_path, monkeypatch, settings,
             assert mine["ids_per_token"] == pytest.approx(summary["targets"]["entries_per_token"], rel=0.05)
     changed = {p.name for p, content in before.items() if p.read_bytes() != content}
     assert changed <= {"report.html"}, "looking has changed what the run wrote"
-    assert verify(str(tmp_path / "run")).ok
+    assert verify(str(run)).ok
 
 
 def test_what_was_found_of_other_settings_is_not_drawn(run):

@@ -132,7 +132,7 @@ def test_metrics_lines_are_unique_and_in_order(tiny_run):
 
 
 @pytest.fixture
-def copy(tiny_run, tmp_path):
+def copy(tiny_run, tmp_path, no_charts):
     shutil.copytree(tiny_run[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -193,7 +193,7 @@ def test_a_tampered_run_does_not_verify(copy):
     assert not found.ok and "student" in found.problem
 
 
-def test_dense_targets_store_nothing(tmp_path):
+def test_dense_targets_store_nothing(tmp_path, no_charts):
     summary = pennyweight.run(
         TINY, ["targets.kind=dense", "method.divergence=jsd", "seeds=[0]", "quantize.formats=[]"], tmp_path / "r"
     )
@@ -212,7 +212,7 @@ def test_an_evaluation_text_is_read_first_and_checked_against_the_training_data(
     assert not (tmp_path / "never").exists()
 
 
-def test_a_start_that_was_killed_or_mistyped_blocks_nobody(tmp_path):
+def test_a_start_that_was_killed_or_mistyped_blocks_nobody(tmp_path, no_charts):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / ".making-recipe.json").write_text("{")
     with pytest.raises(ModelError, match="no model folder at ./nowhere"):

@@ -1,10 +1,10 @@
-"""The options of training change nothing but time and memory: each beside the plain run, and what is refused."""
+"""The options of training change nothing but time and memory: each beside the plain run, and what is refused.
+
+That two processes train as one by them, too, is asked in test_train_parallel.py.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,8 +29,7 @@ from pennyweight.settings import Lora, Schedule, Tripwires
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import batch_loss, train
 
-HERE = Path(__file__).resolve().parent
-TINY = str(HERE / "tiny.toml")
+TINY = str(Path(__file__).resolve().with_name("tiny.toml"))
 
 
 def gradient(student, batch, compute=FLOAT32, seed=0):
@@ -277,31 +276,3 @@ def test_recipes_that_mean_nothing_are_refused_in_one_sentence(settings, said):
     with pytest.raises(RecipeError) as refused:
         load(TINY, ["train.lora.rank=4", *settings])
     assert said in str(refused.value) and "\n" not in str(refused.value)
-
-
-# Two processes
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    pytest.importorskip("peft", reason="needs peft: pip install 'pennyweight[lora]'")
-    folder = tmp_path_factory.mktemp("several")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    run = subprocess.run(
-        [*launch, str(HERE / "several_options.py"), str(folder)],
-        env={**known, "PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
-
-
-@pytest.mark.parametrize("case", ["LoRA", "QLoRA, checkpointing, packed", "compile, packed"])
-def test_two_processes_train_as_one(found, case):
-    """Down to the merged weights; and what is compiled is so in each process."""
-    assert found[case]["steps"] == 10
-    assert found[case]["losses"] < 1e-5 and found[case]["weights"] < 1e-5, found[case]
-    assert (found[case]["graphs"] > 0) == ("compile" in case)

@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 COMMAND = [sys.executable, "-m", "pennyweight.cli", "run", str(TINY)]
 
 
-def test_killed_anywhere_it_ends_in_the_same_student(tiny_run, tmp_path):
+def test_killed_anywhere_it_ends_in_the_same_student(tiny_run, tmp_path, no_charts):
     """kill -9 at random moments of the line, then to its end: same student, same targets, a ledger that verifies.
 
     Here a few kills on a warm teacher cache; `python -m benchmarks.kill` does twenty.
@@ -72,7 +72,7 @@ def test_killed_anywhere_it_ends_in_the_same_student(tiny_run, tmp_path):
     assert verify(str(out)).ok
 
 
-def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(tmp_path, capsys):
+def test_interrupted_in_any_stage_it_says_so_once_and_goes_on(tmp_path, no_charts, capsys):
     out = tmp_path / "run"
     settings = ["seeds=[0]", "train.steps=60", "quantize.formats=[]", "evaluate.problems=2", "evaluate.samples=0"]
     hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it

@@ -549,7 +549,7 @@ def test_the_targets_of_a_run_are_those_of_each_records_teacher(routed_run):
         inspect_targets(str(root / "run"))
 
 
-def test_a_finished_run_is_skipped_and_a_moved_record_is_not(routed_run, folders, tmp_path):
+def test_a_finished_run_is_skipped_and_a_moved_record_is_not(routed_run, folders, tmp_path, no_charts):
     root, made, _ = routed_run
     before = len(started(root / "run"))
     assert run_line(made, root / "run")["arms"] and len(started(root / "run")) == before
@@ -566,7 +566,7 @@ def test_a_finished_run_is_skipped_and_a_moved_record_is_not(routed_run, folders
     assert second["data"]["teachers"] == dict(zip("ab", reversed(first["data"]["teachers"].values()), strict=True))
 
 
-def test_own_samples_are_dealt_out_and_carry_the_writers_licence(tmp_path):
+def test_own_samples_are_dealt_out_and_carry_the_writers_licence(tmp_path, no_charts):
     for seed, name in enumerate("ab"):
         save_with_tokenizer(make("llama", seed), tmp_path / name, chat=False)
     tables = {"source": {"count": 40, "max_tokens": 12}, "context": 64, "eval_fraction": 0.3}

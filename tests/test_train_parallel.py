@@ -47,7 +47,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, str(HERE / "several.py"), str(folder)], env=environment(), capture_output=True, text=True, timeout=300
+        [*launch, str(HERE / "several.py"), str(folder)], env=environment(), capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return folder
@@ -71,6 +71,16 @@ def test_in_few_bits_too_as_far_as_their_rounding_lets_them(found):
     """fp8 tiles along the tokens of a micro-batch, and bfloat16 is rounded at random: neither is the same twice."""
     assert 0 < found["fp8"]["losses"] < 0.1 and 0 < found["bfloat16"]["losses"] < 0.1
     assert "train.moments=bfloat16" in found["fp8 moments"]
+
+
+@pytest.mark.parametrize("case", ["LoRA", "QLoRA, checkpointing, packed", "compile, packed"])
+def test_by_each_option_of_training_too(found, case):
+    """Down to the merged weights; and what is compiled is so in each process."""
+    if "LoRA" in case:
+        pytest.importorskip("peft", reason="needs peft: pip install 'pennyweight[lora]'")
+    assert found[case]["steps"] == 10
+    assert found[case]["losses"] < 1e-5 and found[case]["weights"] < 1e-5, found[case]
+    assert (found[case]["graphs"] > 0) == ("compile" in case)
 
 
 def test_stopped_and_resumed_by_as_many_is_never_stopped_bit_for_bit(found):
@@ -131,13 +141,13 @@ def test_stopped_by_the_user_and_robbed_of_a_worker_it_ends_in_the_same_student(
     stopped = start(out)
     at_work(stopped, out)
     stopped.send_signal(signal.SIGINT)
-    told = stopped.communicate(timeout=300)[0]
+    told = stopped.communicate(timeout=600)[0]
     assert stopped.returncode == 130 and told.count("pennyweight: stopped after step") == 1, told
     assert "Traceback" not in told
     killed = start(out)
     at_work(killed, out)
     os.kill(worker_of(killed.pid, 1), signal.SIGKILL)
-    told = killed.communicate(timeout=300)[0]
+    told = killed.communicate(timeout=600)[0]
     assert killed.returncode == 0, told
     assert "a process was lost; all have been started again" in told and "Traceback" not in told
     for name in ("targets", "arms/sft-0", "arms/kd-0", "student"):
@@ -148,7 +158,7 @@ def test_stopped_by_the_user_and_robbed_of_a_worker_it_ends_in_the_same_student(
 
 def test_an_error_in_a_stage_is_said_once_and_ends_all_with_exit_code_2(tmp_path):
     run = start(tmp_path / "run", "targets.kind=top_k", "targets.k=1000")
-    told = run.communicate(timeout=300)[0]
+    told = run.communicate(timeout=600)[0]
     said = [line for line in told.splitlines() if line.startswith("pennyweight:")]
     assert run.returncode == 2 and len(said) == 1 and "targets.k=1000" in said[0], told
     assert "Traceback" not in told and "started again" not in told

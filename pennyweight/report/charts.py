@@ -269,9 +269,9 @@ def both(name: str, description: str, height: Callable[[bool], float], draw: Cal
             # 72 dots per inch make one point, one SVG unit and one CSS pixel the same length.
             figure = Figure(figsize=(width / 72, height(narrow) / 72), dpi=72, layout="constrained")
             figure.get_layout_engine().set(w_pad=2 / 72, h_pad=4 / 72, wspace=0.05, hspace=0.09)  # type: ignore[union-attr]
-            FigureCanvasSVG(figure)
+            canvas = FigureCanvasSVG(figure)
             draw(figure, narrow)
-            out.append(_svg(figure, f"{name}-{kind}", kind, description))
+            out.append(_svg(canvas, f"{name}-{kind}", kind, description))
     return "".join(out)
 
 
@@ -310,10 +310,11 @@ def _settings(salt: str, size: int) -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure, name: str, kind: str, description: str) -> str:
+def _svg(canvas: FigureCanvasSVG, name: str, kind: str, description: str) -> str:
     """Matplotlib's SVG made fit for the inside of a page: no outside names, unique ids, colours and font by CSS."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # savefig would draw everything once more, unseen, to lay the figure out; this draw lays it out just the same.
+    canvas.print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
