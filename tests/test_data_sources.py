@@ -140,7 +140,8 @@ def test_gold_answers(file):
 
 def test_file_verifiers_are_all_but_those_that_need_an_entry():
     assert set(FILE_VERIFIERS) == set(VERIFIERS) - {"reasoning_gym", "code"}
-    with pytest.raises(DataError, match="data.source.verifier='maths'.*exact, math, choice, regex, or your own as FILE.py:FUNCTION"):
+    known = "exact, math, choice, regex, or your own as FILE.py:FUNCTION"
+    with pytest.raises(DataError, match=f"data.source.verifier='maths'.*{known}"):
         read(FileData(path="x", answer="a", verifier="maths"))
     with pytest.raises(DataError, match="data.source.verifier=None"):
         read(FileData(path="x", answer="a"))
