@@ -1,6 +1,6 @@
 """The R1 recipe, and four ways to teach one start, each over several seeds.
 
-    python -m benchmarks.reasoning [r1] [ways] [seeds=0,1,2] [out=FOLDER]
+    python -m benchmarks.reasoning [r1] [ways] [seeds=0,1,2] [out=FOLDER] [threads=1]
 
 ``r1`` runs recipes/r1.toml: reinforcement has to lift its base by 15 points with intervals apart, and the small student
 that learns from traces has to be better than the same small model under reinforcement alone. ``ways`` runs
@@ -31,12 +31,13 @@ Made = dict[str, dict[str, Any]]
 """Of one seed, by stage: summary.json."""
 
 
-def made(name: str, seeds: list[int], out: Path) -> tuple[list[Made], list[float]]:
+def made(name: str, seeds: list[int], out: Path, threads: int) -> tuple[list[Made], list[float]]:
     """Run a recipe for each seed: summaries by stage, and the seconds that all stages took."""
     found, seconds = [], []
     for seed in seeds:
         folder = out / f"{name}-{seed}"
-        told = run(RECIPES / f"{name}.toml", [f"defaults.seed={seed}", f"defaults.seeds=[{seed}]"], out=folder)
+        settings = {"seed": seed, "seeds": [seed], "compute.threads": threads}
+        told = run(RECIPES / f"{name}.toml", [f"defaults.{k}={v}" for k, v in settings.items()], out=folder)
         found.append({stage: read_json(folder / stage / "summary.json") for stage in told["chain"]})
         seconds.append(told["seconds"])
     return found, seconds
@@ -75,8 +76,8 @@ def told(found: list[Made], stages: list[tuple[str, str, bool]]) -> None:
         )
 
 
-def r1(bars: Bars, seeds: list[int], out: Path) -> None:
-    found, seconds = made("r1", seeds, out)
+def r1(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
+    found, seconds = made("r1", seeds, out, threads)
     after = [(stage, stage, False) for stage in found[0]]
     told(found, [("base", "zero", True), *after[:5], ("small base", "small_zero", True), *after[5:]])
     print(f"whole run, minutes: {spread([s / 60 for s in seconds])}")
@@ -93,8 +94,8 @@ def r1(bars: Bars, seeds: list[int], out: Path) -> None:
     bars.check("r1.minutes", max(seconds) / 60, f"<={MINUTES}", max(seconds) <= 60 * MINUTES)
 
 
-def ways(bars: Bars, seeds: list[int], out: Path) -> None:
-    found, _ = made("four_ways", seeds, out)
+def ways(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
+    found, _ = made("four_ways", seeds, out, threads)
     told(found, [("start", "sft", True), *((w, w, False) for w in WAYS)])
     for way in WAYS:
         work = [m[way]["stages"] for m in found]
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> None:
     bars = Bars()
     with tempfile.TemporaryDirectory() as scratch:
         for part in [a for a in argv if "=" not in a] or list(PARTS):
-            PARTS[part](bars, seeds, Path(settings.get("out", scratch)))
+            PARTS[part](bars, seeds, Path(settings.get("out", scratch)), int(settings.get("threads", 0)))
     bars.finish()
 
 
