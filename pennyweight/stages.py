@@ -16,6 +16,7 @@ from pennyweight.bench import Bench
 from pennyweight.data.pack import packer
 from pennyweight.data.prepare import Writer, both_sides, gather, problems_of, told
 from pennyweight.data.render import encode_all
+from pennyweight.data.sources import check_verifiers
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
@@ -48,7 +49,7 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.loop import Outcome, train
 from pennyweight.train.tripwire import UNWATCHED
-from pennyweight.verifiers import check_verifiers, judge, judge_sample
+from pennyweight.verifiers import check_golds, judge, judge_sample, verifier_of
 from pennyweight.verifiers.own import made_with
 from pennyweight.version import __version__
 from pennyweight.watching import lookout
@@ -58,7 +59,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     check_teacher(recipe)
-    check_verifiers(recipe)
+    check_verifiers(recipe, verifier_of)
     bench = Bench(recipe, out)
     with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
@@ -165,7 +166,7 @@ def _data(line: Line, teacher: Done, work: Path) -> Made:
         return Writer(*told_by, seed, counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
 
     gathered = gather(d.source, partial(writer, source=d.source), recipe.teacher)
-    sides, found = both_sides(gathered, d, writer, judge_sample, line.bench.encode)
+    sides, found = both_sides(gathered, d, writer, judge_sample, check_golds, line.bench.encode)
     for name, samples in sides.items():
         write_samples(folder / f"{name}.jsonl", samples)
         for known, taught in who_teaches(samples, teacher.facts):

@@ -19,6 +19,7 @@ from pennyweight.settings import TaskSource
 from pennyweight.teacher.answers import keep, write_answers
 from pennyweight.teacher.own_samples import own_samples
 from pennyweight.teacher.several import assigned, by_teacher, member_of, one_teacher_each, route_of
+from pennyweight.verifiers.own import is_own
 
 Progress = Callable[[int], None]
 Counting = Callable[[str, int, str], Any]
@@ -124,19 +125,43 @@ def both_sides(
     data: Data,
     writers: Writers,
     judge: Callable[[Sample], Verdict | None],
+    golds: Callable[[list[Sample]], list[tuple[Sample, str]]],
     encode: Callable[[list[Sample]], list[Encoded]],
 ) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
-    """Samples to train on (``train``) and held out (``eval``), and facts of them: split by content, answered, judged
-    where asked for, and with tokens to learn.
+    """Samples to train on (``train``) and held out (``eval``), and facts of them: of problems that can be
+    solved, split by content, answered, judged where asked for, and with tokens to learn.
+
+    Args:
+        golds: the samples whose gold answer does not pass its own verifier, each with the reason.
 
     Raises:
-        DataError: nothing is left on one side.
+        DataError: nothing is left on one side, or no gold answer passes.
     """
+    gathered, unsound = _sound(gathered, golds)
     parts = split(gathered, data.eval_fraction, data.eval_limit)
     train, held_out, rejected = prepare(parts, data.responses, writers, judge)
     train, of_train = _settled("train", train, encode)
     held_out, of_eval = _settled("eval", held_out, encode)
-    return {"train": train, "eval": held_out}, _facts(train, held_out, parts, rejected) | of_train | of_eval
+    return {"train": train, "eval": held_out}, _facts(train, held_out, parts, rejected) | unsound | of_train | of_eval
+
+
+def _sound(
+    gathered: list[Sample], golds: Callable[[list[Sample]], list[tuple[Sample, str]]]
+) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples without problems that no answer can solve, and facts: how many these were, and what the first had.
+
+    A user's own verifier may well ask for more of a response than its gold answer is, so those are left in, and said.
+    """
+    wrong = [(s, s.task, why) for s, why in golds(gathered) if s.task]
+    said = [f"{t.answer[:40]!r} by {t.verifier}: {why}" for _, t, why in wrong[:1]]
+    broken = {id(s) for s, t, _ in wrong if not is_own(t.verifier)}
+    if broken and len(broken) == sum(s.task is not None for s in gathered):
+        raise DataError(
+            f"no gold answer of the {len(broken):,} problems passes its own verifier; the first: {said[0]}; correct "
+            "the answers, or data.source.verifier"
+        )
+    left = [s for s in gathered if id(s) not in broken]
+    return left, {"unsound": len(broken), "unsure_golds": len(wrong) - len(broken), "unsound_for": said}
 
 
 def prepare(
@@ -203,5 +228,10 @@ def told(found: dict[str, Any]) -> str:
     left_out = (
         f"{found['rejected']:,} rejected" + (f" ({why})" if why else "") + (f", {others:,} left out" if others else "")
     )
+    first = f"; the first: {found['unsound_for'][0]}" if found.get("unsound_for") else ""
+    if found.get("unsound"):
+        left_out += f"; {found['unsound']:,} left out whose gold answer does not pass its own verifier{first}"
+    elif found.get("unsure_golds"):
+        left_out += f"; {found['unsure_golds']:,} gold answers do not pass your verifier as they stand{first}"
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
     return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

@@ -15,8 +15,8 @@ from typing import Any
 
 from pennyweight.data.files import rows
 from pennyweight.data.tasks import in_style, problems
-from pennyweight.errors import DataError
-from pennyweight.recipe import FileData, TaskData
+from pennyweight.errors import DataError, RecipeError
+from pennyweight.recipe import FileData, Recipe, TaskData
 from pennyweight.records import Message, Sample, Task
 from pennyweight.verifiers.own import is_own, made_with
 
@@ -88,6 +88,28 @@ def check_judge(source: FileData) -> None:
             f"data.source.verifier={name!r} cannot judge rows of a file by their answers; set it to "
             f"{', '.join(FILE_VERIFIERS)}, or your own as FILE.py:FUNCTION"
         )
+
+
+def check_verifiers(recipe: Recipe, verifier_of: Callable[[str], Any]) -> None:
+    """Refuse names of verifiers that there are not, before anything is written or trained.
+
+    Args:
+        verifier_of: name -> verifier, or DataError with those that there are.
+
+    Raises:
+        RecipeError, DataError: with those that there are.
+    """
+    source, reward = recipe.data.source, getattr(recipe.method, "reward", None)
+    named = {"method.reward.verifier": reward.verifier if reward else None}
+    if isinstance(source, FileData):
+        check_judge(source)
+        named["data.source.verifier"] = source.verifier
+    for where, name in named.items():
+        try:
+            if name is not None:
+                verifier_of(name)
+        except DataError as e:
+            raise RecipeError(f"{where}: {e}") from None
 
 
 class _Form:
