@@ -11,11 +11,12 @@ import pyarrow.parquet
 import pytest
 
 from pennyweight.data.files import documents
-from pennyweight.data.sources import FILE_VERIFIERS, read, read_tasks
+from pennyweight.data.sources import read, read_tasks
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData, TaskSource
 from pennyweight.records import Message
 from pennyweight.verifiers import VERIFIERS, judge_sample
+from pennyweight.verifiers.own import FILE_VERIFIERS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(
@@ -139,7 +140,9 @@ def test_gold_answers(file):
 
 def test_file_verifiers_are_all_but_those_that_need_an_entry():
     assert set(FILE_VERIFIERS) == set(VERIFIERS) - {"reasoning_gym", "code"}
-    with pytest.raises(DataError, match="data.source.verifier='maths'.*exact, math, choice, regex, or your own as FILE.py:FUNCTION"):
+    with pytest.raises(
+        DataError, match="data.source.verifier='maths'.*exact, math, choice, regex, or your own as FILE.py:FUNCTION"
+    ):
         read(FileData(path="x", answer="a", verifier="maths"))
     with pytest.raises(DataError, match="data.source.verifier=None"):
         read(FileData(path="x", answer="a"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from pennyweight.data.sources import check_judge
 from pennyweight.errors import DataError, RecipeError
 from pennyweight.recipe import FileData, Recipe
 from pennyweight.records import Sample, Task, Verdict, Verifier
@@ -14,7 +13,7 @@ from pennyweight.verifiers.choice import verify_choice
 from pennyweight.verifiers.code import verify_code
 from pennyweight.verifiers.exact import final_answer, verify_exact
 from pennyweight.verifiers.math import verify_math
-from pennyweight.verifiers.own import is_own, own_verifier
+from pennyweight.verifiers.own import check_judge, is_own, own_verifier
 from pennyweight.verifiers.reasoning_gym import verify_reasoning_gym
 from pennyweight.verifiers.regex import matches, verify_regex
 
@@ -53,7 +52,7 @@ def check_verifiers(recipe: Recipe) -> None:
     source, reward = recipe.data.source, getattr(recipe.method, "reward", None)
     named = {"method.reward.verifier": reward.verifier if reward else None}
     if isinstance(source, FileData):
-        check_judge(source)
+        check_judge(source.verifier, source.answer)
         named["data.source.verifier"] = source.verifier
     for where, name in named.items():
         try:
