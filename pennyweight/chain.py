@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.chain_file import Chain
-from pennyweight.data.sources import check_verifiers
 from pennyweight.errors import DataError, MethodError, RecipeError, RunError
 from pennyweight.methods import check
 from pennyweight.progress import say
@@ -21,7 +20,7 @@ from pennyweight.report.chain_summary import made_by, note_begun, write_chain
 from pennyweight.run_folder import read_object, write_json
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.group import Group, join
-from pennyweight.verifiers import verifier_of
+from pennyweight.verifiers import check_verifiers
 
 RunLine = Callable[[Recipe, Path], dict[str, Any]]
 
@@ -89,7 +88,7 @@ def _refuse(stage: str, recipe: Recipe) -> None:
     try:
         check(recipe.method, frozenset({recipe.targets.kind}))
         check_teacher(recipe)
-        check_verifiers(recipe, verifier_of)
+        check_verifiers(recipe)
     except (DataError, MethodError, RecipeError) as e:
         raise type(e)(f"stages.{stage}: {e}") from None
 

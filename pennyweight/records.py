@@ -207,6 +207,26 @@ class Artifact:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """One tuning on somebody's traces, or to somebody's distribution.
+
+    ``fingerprint`` is the teacher's; None where the traces came with the data, so that nobody knows who wrote them
+    (``name`` is then their source). ``served`` says that the teacher was behind a server, whose fingerprint is not that
+    of its weights; ``method`` and ``run`` are what it was done by.
+    """
+
+    name: str
+    fingerprint: str | None
+    method: str
+    run: str
+    served: bool = False
+
+
+Lineage = tuple[Taught, ...] | None
+"""In order; None of a model that says nothing of it, empty of one that is known to have been tuned by nobody."""
+
+
 class Verifier(Protocol):
     """Judges one response. Never raises: what goes wrong becomes a Verdict."""
 

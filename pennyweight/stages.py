@@ -16,7 +16,6 @@ from pennyweight.bench import Bench
 from pennyweight.data.pack import packer
 from pennyweight.data.prepare import Writer, both_sides, gather, problems_of, told
 from pennyweight.data.render import encode_all
-from pennyweight.data.sources import check_verifiers
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
@@ -26,7 +25,8 @@ from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
 from pennyweight.model.adapters import merge
 from pennyweight.model.device import peak
-from pennyweight.model.load import fingerprint_of, identity_of, save
+from pennyweight.model.lineage import check_start, tuned_further
+from pennyweight.model.load import fingerprint_of, identity_of, save, taught_by
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.progress import counting, say, stoppable
@@ -49,7 +49,7 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.group import ALONE
 from pennyweight.train.loop import Outcome, train
 from pennyweight.train.tripwire import UNWATCHED
-from pennyweight.verifiers import check_golds, judge, judge_sample, verifier_of
+from pennyweight.verifiers import check_golds, check_verifiers, judge, judge_sample
 from pennyweight.verifiers.own import made_with
 from pennyweight.version import __version__
 from pennyweight.watching import lookout
@@ -59,7 +59,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     check_teacher(recipe)
-    check_verifiers(recipe, verifier_of)
+    check_verifiers(recipe)
     bench = Bench(recipe, out)
     with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
         teacher = the_teacher(line)
@@ -189,14 +189,20 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     own, room = line.bench.own_language, min(line.recipe.data.context, teacher.facts["context"] or 1 << 40)
     depends = {"student": [s.model_dump(mode="json"), seed, cut_from(line.recipe)], "context": room}
     depends |= {"teacher": teacher.facts["identity"], "own": [own.identity, line.recipe.data.context] if own else []}
+    lineage = taught_by(s.path, s.trust_remote_code) if s.kind == "folder" else ()
     if s.kind == "folder":
         depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
+        depends |= {"taught_by": repr(lineage)} if lineage is not None else {}
+    unsure = check_start(lineage, teacher.facts) if line.recipe.method.kind == "offline" else None
+    depends |= {"unsure": unsure} if unsure else {}
 
     def make(work: Path) -> Made:
         student = line.bench.first_student(seed)
-        save(student, line.bench.language.tokenizer, line.folder / place, line.bench.student_dtype)
+        save(student, line.bench.language.tokenizer, line.folder / place, line.bench.student_dtype, lineage)
         check_copies(line.bench.opened, line.recipe.quantize, line.folder / place, work)
-        return Made(line.bench.opened(line.folder / place).facts(), paths=[place])
+        if unsure:
+            say(f"start: {unsure}")
+        return Made({**line.bench.opened(line.folder / place).facts(), "unsure": unsure}, paths=[place])
 
     return line.run.stage(f"start-{seed}", depends, make)
 
@@ -234,7 +240,9 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
         outcome = _fit(line, work, arm, seed, begin.model, recipe.train, next_batch, line.bench.group, watch)
         merge(begin.model)
         if line.bench.group.first:
-            save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype)
+            by = (teacher.facts, data.facts, recipe.name, recipe.teacher.kind == "endpoint")
+            lineage = tuned_further(begin.taught_by, method, *by)
+            save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype, lineage)
         facts = {"steps": outcome.steps, "tokens": outcome.tokens}
         return Made(facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
 

@@ -11,12 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from pennyweight.data.files import documents
-from pennyweight.data.sources import FILE_VERIFIERS, read, read_tasks
+from pennyweight.data.sources import read, read_tasks
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message
 from pennyweight.settings import TaskSource
 from pennyweight.verifiers import VERIFIERS, judge_sample
+from pennyweight.verifiers.own import FILE_VERIFIERS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(

@@ -113,3 +113,10 @@ def test_nothing_is_unpickled():
     for path in FILES:
         text = path.read_text()
         assert "torch.load(" not in text and "import pickle" not in text, path
+
+
+@pytest.mark.parametrize("module", ["pennyweight.data.sources", "pennyweight.verifiers.own", "pennyweight.grading"])
+def test_a_module_can_be_the_first_to_be_imported(module):
+    """Importing one runs the __init__ of its package, which must not need the module that asks."""
+    run = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -15,16 +15,13 @@ from typing import Any
 
 from pennyweight.data.files import rows
 from pennyweight.data.tasks import in_style, problems
-from pennyweight.errors import DataError, RecipeError
-from pennyweight.recipe import FileData, Recipe, TaskData
+from pennyweight.errors import DataError
+from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
-from pennyweight.verifiers.own import is_own, made_with
+from pennyweight.verifiers.own import check_judge, made_with
 
 Route = Callable[[Mapping[str, Any], str], str]
 """(row, the place it stands at) -> the teacher that it is for"""
-
-FILE_VERIFIERS = ("exact", "math", "choice", "regex")
-"""Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
 
 _MESSAGES = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "question", "instruction", "query", "problem", "Q")
@@ -68,7 +65,7 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     Raises:
         DataError: what is declared cannot be read, or a row does not fit; the message names file and line.
     """
-    check_judge(source)
+    check_judge(source.verifier, source.answer)
     name = source.path if not Path(source.path).expanduser().exists() else Path(source.path).expanduser().resolve().name
     form = _Form(source, name)
     samples = []
@@ -78,38 +75,6 @@ def read(source: FileData, route: Route | None = None) -> list[Sample]:
     if not samples:
         raise DataError(f"{name} has no rows; give a file with data in it")
     return samples
-
-
-def check_judge(source: FileData) -> None:
-    """Raise DataError where the rows' answers are named, and nobody who can judge by them."""
-    name = source.verifier
-    if (source.answer or name is not None) and name not in FILE_VERIFIERS and not is_own(name or ""):
-        raise DataError(
-            f"data.source.verifier={name!r} cannot judge rows of a file by their answers; set it to "
-            f"{', '.join(FILE_VERIFIERS)}, or your own as FILE.py:FUNCTION"
-        )
-
-
-def check_verifiers(recipe: Recipe, verifier_of: Callable[[str], Any]) -> None:
-    """Refuse names of verifiers that there are not, before anything is written or trained.
-
-    Args:
-        verifier_of: name -> verifier, or DataError with those that there are.
-
-    Raises:
-        RecipeError, DataError: with those that there are.
-    """
-    source, reward = recipe.data.source, getattr(recipe.method, "reward", None)
-    named = {"method.reward.verifier": reward.verifier if reward else None}
-    if isinstance(source, FileData):
-        check_judge(source)
-        named["data.source.verifier"] = source.verifier
-    for where, name in named.items():
-        try:
-            if name is not None:
-                verifier_of(name)
-        except DataError as e:
-            raise RecipeError(f"{where}: {e}") from None
 
 
 class _Form:

@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGr
 from pennyweight.errors import ModelError, first_line
 from pennyweight.ledger.hashing import hash_file
 from pennyweight.model.head import check_head
+from pennyweight.model.lineage import TAUGHT_BY, lineage_text, read_lineage
 from pennyweight.model.loaded import Language, Loaded
 from pennyweight.model.projection import detach
-from pennyweight.records import sha256_json
+from pennyweight.records import Lineage, sha256_json
 
 _NOT_DEFINING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _OF_CODES = (
@@ -79,7 +80,17 @@ def load(
         bytes=sum(f.stat().st_size for f in weights),
         context=_context_of(text),
         shape=shape,
+        taught_by=read_lineage(folder),
     )
+
+
+def taught_by(path: str, trust_remote_code: bool = False) -> Lineage:
+    """Whose traces a model folder says that it was tuned on, without its weights; None where it does not.
+
+    Raises:
+        ModelError: there is no such folder, or what it says is damaged.
+    """
+    return read_lineage(_folder_of(path, trust_remote_code, weights=False))
 
 
 def _context_of(config: Any) -> int:
@@ -131,10 +142,11 @@ def _identity(folder: Path, fingerprint: str) -> str:
     return sha256_json([fingerprint, [[f.name, hash_file(f)] for f in files if f.is_file()]])
 
 
-def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None, taught_by: Lineage = None) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens, tokenizer and generation settings included.
 
-    The weights are stored as ``dtype`` (default: as they are); the model itself becomes that, too.
+    The weights are stored as ``dtype`` (default: as they are); the model itself becomes that, too. ``taught_by`` is
+    whose traces it was tuned on, where that is known.
 
     It is written beside its place and moved in, so one that exists is whole.
     """
@@ -145,6 +157,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = N
     with quiet():
         (model.to(dtype) if dtype else model).save_pretrained(making)
         tokenizer.save_pretrained(making)
+    if text := lineage_text(taught_by):
+        (making / TAUGHT_BY).write_text(text, encoding="utf-8")
     for file in making.iterdir():
         file.chmod(0o644)
         with open(file, "rb") as f:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pennyweight.errors import ModelError, RecipeError
-from pennyweight.records import sha256_json
+from pennyweight.records import Lineage, sha256_json
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Loaded:
 
     ``fingerprint`` is the SHA-256 of its weights and architecture, ``identity`` that of these and its tokenizer;
     ``params`` counts tied weights once; ``bytes`` are those of its weight files; ``context`` is the longest sequence in
-    tokens; ``shape`` is a short summary of sizes; ``writes`` is False of a mixture, which is only read.
+    tokens; ``shape`` is a short summary of sizes; ``writes`` is False of a mixture, which is only read; ``taught_by``
+    says whose traces it was tuned on, where its folder does.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Loaded:
     context: int
     shape: dict[str, Any] = field(default_factory=dict)
     writes: bool = True
+    taught_by: Lineage = None
 
     @property
     def eos_ids(self) -> set[int]:

@@ -38,6 +38,7 @@ def data(view: View) -> Html | None:
                 ("Duplicates removed", count(d["duplicates"]) if "duplicates" in d else None),
                 ("Responses rejected", count(d["rejected"]) if "rejected" in d else None),
                 ("Responses written by", ", ".join(written).replace("given:", "the data itself:")),
+                ("Start", (view.summary.get("start") or {}).get("unsure")),
                 ("Teacher", teacher.get("name")),
                 *_members(teacher.get("members") or {}, view.summary),
                 ("Licence of the teacher", teacher.get("licence") if not teacher.get("members") else None),

@@ -152,6 +152,7 @@ def summarise(
             "decode_tokens_per_second": measured["decode_tokens_per_second"] if measured else None,
             "metrics": combine({0: measured}) if measured else {},
         },
+        "start": {"unsure": start.get("unsure")},
         "arms": arms,
         "gap_recovered": (
             gap_recovered(evaluations["teacher"], evaluations["sft"], evaluations[method], method) if both else {}

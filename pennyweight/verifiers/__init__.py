@@ -7,17 +7,18 @@ import json
 import re
 from collections.abc import Iterable
 
-from pennyweight.errors import DataError
+from pennyweight.errors import DataError, RecipeError
+from pennyweight.recipe import FileData, Recipe
 from pennyweight.records import Sample, Task, Verdict, Verifier
 from pennyweight.verifiers.choice import verify_choice
 from pennyweight.verifiers.code import verify_code
 from pennyweight.verifiers.exact import final_answer, verify_exact
 from pennyweight.verifiers.math import verify_math
-from pennyweight.verifiers.own import is_own, own_verifier
+from pennyweight.verifiers.own import check_judge, is_own, own_verifier
 from pennyweight.verifiers.reasoning_gym import verify_reasoning_gym
 from pennyweight.verifiers.regex import verify_regex
 
-__all__ = ["VERIFIERS", "check_golds", "final_answer", "judge", "judge_sample", "verifier_of"]
+__all__ = ["VERIFIERS", "check_golds", "check_verifiers", "final_answer", "judge", "judge_sample", "verifier_of"]
 
 VERIFIERS: dict[str, Verifier] = {
     "exact": verify_exact,
@@ -41,6 +42,25 @@ def verifier_of(name: str) -> Verifier:
         known = ", ".join(VERIFIERS)
         raise DataError(f"no verifier is named {name!r}; use one of {known}, or your own as FILE.py:FUNCTION")
     return VERIFIERS[name]
+
+
+def check_verifiers(recipe: Recipe) -> None:
+    """Refuse names of verifiers that there are not, before anything is written or trained.
+
+    Raises:
+        RecipeError, DataError: with those that there are.
+    """
+    source, reward = recipe.data.source, getattr(recipe.method, "reward", None)
+    named = {"method.reward.verifier": reward.verifier if reward else None}
+    if isinstance(source, FileData):
+        check_judge(source.verifier, source.answer)
+        named["data.source.verifier"] = source.verifier
+    for where, name in named.items():
+        try:
+            if name is not None:
+                verifier_of(name)
+        except DataError as e:
+            raise RecipeError(f"{where}: {e}") from None
 
 
 def judge(response: str, task: Task) -> Verdict:

@@ -22,6 +22,9 @@ from pennyweight.records import Task, Verdict, Verifier
 
 SECONDS = 10
 
+FILE_VERIFIERS = ("exact", "math", "choice", "regex")
+"""Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
+
 
 class _TookTooLong(BaseException):
     """No Exception, so that what a verifier catches does not hold it up."""
@@ -30,6 +33,15 @@ class _TookTooLong(BaseException):
 def is_own(name: str) -> bool:
     """Whether it is the name of a file and a function, and of no row of VERIFIERS."""
     return name.partition(":")[0].endswith(".py")
+
+
+def check_judge(verifier: str | None, answer: str | None) -> None:
+    """Raise DataError where the answers of a file's rows are named, and nobody who can judge by them."""
+    if (answer or verifier is not None) and verifier not in FILE_VERIFIERS and not is_own(verifier or ""):
+        raise DataError(
+            f"data.source.verifier={verifier!r} cannot judge rows of a file by their answers; set it to "
+            f"{', '.join(FILE_VERIFIERS)}, or your own as FILE.py:FUNCTION"
+        )
 
 
 def own_verifier(name: str) -> Verifier:
