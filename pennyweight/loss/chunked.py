@@ -8,7 +8,7 @@ each side's logits and the head's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
