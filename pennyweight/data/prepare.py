@@ -202,5 +202,11 @@ def told(found: dict[str, Any]) -> str:
     left_out = (
         f"{found['rejected']:,} rejected" + (f" ({why})" if why else "") + (f", {others:,} left out" if others else "")
     )
+    thoughts = found.get("thoughts_dropped")
+    if thoughts:
+        left_out += (
+            f"; the chat template leaves {thoughts:,} thoughts out of earlier turns, which are not learnt: give each "
+            "turn a row that ends with it"
+        )
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
     return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

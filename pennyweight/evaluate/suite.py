@@ -14,7 +14,7 @@ from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import wilson
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.loaded import Loaded, text_of
 from pennyweight.records import Encoded, Interval, Sample, Task, Verdict
 
 Judge = Callable[[str, Task], Verdict]
@@ -130,7 +130,7 @@ def _solve(
     progress(len(greedy))
     verdicts = []
     for sample, answer in zip(held_out.problems, greedy, strict=True):
-        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        text = text_of(loaded.tokenizer, answer.ids)
         assert sample.task is not None
         verdicts.append(judge(text, sample.task))
         prompt = "\n".join(m.content for m in sample.prompt)
@@ -147,7 +147,7 @@ def _solve(
         progress(len(sampled))
         for i, (sample, answer) in enumerate(zip(held_out.problems, sampled, strict=True)):
             assert sample.task is not None
-            right[i] += judge(loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True), sample.task).correct
+            right[i] += judge(text_of(loaded.tokenizer, answer.ids), sample.task).correct
     solved = wilson(sum(c > 0 for c in right), len(right))  # k is the number of samples: any right one is a pass
     found.metrics["pass_at_k"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
 
@@ -159,7 +159,7 @@ def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampl
     written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
     _timed(found, loaded, written, began)
     for (_, prompt), answer in zip(held_out.openings, written, strict=True):
-        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        text = text_of(loaded.tokenizer, answer.ids)
         found.outputs.append({"prompt": prompt, "gold": None, "text": text, "correct": None})
 
 

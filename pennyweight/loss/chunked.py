@@ -69,7 +69,7 @@ class Totals:
         zero = {
             k: None if getattr(self, k) is None else 0.0 for k in ("cross_entropy", "divergence", "entropy", "hidden")
         }
-        return Totals(self.loss * 0.0, 0, **zero, policy=dict.fromkeys(self.policy, 0.0))
+        return replace(self, loss=self.loss * 0.0, count=0, policy=dict.fromkeys(self.policy, 0.0), weighed=0.0, **zero)
 
 
 def tiled_loss(hidden_ND: Tensor, head: Head, terms: Terms, measure: bool = False, tile: int | None = None) -> Totals:
