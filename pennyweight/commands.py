@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.data.both_tokenizers import BothTokenizers
-from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids, shown
+from pennyweight.data.render import encode_all, learnt_bytes, prompt_ids
 from pennyweight.data.store import read_samples
 from pennyweight.data.tasks import problems
+from pennyweight.data.token_stream import shown
 from pennyweight.errors import DataError, RunError
 from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut, windows

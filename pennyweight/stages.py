@@ -15,7 +15,7 @@ from typing import Any
 from pennyweight.bench import Bench
 from pennyweight.data.pack import packer
 from pennyweight.data.prepare import Writer, both_sides, gather, problems_of, told
-from pennyweight.data.render import encode_all
+from pennyweight.data.render import dropped_thoughts, encode_all
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
@@ -171,6 +171,7 @@ def _data(line: Line, teacher: Done, work: Path) -> Made:
         write_samples(folder / f"{name}.jsonl", samples)
         for known, taught in who_teaches(samples, teacher.facts):
             line.run.ledger.add_records(taught, name, known["fingerprint"], known["name"])
+    found["thoughts_dropped"] = dropped_thoughts(sides["train"], line.bench.language.tokenizer)
     say(told(found))
     return Made(found | line.bench.asked(), found["train_tokens"], ["data/train.jsonl", "data/eval.jsonl"])
 

@@ -12,6 +12,7 @@ from typing import Any
 from pennyweight.atomic import write_whole
 from pennyweight.data.render import prompt_ids
 from pennyweight.evaluate.intervals import wilson
+from pennyweight.model.loaded import text_of
 from pennyweight.records import Sample
 from pennyweight.settings import RolloutTripwires
 from pennyweight.train.rollout import Judge, Roller
@@ -80,7 +81,7 @@ class Lookout(Watch):
         """Most likely answers to the held-out problems."""
         roller, tokenizer = self.roller, self.roller.loaded.tokenizer
         made = roller.write([prompt_ids(s, tokenizer) for s in self.problems], 0.0, roller.seed)
-        texts = [tokenizer.decode(list(g.ids), skip_special_tokens=True) for g in made]
+        texts = [text_of(tokenizer, g.ids) for g in made]
         right = [self._right(text, s) for text, s in zip(texts, self.problems, strict=True)]
         found = wilson(sum(right), len(right))
         bounds = {"held_out_low": round(found.low, 6), "held_out_high": round(found.high, 6)}

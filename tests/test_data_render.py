@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from pennyweight.data.render import encode, encode_all, learnt_bytes, prompt_ids, shown
+from pennyweight.data.render import encode, encode_all, learnt_bytes, prompt_ids
+from pennyweight.data.token_stream import shown
 from pennyweight.errors import DataError
 from pennyweight.evaluate.held_out import windows
 from pennyweight.records import Message, Sample

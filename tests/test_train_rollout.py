@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -81,6 +82,21 @@ def test_a_round_is_a_function_of_its_number_and_the_weights_and_is_kept(tmp_pat
     rollouts = [r for group in first.every for r in group]
     assert {r.encoded.id.partition(":")[0] for r in rollouts} == {s.id for s in told}
     assert len({r.encoded.id for r in rollouts}) == len(rollouts) and all(s.author == "student" for s in told)
+
+
+def test_a_thought_that_the_prompt_opened_is_part_of_the_response_that_is_judged(tmp_path):
+    loaded = student(1)
+    own = copy.deepcopy(loaded.tokenizer)
+    own.chat_template = own.chat_template + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    seen: list[str] = []
+    looks = lambda text, task: (seen.append(text), judge(text, task))[1]  # noqa: E731
+    told: list[Sample] = []
+    made = replace(roller(tmp_path, replace(loaded, tokenizer=own), told), judge=looks)(0, True)
+    assert seen and all(text.startswith("<think>") and text.count("<think>") == 1 for text in seen)
+    for r in (r for group in made.every for r in group):
+        own_ids = r.encoded.ids[-len(r.logprobs) :]
+        assert r.text.removeprefix("<think>") == own.decode(own_ids, skip_special_tokens=True)
+    assert {s.response for s in told} == set(seen)
 
 
 def test_log_probabilities_are_the_models_own(tmp_path):

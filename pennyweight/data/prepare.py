@@ -233,5 +233,11 @@ def told(found: dict[str, Any]) -> str:
         left_out += f"; {found['unsound']:,} left out whose gold answer does not pass its own verifier{first}"
     elif found.get("unsure_golds"):
         left_out += f"; {found['unsure_golds']:,} gold answers do not pass your verifier as they stand{first}"
+    thoughts = found.get("thoughts_dropped")
+    if thoughts:
+        left_out += (
+            f"; the chat template leaves {thoughts:,} thoughts out of earlier turns, which are not learnt: give each "
+            "turn a row that ends with it"
+        )
     overlap = "train/eval overlap: {normalised} whole, {ngram} by 13-gram".format(**found["overlap"])
     return f"data: {found['train']:,} to train on, {found['evaluation']:,} held out; {left_out}; {overlap}"

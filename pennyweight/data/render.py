@@ -4,7 +4,8 @@ Forms:
     chat template, and a prompt: the template's rendering. Every assistant turn is learnt with its end-of-turn token,
         unless the template rewrites earlier turns when the conversation goes on (strips their reasoning, say); of
         such turns only what the template leaves as it was generated is learnt, and always the last turn. A response
-        that the template would not render verbatim stands as it was written, since that is what is generated.
+        that the template would change (but for space around a thought and an answer) stands as it was written, since
+        that is what is generated; a thought that the template opens in front of it is not opened twice.
     no chat template, and a prompt: the contents of the turns, each ending in a newline, then the response, then the
         end-of-text token. The response alone is learnt. A beginning-of-text token only if the tokenizer adds one.
     plain text: beginning-of-text token (else, for base models without one, the end-of-text token, which stands
@@ -19,9 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
+from pennyweight.data.thought import CLOSE, OPEN, continued, opened_by, parted, same
 from pennyweight.errors import DataError, ModelError
 from pennyweight.model.spelling import is_byte_level, spelt
 from pennyweight.records import Encoded, Message, Prompt, Sample
@@ -142,24 +143,6 @@ def learnt_bytes(encoded: Sequence[Encoded], tokenizer: Any) -> list[int]:
     return out
 
 
-def shown(encoded: Encoded, tokenizer: Any) -> str:
-    """The exact token stream for people, then a table of it.
-
-    In the stream, tokens are parted by ``│`` and learnt ones stand in ``[[ ]]``; tokens that only together spell a
-    character stand together. Each row of the table is position, id, token, and ``learnt`` where it is.
-    """
-    learnt = dict.fromkeys(range(len(encoded.ids)), False) | {t + 1: True for t in encoded.loss_positions}
-    texts = [_piece(tokenizer, i) for i in encoded.ids]
-    runs = [(yes, [encoded.ids[t] for t in run]) for yes, run in groupby(learnt, key=lambda t: learnt[t])]
-    cells = [(yes, "│".join(_cells(tokenizer, ids))) for yes, ids in runs]
-    stream = "│".join(f"[[{text}]]" if yes else text for yes, text in cells)
-    width = max([5, *(len(repr(t)) for t in texts)])
-    table = [f"{'pos':>6} {'id':>7} {'token':<{width}} learnt"]
-    for t, (number, text) in enumerate(zip(encoded.ids, texts, strict=True)):
-        table.append(f"{t:>6} {number:>7} {text!r:<{width}} {'learnt' if learnt[t] else ''}".rstrip())
-    return f"{stream}\n\n" + "\n".join(table)
-
-
 def _begins(sample: Sample) -> str:
     """A sample by its first words, which can be looked for in a file."""
     text = " ".join((sample.prompt[-1].content if sample.prompt else sample.response or "").split())
@@ -217,8 +200,9 @@ def _last_turn(sample: Sample, response: str, prompt: str, tokenizer: Any) -> tu
     whole = _rendered(tokenizer, (*sample.prompt, Message("assistant", response)), False)
     tail = _tail(sample.prompt, tokenizer)
     body = whole[len(prompt) : len(whole) - len(tail)]
-    if not (whole.startswith(prompt) and whole.endswith(tail) and response.strip() in body):
-        body = response
+    opening = opened_by(prompt)
+    if not (whole.startswith(prompt) and whole.endswith(tail) and same(opening + body, response)):
+        body = continued(response, opening, sample.complete)
     end = _end_of_turn(tail, tokenizer)
     return body + (end if sample.complete else ""), bool(end)
 
@@ -258,13 +242,17 @@ def _end_of_turn(tail: str, tokenizer: Any) -> str:
 def _rendered(tokenizer: Any, messages: Sequence[Message], to_answer: bool) -> str:
     """The chat template's text; ``to_answer`` opens the assistant's turn."""
     for message in messages:
-        found = _control(tokenizer, len(tokenizer)).search(message.content)
+        text = message.content
+        if message.role == "assistant":  # who may think, also where the marks of it are control tokens
+            text = text.replace(OPEN, "").replace(CLOSE, "")
+        found = _control(tokenizer, len(tokenizer)).search(text)
         if found:
             raise DataError(
                 f"the {message.role} turn holds the control token {found[0]!r}, which would break the conversation "
                 "apart; remove it from the row"
             )
-    turns = [{"role": m.role, "content": m.content} for m in messages]
+    apart = "reasoning_content" in str(tokenizer.chat_template)
+    turns = [_turn(m, apart and m.role == "assistant") for m in messages]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=to_answer)
     except Exception as e:
@@ -272,6 +260,29 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], to_answer: bool) -> s
         raise DataError(
             f"the model's chat template refuses a conversation of {roles} ({e}); change its roles or their order"
         ) from None
+
+
+def _turn(message: Message, apart: bool) -> dict[str, str]:
+    """A turn as templates take it; its thought ``apart`` for those that know where to put one."""
+    found = parted(message.content) if apart else None
+    if found is None:
+        return {"role": message.role, "content": message.content}
+    return {"role": message.role, "reasoning_content": found[0], "content": found[1]}
+
+
+def opening(messages: Sequence[Message], tokenizer: Any) -> str:
+    """The opening of a thought that the chat template puts at the end of a prompt; mostly nothing."""
+    return opened_by(_rendered(tokenizer, messages, True)) if messages and tokenizer.chat_template else ""
+
+
+def dropped_thoughts(samples: Sequence[Sample], tokenizer: Any) -> int:
+    """Earlier assistant turns whose thought the chat template leaves out, so that nothing of them is learnt."""
+    count = 0
+    for s in samples if tokenizer.chat_template else ():
+        thoughts = [found[0] for m in s.prompt if m.role == "assistant" and (found := parted(m.content)) and found[0]]
+        text = _rendered(tokenizer, s.prompt, True) if thoughts else ""
+        count += sum(thought not in text for thought in thoughts)
+    return count
 
 
 def _ids(tokenizer: Any, text: str, literal: bool = False) -> list[int]:
@@ -302,30 +313,6 @@ def _opening(tokenizer: Any) -> list[int]:
     if bos is not None:
         return [bos]
     return [eos] if eos is not None and not tokenizer.chat_template else []
-
-
-def _cells(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Token texts, with the tokens of a character that is spread over several taken together."""
-    cells: list[str] = []
-    parts: list[int] = []
-    for number in ids:
-        text = _piece(tokenizer, number)
-        if not parts and text != tokenizer.convert_ids_to_tokens(number):
-            cells.append(text)
-            continue
-        parts.append(number)
-        text = text if parts == [number] else tokenizer.decode(parts)
-        if "\ufffd" not in tokenizer.decode(parts):
-            cells.append(text)
-            parts = []
-    return cells + [_piece(tokenizer, p) for p in parts]
-
-
-def _piece(tokenizer: Any, number: int) -> str:
-    """A token's text; of a token that is part of a character, its name in the vocabulary."""
-    name = tokenizer.convert_ids_to_tokens(number)
-    text = tokenizer.decode([number]) if is_byte_level(tokenizer) else name.replace("▁", " ")
-    return name if "\ufffd" in text else text
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pennyweight.data.files import rows
 from pennyweight.data.tasks import in_style, problems
+from pennyweight.data.thought import CLOSE, joined
 from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
@@ -155,7 +156,7 @@ class _Form:
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
             value = _message(value[0], where, column).content
         text = _text(value, where, column)
-        return text if text.strip() else None
+        return _with_thought(text, row, where, column) if text.strip() else None
 
     def _gold_column(self, row: dict[str, Any], where: str) -> str | None:
         if self.given.verifier is None:
@@ -255,4 +256,13 @@ def _message(value: Any, where: str, column: str) -> Message:
         content = "".join(_text(p.get("text"), where, column) for p in content)
     if content is None and value.get("tool_calls"):
         raise DataError(f"{where}: {column} calls a tool and says nothing, which cannot be learnt yet; drop the row")
-    return Message(_ROLES[role], _text(content, where, f"{column} content"))
+    text = _text(content, where, f"{column} content")
+    return Message(_ROLES[role], _with_thought(text, value, where, column) if _ROLES[role] == "assistant" else text)
+
+
+def _with_thought(text: str, of: Mapping[str, Any], where: str, column: str) -> str:
+    """A response with the thought that stands beside it, where one does and is not in it already."""
+    thought = of.get("reasoning_content")
+    if thought is None or CLOSE in text or not _text(thought, where, f"{column} reasoning_content").strip():
+        return text
+    return joined(thought, text)

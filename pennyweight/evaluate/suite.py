@@ -14,7 +14,7 @@ from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import wilson
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.loaded import Loaded, text_of
 from pennyweight.records import Encoded, Interval, Sample, Task, Verdict
 
 Judge = Callable[[str, Task], Verdict]
@@ -132,10 +132,10 @@ def _solve(
     greedy = ask(0.0, sampling.seed)
     found.tokens += _timed(found, loaded, greedy, began)
     progress(len(greedy))
-    outputs, text_of = [], partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    outputs: list[dict[str, Any]] = []
     for sample, answer in zip(problems, greedy, strict=True):
         assert sample.task is not None
-        text, prompt = text_of(list(answer.ids)), "\n".join(m.content for m in sample.prompt)
+        text, prompt = text_of(loaded.tokenizer, answer.ids), "\n".join(m.content for m in sample.prompt)
         correct = judge(text, sample.task).correct
         outputs.append({"prompt": prompt, "gold": sample.task.answer, "text": text, "correct": correct})
     found.metrics[f"accuracy{which}"] = wilson(sum(o["correct"] for o in outputs), len(outputs))
@@ -148,7 +148,7 @@ def _solve(
         progress(len(sampled))
         for i, (sample, answer) in enumerate(zip(problems, sampled, strict=True)):
             assert sample.task is not None
-            right[i] += judge(text_of(list(answer.ids)), sample.task).correct
+            right[i] += judge(text_of(loaded.tokenizer, answer.ids), sample.task).correct
     solved = wilson(sum(c > 0 for c in right), len(right))  # k is the number of samples: any right one is a pass
     found.metrics[f"pass_at_k{which}"] = replace(solved, how=f"k={sampling.samples}, {solved.how}")
     return outputs
@@ -161,7 +161,7 @@ def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampl
     written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
     _timed(found, loaded, written, began)
     for (_, prompt), answer in zip(held_out.openings, written, strict=True):
-        text = loaded.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        text = text_of(loaded.tokenizer, answer.ids)
         found.outputs.append({"prompt": prompt, "gold": None, "text": text, "correct": None})
 
 

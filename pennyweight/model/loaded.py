@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,15 @@ class Loaded:
             "context": self.context,
             "shape": self.shape,
         }
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What tokens spell, control tokens left out, but for the marks of a thought where they are some."""
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    if not {"<think>", "</think>"} & set(special.values()):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+    shown = [i for i in ids if special.get(i) in (None, "<think>", "</think>")]
+    return tokenizer.decode(shown, skip_special_tokens=False)
 
 
 def refuse_low_bit(model: Any) -> None:

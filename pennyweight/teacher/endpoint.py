@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pennyweight.data.thought import OPEN, joined
 from pennyweight.errors import EndpointError
 from pennyweight.progress import say, stoppable
 from pennyweight.recipe import EndpointTeacher
@@ -56,9 +57,12 @@ class Dialect:
     def read(self, body: Any) -> dict[str, Any]:
         """``text`` and ``ended``, whether it ended by itself."""
         choice = body["choices"][0]
-        text = choice["message"].get("content") if self.api == "chat" else choice["text"]
+        said = choice["message"] if self.api == "chat" else {"content": choice["text"]}
+        text, thought = said.get("content"), said.get("reasoning_content") or said.get("reasoning")
         if not isinstance(text, str | None):  # None: it calls a tool, say, and that is paid for, too
             raise ValueError("no text")
+        if isinstance(thought, str) and OPEN not in (text or ""):  # which the server has taken out of the text
+            text = joined(thought, text)
         return {"text": text or "", "ended": choice.get("finish_reason") == "stop"}
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pennyweight.data.pack import Batch, collate
+from pennyweight.data.render import opening
 from pennyweight.errors import ModelError
 from pennyweight.loss.signals import Dense
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import generate
 from pennyweight.model.head import Head, forward_hidden, head_of
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.loaded import Loaded, text_of
 from pennyweight.records import Encoded, Prompt
 from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, top, uniforms
 
@@ -92,7 +93,8 @@ class LocalTeacher:
             context=self.context or self.loaded.context,
             progress=progress,
         )
-        return [(tokenizer.decode(list(g.ids), skip_special_tokens=True), g.end in ends) for g in written]
+        begun = [opening(p.messages, tokenizer) for p in prompts]
+        return [(o + text_of(tokenizer, g.ids), g.end in ends) for o, g in zip(begun, written, strict=True)]
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:

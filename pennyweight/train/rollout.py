@@ -16,10 +16,10 @@ from typing import Any
 
 from pennyweight.atomic import write_whole
 from pennyweight.data.pack import Batch, collate, order
-from pennyweight.data.render import prompt_ids
+from pennyweight.data.render import opening, prompt_ids
 from pennyweight.errors import DataError
 from pennyweight.model.generate import Generated, generate
-from pennyweight.model.loaded import Loaded
+from pennyweight.model.loaded import Loaded, text_of
 from pennyweight.records import Encoded, Sample, Task, Verdict
 from pennyweight.settings import GrpoMethod, OfflineMethod, OnPolicyMethod
 from pennyweight.verifiers.reward import rewards
@@ -240,18 +240,19 @@ class Roller:
         groups, written = [], []
         for i, (sample, ids) in enumerate(zip(asked, prompts, strict=True)):
             name = f"{number}.{before + i}"
-            own = made[i * m.group : (i + 1) * m.group]
-            groups.append([self._rollout(sample, ids, g, f"{name}.{n}") for n, g in enumerate(own)])
+            own, begun = made[i * m.group : (i + 1) * m.group], opening(sample.prompt, self.loaded.tokenizer)
+            groups.append([self._rollout(sample, ids, begun, g, f"{name}.{n}") for n, g in enumerate(own)])
             written += [sample.answered(r.text, AUTHOR, not r.cut_off) for r in groups[-1]]
         self.record(written)
         return groups
 
-    def _rollout(self, sample: Sample, prompt: list[int], g: Generated, name: str) -> Rollout:
+    def _rollout(self, sample: Sample, prompt: list[int], begun: str, g: Generated, name: str) -> Rollout:
+        """``begun``: what of the response the prompt has already."""
         m, task = self.method, sample.task
         ids, logprobs = list(g.ids), list(g.logprobs)
         if g.end is not None and g.end_logprob is not None:
             ids, logprobs = [*ids, g.end], [*logprobs, g.end_logprob]
-        text = self.loaded.tokenizer.decode(list(g.ids), skip_special_tokens=True)
+        text = begun + text_of(self.loaded.tokenizer, g.ids)
         verdict = self.judge(text, task) if task else Verdict(False, None, "there is nothing to judge it by")
         asked = "\n".join(t.content for t in sample.prompt)
         parts = rewards(asked, text, len(ids), m.max_tokens, verdict)
