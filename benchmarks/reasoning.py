@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.bars import Bars, machine
 from pennyweight.api import run
 from pennyweight.evaluate.intervals import over_seeds
+from pennyweight.report.view import view
 from pennyweight.run_folder import read_json
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -45,7 +46,7 @@ def made(name: str, seeds: list[int], out: Path, threads: int) -> tuple[list[Mad
 
 def arm(summary: dict[str, Any], before: bool = False) -> dict[str, Any]:
     """The student of a stage, or what it began as."""
-    return summary["arms"]["base" if before else summary["recipe"]["method"]["kind"]]
+    return summary["arms"]["base" if before else str(view(summary).method)]
 
 
 def points(summary: dict[str, Any], metric: str, before: bool = False) -> float:
@@ -54,7 +55,7 @@ def points(summary: dict[str, Any], metric: str, before: bool = False) -> float:
 
 def cost(summary: dict[str, Any]) -> float:
     """Seconds of the stages that make a stage's student."""
-    own = ("data", "targets", f"{summary['recipe']['method']['kind']}-")
+    own = ("data", "targets", f"{view(summary).method}-")
     return sum(s["seconds"] for name, s in summary["stages"].items() if name.startswith(own))
 
 

@@ -102,7 +102,7 @@ def prepared(root: Path) -> None:
     finished(["pennyweight", "run", str(root / "teacher.toml"), "--out", str(root / "made")])
     rows = [json.loads(line) for line in (root / "made" / "data" / "train.jsonl").read_text().splitlines()]
     data = [{"prompt": r["prompt"][0]["content"], "answer": r["task"]["answer"]} for r in rows]
-    (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in data))
+    (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
 
 def recipe(root: Path, name: str, verifier: str) -> Path:
@@ -121,7 +121,7 @@ def finished(argv: list[str]) -> float:
     command = [sys.executable, "-m", *argv]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(argv)} failed:\\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(argv)} failed:\n{done.stderr[-2000:]}")
     return time.monotonic() - began
 
 
@@ -140,7 +140,7 @@ def kill(bars: Bars) -> None:
                 command = [sys.executable, "-m", "benchmarks.rollouts", "within", phase, str(call), str(file), str(out)]
                 killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
                 if killed.returncode != -signal.SIGKILL:
-                    sys.exit(f"{phase}, call {call}: was not killed\\n{killed.stderr.decode()[-2000:]}")
+                    sys.exit(f"{phase}, call {call}: was not killed\n{killed.stderr.decode()[-2000:]}")
                 finished(["pennyweight", "run", str(file), "--out", str(out)])
                 is_same, found = hash_folder(out / "student") == want, verify(str(out))
                 trials, same, verified = trials + 1, same + is_same, verified + found.ok
