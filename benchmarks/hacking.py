@@ -62,6 +62,8 @@ def run(file: Path, out: Path, *settings: str) -> tuple[int, str]:
     """Exit code and what was said."""
     command = [sys.executable, "-m", "pennyweight", "run", str(file), "--out", str(out), *settings]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, 3):
+        sys.exit(f"the run failed:\n{done.stderr[-2000:]}")
     return done.returncode, done.stdout + done.stderr
 
 
