@@ -34,10 +34,10 @@ evaluate = {{ problems = 500, samples = 0, max_tokens = 12 }}
 kind = "trained"
 shape = {{ hidden = 96, layers = 2, heads = 4, intermediate = 256 }}
 schedule = {{ steps = 300, batch = 64, lr = 3e-3 }}
-context = 96
+context = 168
 tasks = [{{ name = "basic_arithmetic", size = 30000, worked = 0, {CONFIG} }}]
 [data]
-context = 96
+context = 168
 source = {{ kind = "tasks", seed = 1, tasks = [{{ name = "basic_arithmetic", size = 6000, {CONFIG} }}] }}
 [method]
 kind = "grpo"

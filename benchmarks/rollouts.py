@@ -155,7 +155,7 @@ def kill(bars: Bars) -> None:
 
 def within(phase: str, call: str, file: str, out: str) -> None:
     """A run that kills itself in the ``call``-th call of a phase; of phase ``noting``, one that notes its verdicts."""
-    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from pennyweight import api
     from pennyweight.train import rollout
@@ -195,7 +195,7 @@ def within(phase: str, call: str, file: str, out: str) -> None:
     elif phase == "judging":
         rollout.rewards = judging
     else:
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *a: die() if due() else None)
+        register_optimizer_step_post_hook(lambda *a: die() if due() else None)
     api.run(file, out=out)
 
 
