@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.bars import Bars, machine
 
@@ -69,19 +68,16 @@ def run(file: Path, out: Path, *settings: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def rounds(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("stage") == "rollout"]
-
-
 def told(name: str, out: Path) -> None:
-    """First and last of what was credited and of what was right."""
-    credited = [r["reward_accuracy"] for r in rounds(out) if "reward_accuracy" in r]
-    right = [r["held_out_accuracy"] for r in rounds(out) if "held_out_accuracy" in r]
+    """First and last of what was credited, and of what was right."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    credited = [line["reward_accuracy"] for line in lines if line.get("stage") == "rollout"]
+    right = [line["held_out_accuracy"] for line in lines if line.get("stage") == "held_out"]
     early, late = (sum(some) / len(some) for some in (credited[:3], credited[-3:]))
     print(
         f"{name:8} {len(credited):3} rounds: credited {100 * early:.1f} -> {100 * late:.1f} %, "
-        f"right on held-out problems {100 * right[0]:.1f} -> {100 * right[-1]:.1f} %"
+        f"right on held-out problems {100 * right[0]:.1f} -> {100 * right[-1]:.1f} %",
+        flush=True,
     )
 
 
