@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -180,7 +181,7 @@ def test_a_teacher_whose_template_opens_the_thought_hands_over_all_of_it(tmp_pat
 @needs_real
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_on_a_real_tokenizer_and_printed(name):
-    tokenizer = real("smollm2")
+    tokenizer = copy.deepcopy(real("smollm2"))  # which is kept for other tests
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>", "<|end|>"]})
     tokenizer.chat_template = TEMPLATES[name].template
     thought, answer = "12 + 34 is 46;\n\nso 46 + 1 = 47.", "It is 47, 맞아요."
