@@ -24,10 +24,12 @@ from pennyweight.ledger.hashing import content_hash
 from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
 from pennyweight.model.adapters import merge
-from pennyweight.model.device import peak
+from pennyweight.model.device import gpu_of, peak
 from pennyweight.model.load import fingerprint_of, identity_of, save
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
+from pennyweight.plan.published import published
+from pennyweight.plan.reckon import within_budget
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
@@ -60,7 +62,11 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     check_teacher(recipe)
     check_verifiers(recipe)
     bench = Bench(recipe, out)
-    with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
+    device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
+    with (
+        open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device)) as run,
+        Line(run, bench, foretold) as line,
+    ):
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -126,7 +132,13 @@ def _fit(
 ) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     compute_in(model, schedule.precision, schedule.weights)
-    with group.together(), counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
+    title = f"{arm} (seed {seed})"
+    with (
+        line.within_budget(),
+        group.together(),
+        counting(title, schedule.steps, "steps") as c,
+        stoppable() as should_stop,
+    ):
         return train(
             model,
             batches,
@@ -138,8 +150,8 @@ def _fit(
             admit=lambda ids: line.run.ledger.admit(i.partition(":")[0] for i in ids),
             log=lambda x: line.journal.write({"stage": "train", "arm": arm, "seed": seed, **x}),
             rewind=lambda step: line.journal.rewind({"arm": arm, "seed": seed}, step),
-            progress=c.reach,
-            should_stop=should_stop,
+            progress=line.paced(f"{arm}-{seed}", schedule.steps, c.reach),
+            should_stop=lambda: should_stop() or line.over(),
             group=group,
             watch=watch,
         )
@@ -162,7 +174,7 @@ def _data(line: Line, teacher: Done, work: Path) -> Made:
         bench, seed = line.bench.of(member), seed_of(recipe.seed, member)
         speaker = bench.sampling(source) if source else bench.answering
         told_by = (speaker, speaker.tokenizer or line.bench.language.tokenizer, work / (member or ""))
-        return Writer(*told_by, seed, counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
+        return Writer(*told_by, seed, line.counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
 
     gathered = gather(d.source, partial(writer, source=d.source), recipe.teacher)
     sides, found = both_sides(gathered, d, writer, judge_sample, line.bench.encode)
@@ -266,7 +278,7 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
         teacher, samples = LocalTeacher(line.bench.opened(parent), line.compute), line.bench.encoded
         fit = lambda model, schedule, batches: how.append(_fit(line, work, name, seed, model, schedule, batches))  # noqa: E731
         formats = formats_of(teacher.loaded.model, name.removesuffix(ROUNDED), q.group)
-        codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
+        codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, line.counting)
         made = export(teacher.loaded.model, codes, parent, out)
         size = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
         return Made({**size, "recovered": sum(o.steps for o in how)}, sum(o.tokens for o in how), [out.name])
@@ -302,7 +314,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out = line.bench.teachers_held_out if name == "teacher" else line.bench.held_out
         references = None if name == "teacher" else line.bench.reference, parent
-        with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
+        with line.counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.compute.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
@@ -329,6 +341,7 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
     overlap = text_overlap(recipe.evaluate.text, line.folder / "data" / "train.jsonl")
     summary |= {"targets": made.targets.facts, "data": {**made.data.facts, **overlap}}
     summary |= {"environment": environment(line.compute.hardware, line.bench.threads), **line.run.account()}
+    summary["bill"] = line.bill(summary)
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)
     draw(line.folder)
