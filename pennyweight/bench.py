@@ -54,7 +54,7 @@ class Bench:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, member: str = "", whole: Bench | None = None):
-        self.recipe, self.folder, self.member, self.whole = recipe, folder, member, whole
+        self.recipe, self.folder, self.member, self.whole, self.counting = recipe, folder, member, whole, counting
         self.prefix = f"{member}-" if member else ""  # of files that each teacher has its own of
         if recipe.evaluate.text:  # read now, so that a wrong path is not found out after all training
             read_text(Path(recipe.evaluate.text).expanduser(), recipe.evaluate.text)
@@ -63,6 +63,7 @@ class Bench:
             raise RecipeError(NO_FP8_PARTS)
         self.threads = set_threads(recipe.compute.threads)
         self.compute = self.group.placed(choose(recipe.compute.device, recipe.compute.dtype))
+        self.where = (self.compute.hardware, self.group.size, self.threads, self.compute.autocast is not None)
 
     @cached_property
     def team(self) -> Team | None:
@@ -272,7 +273,7 @@ class Bench:
 
     def fill_cache(self, own: bool = True) -> CacheFacts:
         """Label what is not labelled yet; ``own`` is False for a process that helps the run it is not."""
-        with counting("targets", len(self.encoded), "samples") as c:
+        with (self.whole or self).counting("targets", len(self.encoded), "samples") as c:
             made = self.cache.fill(self.encoded, c.advance, clean=own and self.group.first)
         for held in ("labelling", "teacher") if self.team else ("labelling",):  # not needed any more
             self.__dict__.pop(held, None)

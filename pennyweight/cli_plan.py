@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,29 +13,44 @@ import pennyweight.cli_options as opt
 from pennyweight.errors import RecipeError
 from pennyweight.records import readable_json
 
+Model = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE.toml | MODEL]", help="A recipe; or a model folder or config.json.")
+]
+OnTop = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings on top of a recipe.")]
+On = Annotated[
+    str | None, typer.Option(help="Chips and how many, h100x8; or this: measure this machine. Default: h100.")
+]
+Length = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in a row, or of a recipe's mean sample. Default: 4,096, or less.")
+]
+Claim = Annotated[str | None, typer.Option(help="Check what is claimed of a training: FILE.toml, or a name.")]
+
 
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Model folder, or a config.json.")] = None,
+    model: Model = None,
+    settings: OnTop = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens to train on: 300M, 15T.")] = None,
-    on: Annotated[str, typer.Option(help="Chips and how many, h100x8; or this: measure this machine.")] = "h100",
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens in a row. Default: 4,096, or all it takes.")] = None,
+    on: On = None,
+    length: Length = None,
     teacher: Annotated[str | None, typer.Option(help="Its folder or config.json: it labels all tokens first.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp8 or fp4: what Linears multiply in.")] = "bf16",
     lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA's factors; 0 trains all weights.")] = 0,
     price: Annotated[float | None, typer.Option(help="USD for a device and an hour, in place of known prices.")] = None,
     catalogue: Annotated[str | None, typer.Option(help="Chips and prices of your own: FILE.toml.")] = None,
     chips: Annotated[bool, typer.Option("--chips", help="List chips and prices that are known.")] = False,
-    claim: Annotated[
-        str | None, typer.Option(help="Check what is claimed of a training: FILE.toml, or a name.")
-    ] = None,
+    claim: Claim = None,
     claims: Annotated[bool, typer.Option("--claims", help="List the claims that come with Pennyweight.")] = False,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write, of a recipe.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """FLOPs, hours, energy and money before anything runs, as ranges; or a published claim, checked.
 
-    From config.json alone: no weights are needed. A claim that does not add up ends with code 1.
+    Of a recipe every stage; its default machine is this one, which --on this measures first. From config.json alone: no
+    weights are needed. A claim that does not add up ends with code 1.
 
     Examples:
+
+        pennyweight plan recipes/quickstart.toml train.steps=500 --out plan.html
 
         pennyweight plan ./llama --tokens 10B --on h100x8 --teacher ./llama-70b
 
@@ -46,18 +62,22 @@ def plan(
     from pennyweight.plan.hardware import catalogue as read_catalogue
 
     known = read_catalogue(catalogue)
-    if sum((claims, chips, claim is not None, model is not None)) != 1:
-        raise RecipeError(
-            "plan takes one thing at a time: a model's folder or config.json, --claim, --claims or --chips; name one"
-        )
+    _one_thing(sum((claims, chips, claim is not None, model is not None)), model, settings, out)
     if claims or claim is not None:
         found: Any = _claims(known, claim)
         shown = bill.print_claims if claim is None else bill.print_claim
     elif chips:
         found = _chips(known)
         shown = lambda rows: bill.print_chips(rows, any((r["price"] or {}).get("stale") for r in rows))  # noqa: E731
+    elif _is_recipe(model):
+        from pennyweight.report.recipe_plan import print_recipe_plan as shown
+
+        if tokens is not None or teacher is not None or lora:
+            raise RecipeError("--tokens, --teacher and --lora are said by the recipe; leave them out, or set a.b=c")
+        found = _recipe(known, str(model), settings or [], on, length, precision, price)
+        _write(out, found)
     else:
-        found = _outlook(known, str(model), tokens, on, length, teacher, precision, lora, price)
+        found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision, lora, price)
         shown = bill.print_outlook
     if as_json:
         typer.echo(readable_json(found))
@@ -65,6 +85,30 @@ def plan(
         shown(found)
     if claim is not None and not found["adds_up"]:
         raise typer.Exit(1)
+
+
+def _one_thing(things: int, model: str | None, settings: list[str] | None, out: Path | None) -> None:
+    """Raise RecipeError where several things are asked for, or none, or what goes with recipes alone."""
+    if things != 1:
+        raise RecipeError(
+            "plan takes one thing at a time: a recipe, a model's folder or config.json, --claim, --claims or --chips; "
+            "name one"
+        )
+    if not _is_recipe(model) and (settings or out is not None):
+        what = f"{settings[0]} is" if settings else "--out is"
+        raise RecipeError(f"{what} for a plan of a recipe; give its .toml file first, or leave that out")
+
+
+def _is_recipe(model: str | None) -> bool:
+    return model is not None and model.lower().endswith(".toml")
+
+
+def _write(out: Path | None, found: Any) -> None:
+    from pennyweight.atomic import write_whole
+    from pennyweight.report.recipe_plan import recipe_plan_page
+
+    if out is not None:
+        write_whole(out, recipe_plan_page(found))
 
 
 def _claims(known: Any, name: str | None) -> dict[str, Any]:
@@ -109,6 +153,65 @@ def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) 
     length, teacher, precision, rank, price = others
     asked = Asked(model, count, chip, devices, length, teacher, precision, rank, price)
     return outlook(asked, known, published(), date.today())
+
+
+def _recipe(
+    known: Any, file: str, settings: list[str], on: str | None, length: int | None, precision: str, price: float | None
+) -> dict[str, Any]:
+    """Every stage of a recipe; of a chain every recipe, and all together."""
+    from pennyweight.chain_file import load
+    from pennyweight.plan.assumed import read_or_assume
+    from pennyweight.plan.reckon import reckon, together
+    from pennyweight.plan.subjects import subjects_of
+    from pennyweight.plan.work import rows_of
+    from pennyweight.recipe import Recipe
+
+    read = load(file, settings)
+    place = Path("runs") / read.name
+    recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
+    found, made, machine = {}, {}, _machine(known, on)
+    for stage, recipe in recipes.items():
+        of = subjects_of(recipe, made, read_or_assume)
+        pace, rented = machine(recipe, precision), _price_of(known, machine.chip, recipe, price)
+        found[stage] = reckon(recipe, of, rows_of(recipe, length), pace, rented)
+        made |= of.made_in(str(place / stage))
+    return found[""] if "" in found else together(read.name, found)
+
+
+class _machine:
+    """recipe, precision -> what it runs on; ``chip`` is None where that is this machine."""
+
+    def __init__(self, known: Any, on: str | None):
+        self.chip, self.devices, self.measured = None, 1, None
+        if on is None:
+            return
+        if on.strip().lower() != "this":
+            self.chip, self.devices = known.devices(on)
+            return
+        from pennyweight.plan.measure import measure
+
+        self.measured = measure()
+
+    def __call__(self, recipe: Any, precision: str) -> Any:
+        from pennyweight.plan.pace import has_bfloat16, on_this, usable_threads
+        from pennyweight.plan.reckon import pace_on
+
+        if self.chip is not None:
+            from pennyweight.plan.published import published
+
+            return pace_on(self.chip, self.devices, precision, published())
+        low = has_bfloat16() if recipe.compute.dtype == "auto" else recipe.compute.dtype == "bfloat16"
+        return on_this(self.measured, recipe.compute.threads or usable_threads(), low)
+
+
+def _price_of(known: Any, chip: Any, recipe: Any, price: float | None) -> Any:
+    """Of a device and an hour: as given, as the recipe says, or as the catalogue has it."""
+    from pennyweight.plan.hardware import own_price, price_range
+
+    given = price if price is not None else recipe.budget.usd_per_hour
+    if given is not None:
+        return own_price(given)
+    return price_range(known.prices_of(chip), date.today()) if chip is not None and known.is_priced(chip) else None
 
 
 def _number(said: str) -> float:

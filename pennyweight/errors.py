@@ -11,6 +11,7 @@
     ├── LedgerError             a ledger that does not verify, or a record it does not know
     ├── MissingExtra            an optional dependency; the message holds the install line
     ├── Tripped                 exit 3: training stopped by a tripwire, last good checkpoint kept
+    ├── Overspent               exit 3: the budget is spent; what was done is kept, and goes on once it is raised
     └── Stopped                 exit 130: the user asked; a checkpoint was written first
 
 One boundary prints them: ``cli_output.one_sentence``. An exception carries values, never objects of a higher floor.
@@ -75,6 +76,12 @@ class MissingExtra(PennyweightError):
 
 class Tripped(PennyweightError):
     """A tripwire stopped training. The last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class Overspent(PennyweightError):
+    """The budget of a run is spent. What was done is kept."""
 
     exit_code = 3
 

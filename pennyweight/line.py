@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from pennyweight.errors import Overspent, Stopped
 from pennyweight.ledger.environment import environment
+from pennyweight.meter.bill import bill, per_point
+from pennyweight.meter.meter import BETWEEN
+from pennyweight.meter.rates import allowance_of
+from pennyweight.progress import Counter, counting, say
 from pennyweight.report.trackers import trackers
 from pennyweight.train.journal import Journal
 from pennyweight.version import __version__
 
+_STEPS, _SECONDS = 20, 60.0  # of a training, after which its length is foretold anew
+
 
 class Line:
-    """What the stages of a run are handed."""
+    """What the stages of a run are handed. ``foretold``: what it was reckoned to take, if that could be."""
 
-    def __init__(self, run: Any, bench: Any):
+    def __init__(self, run: Any, bench: Any, foretold: dict[str, Any] | None = None):
+        self.foretold = foretold
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
         self.bench, self.compute = bench, bench.compute
         settings = self.recipe.model_dump(mode="json")
         self.trackers = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)
         self.journal = Journal(self.folder / "metrics.jsonl", [self.trackers])
-        run.ledger.append("run", {"recipe": settings, "version": __version__})
+        self.allowance = None  # the first process's business
+        if meter := getattr(run, "meter", None):
+            usage = lambda: bench.asked().get("usage", {}) if bench.served or bench.team else {}  # noqa: E731
+            self.allowance = allowance_of(
+                self.recipe.budget, self.recipe.teacher, meter, self.compute.hardware, bench.threads, usage
+            )
+            self.allowance.check()
+        bench.counting = self.counting
+        reckoned = foretold and foretold["total"]
+        run.ledger.append("run", {"recipe": settings, "version": __version__, "foretold": reckoned})
         run.ledger.append("environment", environment(self.compute.hardware, bench.threads))
 
     def __enter__(self) -> Line:
@@ -27,3 +47,56 @@ class Line:
 
     def __exit__(self, *exc: object) -> None:
         self.trackers.close()
+
+    def bill(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run took, beside what was foretold, and for what."""
+        meter, spent = self.run.meter, self.allowance.spent() if self.allowance else {}
+        found = bill(self.foretold, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN)
+        arms = summary["arms"]
+        gained = [arms.get(a, {}).get("metrics", {}).get("accuracy") for a in ("base", self.recipe.method.kind)]
+        return found | {"per_point": per_point(spent, *(g and g["mean"] for g in gained))}
+
+    def over(self) -> bool:
+        """Whether the budget lets the run go on no longer."""
+        return self.allowance is not None and self.allowance.over() is not None
+
+    def paced(self, stage: str, steps: int, reach: Callable[[int, str], None]) -> Callable[[int, str], None]:
+        """``reach`` of a training, whose length is foretold anew from its first ``_STEPS`` steps, or minute."""
+        began: list[tuple[int, float]] = []
+
+        def reached(step: int, note: str) -> None:
+            reach(step, note)
+            now = time.monotonic()
+            if not began:
+                began.append((step, now))  # the first step opens what others find open
+            done, took = step - began[0][0], now - began[0][1]
+            if len(began) > 1 or step >= steps or not done or (done < _STEPS and took < _SECONDS):
+                return
+            began.append((step, now))
+            left = (steps - step) * took / done
+            say(f"{stage}: {took / done:,.3g} s a step, {left:,.0f} s to go")
+            entry = {"stage": stage, "step": step, "seconds": round(left, 3), "step_seconds": round(took / done, 6)}
+            self.run.ledger.append("forecast", entry)
+
+        return reached
+
+    @contextmanager
+    def counting(self, label: str, total: int, unit: str) -> Iterator[Counter]:
+        """``progress.counting`` of work that is stopped where the budget is spent: what it has finished is kept."""
+        with counting(label, total, unit) as c:
+            if self.allowance is not None:
+                self.allowance.fresh()
+                c.asked = self.allowance.check
+            yield c
+
+    @contextmanager
+    def within_budget(self) -> Iterator[None]:
+        """Training that ``over`` stopped ends with what the budget says; its checkpoint is written."""
+        if self.allowance is not None:
+            self.allowance.fresh()
+        try:
+            yield
+        except Stopped as e:
+            if self.allowance is None or (reason := self.allowance.over()) is None:
+                raise
+            raise Overspent(f"stopped after step {e.step:,}, with a checkpoint: {reason}") from None

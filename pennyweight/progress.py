@@ -22,7 +22,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass
 class Counter:
-    """Counts finished units. ``advance`` adds; ``reach`` sets; a note is shown beside the rate."""
+    """Counts finished units. ``advance`` adds; ``reach`` sets; a note is shown beside the rate. ``asked`` is called
+    each time, and raises where the work must stop."""
 
     label: str
     total: int
@@ -32,6 +33,7 @@ class Counter:
     first: int | None = None
     began: float = field(default_factory=lambda: time.monotonic())
     told: float = field(default_factory=lambda: time.monotonic())
+    asked: Callable[[], None] = lambda: None
 
     def advance(self, n: int = 1, note: str = "") -> None:
         if self.first is None:
@@ -51,6 +53,7 @@ class Counter:
             self.told = now
             left = (self.total - done) / rate
             say(f"  {self.label}: {done:,}/{self.total:,} {text}  {left:,.0f} s left")
+        self.asked()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Discriminator, Field, field_validator, mode
 
 from pennyweight.records import sha256_json
 from pennyweight.settings import (
+    Budget,
     Compute,
     Evaluate,
     KdMethod,
@@ -149,6 +150,8 @@ class EndpointTeacher(Settings):
     timeout: float = Field(default=300.0, gt=0, description="seconds to wait for a whole answer")
     retries: int = Field(default=8, ge=0, description="tries of a request after its first")
     tokenizer: str | None = Field(default=None, description="folder or hub id that holds the model's tokenizer")
+    usd_sent: float | None = Field(default=None, ge=0, description="US dollars for a million tokens of prompts")
+    usd_got: float | None = Field(default=None, ge=0, description="US dollars for a million tokens of answers")
     licence: str = "undeclared"
 
     @field_validator("url")
@@ -315,6 +318,7 @@ class Recipe(Settings):
     control: bool = Field(default=True, description="train the sft control arm beside the method")
     train: Schedule = Field(default_factory=Schedule)
     tripwires: Tripwires = Field(default_factory=Tripwires)
+    budget: Budget = Field(default_factory=Budget)
     quantize: Quantize = Field(default_factory=Quantize)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -332,9 +336,10 @@ class Recipe(Settings):
         return self
 
     def hash_of(self, *sections: str) -> str:
-        """SHA-256 of the named parts, as a stage depends on them; how often it saves, and with what patience a server
-        is asked, changes no result."""
-        patience: dict[str, Any] = dict.fromkeys(("key_env", "concurrency", "timeout", "retries"), True)
+        """SHA-256 of the named parts, as a stage depends on them; how often it saves, with what patience a server is
+        asked and what that costs changes no result."""
+        ways = ("key_env", "concurrency", "timeout", "retries", "usd_sent", "usd_got")
+        patience: dict[str, Any] = dict.fromkeys(ways, True)
         patience["members"] = {"__all__": patience.copy()}
         whole = self.model_dump(mode="json", exclude={"train": {"checkpoint_every"}, "teacher": patience})
         return sha256_json({s: whole[s] for s in sections})

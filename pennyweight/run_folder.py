@@ -20,6 +20,7 @@ from pennyweight.atomic import write_whole
 from pennyweight.errors import RunError
 from pennyweight.ledger.hashing import artifact
 from pennyweight.ledger.store import Ledger
+from pennyweight.meter.meter import METER, metered
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import CHAIN, sha256_json
@@ -57,6 +58,7 @@ class Run:
         device_peak: asked with True to start its count anew and with False for the most bytes in use on the device
             since; None where that is main memory.
         group: processes that go through the same line, and are told what becomes of each stage.
+        gpu: UUID of the GPU that it works on, empty where that does not say; None on processors.
 
     Raises:
         RunError: the folder cannot be written, is in use, or belongs to another recipe.
@@ -68,6 +70,7 @@ class Run:
         recipe: Recipe,
         device_peak: Callable[[bool], int | None] = lambda anew: None,
         group: Group = ALONE,
+        gpu: str | None = None,
     ):
         self.folder, self.recipe, self._device_peak, self._group = folder, recipe, device_peak, group
         try:
@@ -86,10 +89,12 @@ class Run:
             ) from None
         self._claim()
         self.ledger = Ledger.open(folder / "ledger.sqlite")
+        self.meter = metered(folder / METER, gpu, group.size)
         self._walked: list[str] = []
         group.tell({"open": str(folder)})
 
     def close(self) -> None:
+        self.meter.close()
         self.ledger.close()
         self._lock.close()
 
@@ -147,6 +152,13 @@ class Run:
             say(f"{name}: finished before, skipped")
             return Done(name, done["facts"], {a["path"]: a["sha256"] for a in done["artifacts"]})
         say(f"{name}: ...")
+        self.meter.begin(name, key[:16])
+        try:
+            return self._made(name, key, make, shared)
+        finally:
+            self.meter.end()
+
+    def _made(self, name: str, key: str, make: Callable[[Path], Made], shared: bool) -> Done:
         self.ledger.append("stage", {"name": name, "key": key, "status": "started"})
         _reset_peak_memory()
         self._device_peak(True)
@@ -165,6 +177,7 @@ class Run:
             "tokens": made.tokens,
             "peak_memory_bytes": _peak_memory(),
             "peak_device_memory_bytes": self._device_peak(False),
+            "metered": self.meter.of(name, key[:16]).to_json(),
             "facts": made.facts,
             "artifacts": artifacts,
         }
@@ -175,12 +188,14 @@ class Run:
         return Done(name, made.facts, {a["path"]: a["sha256"] for a in artifacts})
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Seconds, tokens and peak memory of every stage of this run, in the order of its line."""
+        """Seconds, tokens, peak memory and what was metered of every stage of this run, in the order of its line."""
         out = {}
         for name in self._walked:
             body = self.ledger.stage_finished(name) or {}
-            told = ("seconds", "tokens", "peak_memory_bytes", "peak_device_memory_bytes")
+            told = ("seconds", "tokens", "peak_memory_bytes", "peak_device_memory_bytes", "metered")
             out[name] = {k: body.get(k) for k in told}
+            now = self.meter.of(name, body.get("key", "")[:16])  # with what came after the entry was written
+            out[name]["metered"] = now.to_json() if now.stretches else body.get("metered")
         return out
 
     def account(self) -> dict[str, Any]:
@@ -247,9 +262,11 @@ class _Witness:
             self._ledger.close()
 
 
-def open_run(folder: Path, recipe: Recipe, device_peak: Callable[[bool], int | None], group: Group) -> Any:
+def open_run(
+    folder: Path, recipe: Recipe, device_peak: Callable[[bool], int | None], group: Group, gpu: str | None = None
+) -> Any:
     """The RUN folder for this process of ``group``: to own, or to follow."""
-    return Run(folder, recipe, device_peak, group) if group.first else Follower(folder, recipe, group)
+    return Run(folder, recipe, device_peak, group, gpu) if group.first else Follower(folder, recipe, group)
 
 
 def write_json(path: Path, value: Any) -> None:

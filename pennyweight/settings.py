@@ -295,6 +295,20 @@ class Tripwires(Settings):
     rollouts: RolloutTripwires = Field(default_factory=RolloutTripwires)
 
 
+class Budget(Settings):
+    """What a run may take, all tries together; it is refused, or stopped with a checkpoint, before it takes more."""
+
+    hours: float | None = Field(default=None, gt=0, description="by the clock")
+    kwh: float | None = Field(default=None, gt=0, description="by counters where there are any, else estimated")
+    usd: float | None = Field(default=None, gt=0, description="rented devices, and what a server asks for")
+    usd_per_hour: float | None = Field(default=None, ge=0, description="of a device; default: the catalogue's price")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What has a limit."""
+        return {name: limit for name in ("hours", "kwh", "usd") if (limit := getattr(self, name)) is not None}
+
+
 LowBit = Literal["int8", "int4", "int3", "ternary", "fp8_block", "fp8_row", "mxfp8", "mxfp4", "nvfp4"]
 
 

@@ -24,11 +24,13 @@ from pennyweight.ledger.hashing import content_hash
 from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
 from pennyweight.model.adapters import merge
-from pennyweight.model.device import peak
+from pennyweight.model.device import gpu_of, peak
 from pennyweight.model.lineage import check_start, tuned_further
 from pennyweight.model.load import fingerprint_of, identity_of, save, taught_by
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
+from pennyweight.plan.published import published
+from pennyweight.plan.reckon import within_budget
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
@@ -61,7 +63,9 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     check_teacher(recipe)
     check_verifiers(recipe)
     bench = Bench(recipe, out)
-    with open_run(out, recipe, partial(peak, bench.compute.device), bench.group) as run, Line(run, bench) as line:
+    device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
+    opened = open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device))
+    with opened as run, Line(run, bench, foretold) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -127,7 +131,8 @@ def _fit(
 ) -> Outcome:
     """The loop, with this run's checkpoints, ledger, journal and progress."""
     compute_in(model, schedule.precision, schedule.weights)
-    with group.together(), counting(f"{arm} (seed {seed})", schedule.steps, "steps") as c, stoppable() as should_stop:
+    counted = counting(f"{arm} (seed {seed})", schedule.steps, "steps")
+    with line.within_budget(), group.together(), counted as c, stoppable() as should_stop:
         return train(
             model,
             batches,
@@ -139,8 +144,8 @@ def _fit(
             admit=lambda ids: line.run.ledger.admit(i.partition(":")[0] for i in ids),
             log=lambda x: line.journal.write({"stage": "train", "arm": arm, "seed": seed, **x}),
             rewind=lambda step: line.journal.rewind({"arm": arm, "seed": seed}, step),
-            progress=c.reach,
-            should_stop=should_stop,
+            progress=line.paced(f"{arm}-{seed}", schedule.steps, c.reach),
+            should_stop=lambda: should_stop() or line.over(),
             group=group,
             watch=watch,
         )
@@ -163,7 +168,7 @@ def _data(line: Line, teacher: Done, work: Path) -> Made:
         bench, seed = line.bench.of(member), seed_of(recipe.seed, member)
         speaker = bench.sampling(source) if source else bench.answering
         told_by = (speaker, speaker.tokenizer or line.bench.language.tokenizer, work / (member or ""))
-        return Writer(*told_by, seed, counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
+        return Writer(*told_by, seed, line.counting, line.bench.asked_in, d.too_long, bench.recipe.teacher.licence)
 
     gathered = gather(d.source, partial(writer, source=d.source), recipe.teacher)
     sides, found = both_sides(gathered, d, writer, judge_sample, check_golds, line.bench.encode)
@@ -192,8 +197,7 @@ def a_start(line: Line, teacher: Done, seed: int) -> Done:
     depends |= {"teacher": teacher.facts["identity"], "own": [own.identity, line.recipe.data.context] if own else []}
     lineage = taught_by(s.path, s.trust_remote_code) if s.kind == "folder" else ()
     if s.kind == "folder":
-        depends["given"] = fingerprint_of(s.path, s.trust_remote_code)
-        depends |= {"taught_by": repr(lineage)} if lineage is not None else {}
+        depends |= {"given": fingerprint_of(s.path, s.trust_remote_code), "taught_by": repr(lineage)}
     unsure = check_start(lineage, teacher.facts) if line.recipe.method.kind == "offline" else None
     depends |= {"unsure": unsure} if unsure else {}
 
@@ -276,7 +280,7 @@ def a_copy(line: Line, name: str, student: Done, data: Done) -> Done:
         teacher, samples = LocalTeacher(line.bench.opened(parent), line.compute), line.bench.encoded
         fit = lambda model, schedule, batches: how.append(_fit(line, work, name, seed, model, schedule, batches))  # noqa: E731
         formats = formats_of(teacher.loaded.model, name.removesuffix(ROUNDED), q.group)
-        codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, counting)
+        codes = low_bit(teacher, formats, q.method, samples, recovery, work / "targets", fit, line.counting)
         made = export(teacher.loaded.model, codes, parent, out)
         size = {"bytes": made.bytes, "params": student.facts["params"], "per_row": made.per_row}
         return Made({**size, "recovered": sum(o.steps for o in how)}, sum(o.tokens for o in how), [out.name])
@@ -312,7 +316,7 @@ def an_evaluation(line: Line, name: str, path: str | Path, depends: dict[str, An
         sampling = Sampling(e.max_tokens, samples, e.temperature, line.recipe.seed)
         held_out = line.bench.teachers_held_out if name == "teacher" else line.bench.held_out
         references = None if name == "teacher" else line.bench.reference, parent
-        with counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
+        with line.counting(f"evaluating {name}", held_out.passes(samples, 2 if parent else 1), "samples") as c:
             found = examine(model, held_out, judge, sampling, line.compute.measuring, *references, progress=c.advance)
         write_json(line.folder / file, found.to_json())
         return Made({}, found.tokens, [file])
@@ -339,6 +343,7 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
     overlap = text_overlap(recipe.evaluate.text, line.folder / "data" / "train.jsonl")
     summary |= {"targets": made.targets.facts, "data": {**made.data.facts, **overlap}}
     summary |= {"environment": environment(line.compute.hardware, line.bench.threads), **line.run.account()}
+    summary["bill"] = line.bill(summary)
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)
     draw(line.folder)

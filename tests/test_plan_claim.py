@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pennyweight.plan.claim import check
 from pennyweight.plan.claim_file import MONEY, SCOPE, claim_of, read_claim, shipped
 from pennyweight.plan.hardware import catalogue
 from pennyweight.plan.published import published
+from pennyweight.settings import Budget
 
 SAID = {
     "name": "Ours",
@@ -244,7 +246,8 @@ def test_the_arithmetic_imports_no_torch(tmp_path, arguments):
 
 def test_what_the_manual_shows_is_understood(tmp_path):
     manual = (Path(__file__).resolve().parents[1] / "docs" / "bill.md").read_text()
-    own, claim = (block.partition("```")[0] for block in manual.split("```toml\n")[1:])
+    budget, own, claim = (block.partition("```")[0] for block in manual.split("```toml\n")[1:])
+    assert Budget(**tomllib.loads(budget)["budget"]).usd_per_hour == 0.40
     (tmp_path / "own.toml").write_text(own)
     known = catalogue(str(tmp_path / "own.toml"))
     assert known.chip("ours")["bf16"] == 400 and known.chip("h100")["bf16"] == 750

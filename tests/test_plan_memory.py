@@ -22,18 +22,8 @@ from pennyweight.loss.divergence import Divergence
 from pennyweight.model.cache import cache_argument
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.plan.architectures import shapes_of
-from pennyweight.plan.memory import (
-    ACCURACY,
-    WAYS,
-    Row,
-    Way,
-    activation_bytes,
-    cache_bytes,
-    cast_bytes,
-    copy_bytes,
-    memory,
-    moment_bytes,
-)
+from pennyweight.plan.memory import ACCURACY, Row, copy_bytes, memory
+from pennyweight.plan.sizes import WAYS, Way, activation_bytes, cache_bytes, cast_bytes, moment_bytes
 from pennyweight.quant.export import formats_of
 from pennyweight.quant.footprint import OF_EXPERTS, STORED, stored_bytes
 from pennyweight.quant.formats import size

@@ -48,7 +48,7 @@ def test_a_new_kind_drops_the_settings_of_the_old_one():
         ("tran.steps=5", "did you mean 'train'?"),
         ("teacher.shape.hiddn=3", "unknown key 'teacher.shape.hiddn'; did you mean 'hidden'?"),
         ('teacher.tasks=[{name="a",sise=3}]', "did you mean 'size'?"),
-        ("zzz=1", "known here: compute, control, data"),
+        ("zzz=1", "known here: budget, compute, control, data"),
         ("train.steps=x", "train.steps: "),
         ("train.steps=0", "greater than or equal to 1"),
         ("student.kind=nope", "'folder', 'shape', 'cut'"),

@@ -31,7 +31,7 @@ COMMANDS = {
     "memory": {"model", "batch", "length", "device", "out", "as_json"},
     "plan": {
         "model", "tokens", "on", "length", "teacher", "precision", "lora", "price", "catalogue", "chips", "claim",
-        "claims", "as_json",
+        "claims", "settings", "out", "as_json",
     },
     "grade": {"file", "verifier", "answer", "gold", "label", "entry", "limit", "show", "out", "as_json"},
     "convert": {"model", "to", "out", "as_json"},
@@ -43,8 +43,8 @@ COMMANDS = {
 }  # fmt: skip
 
 FIELDS = {
-    "Recipe": "name seed seeds compute teacher data targets student method control train tripwires quantize evaluate "
-    "log",
+    "Recipe": "name seed seeds compute teacher data targets student method control train tripwires budget quantize "
+    "evaluate log",
     "Compute": "device dtype threads",
     "TaskSource": "name size config worked think",
     "TeacherSamples": "kind count max_tokens temperature",
@@ -61,7 +61,8 @@ FIELDS = {
     "Tripwires": "loss_spike entropy_low entropy_high kl_old kl_reference patience rollouts",
     "FolderTeacher": "kind path trust_remote_code licence",
     "TrainedTeacher": "kind tasks shape schedule vocabulary context seed licence",
-    "EndpointTeacher": "kind url model api key_env concurrency timeout retries tokenizer licence",
+    "EndpointTeacher": "kind url model api key_env concurrency timeout retries tokenizer usd_sent usd_got licence",
+    "Budget": "hours kwh usd usd_per_hour",
     "SeveralTeachers": "kind members route default weights mixture",
     "FolderStudent": "kind path trust_remote_code",
     "ShapeStudent": "kind shape tokenizer",

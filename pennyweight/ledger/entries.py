@@ -13,6 +13,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "origin": ("source", "licence", "author", "teacher", "teacher_fingerprint"),
     "stage": ("name", "key", "status"),
     "artifact": ("path", "sha256", "bytes"),
+    "forecast": ("stage", "step", "seconds"),
 }
 """Kinds of entry, and what the body of each must hold. A finished stage may also hold ``seconds``, ``tokens``,
 ``peak_memory_bytes`` and ``artifacts`` (a list of ``Artifact.to_json()``)."""

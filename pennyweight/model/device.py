@@ -83,3 +83,10 @@ def peak(device: torch.device, anew: bool) -> int | None:
     if anew:
         torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.max_memory_allocated(device)
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """UUID of a CUDA device, by which its energy is counted; empty of another GPU, None of a processor."""
+    if device.type != "cuda":
+        return None if device.type == "cpu" else ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))

@@ -244,7 +244,11 @@ def energy(hours: Range, chip: Chip) -> Range:
 
 
 def money(hours: Range, price: PriceRange) -> Range:
-    """What the hours cost at such prices, of which both may be off."""
+    """What the hours cost at such prices, of which both may be off; what is free costs nothing."""
+    if not price.low:
+        return Range(
+            0.0, hours.middle * price.middle, hours.high * price.high, f"{price.reason} for a device and an hour"
+        )
     middle = hours.middle * price.middle
     low = _apart(hours.middle / hours.low, price.middle / price.low)
     high = _apart(hours.high / hours.middle, price.high / price.middle)

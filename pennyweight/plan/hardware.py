@@ -114,6 +114,12 @@ class Catalogue:
             raise RecipeError(f"no chip is called {name!r}; known are {known}; of another {_UNKNOWN}")
         return self.chips[key]
 
+    def called(self, name: str) -> Chip | None:
+        """The chip that a driver calls so (``NVIDIA H100 80GB HBM3``), if it is known."""
+        plain = re.sub(r"[^a-z0-9]", "", name.lower())
+        keys = sorted(self.chips, key=len, reverse=True)
+        return next((self.chips[k] for k in keys if k.replace("-", "") in plain), None)
+
     def devices(self, asked: str) -> tuple[Chip, int]:
         """A chip and how many of them: ``h100`` is one, ``h100x8`` eight.
 

@@ -20,7 +20,8 @@ _BYTES = {"cpu": 1 << 27, "cuda": 1 << 31}  # read or copied, well beyond any ca
 
 def measure(device: str | None = None, seconds: float = SECONDS) -> Chip:
     """The device that this process trains on, as a chip: TFLOP/s in float32 and bfloat16 (fp8 where there are tensor
-    cores for it), GB/s of a copy and of a product of a matrix with one vector, GB of memory. Its power is not measured.
+    cores for it), GB/s of a copy and of a product of a matrix with one vector, microseconds of a small operation, GB
+    of memory. Its power is not measured.
 
     Args:
         device: ``cpu`` or ``cuda``; default: the GPU, if there is one.
@@ -31,6 +32,7 @@ def measure(device: str | None = None, seconds: float = SECONDS) -> Chip:
         found["fp8"] = _fp8_product(seconds)
     found["bandwidth"] = _copy(device, seconds)
     found["generation"] = _vector(device, seconds)
+    found["operation"] = _operation(device)
     found["memory"] = _memory(device) / 1e9
     name = torch.cuda.get_device_name() if device == "cuda" else f"this machine, {torch.get_num_threads()} threads"
     today = date.today().isoformat()
@@ -86,6 +88,17 @@ def _vector(device: str, seconds: float) -> float:
         took = _best(lambda w=weight, v=vector: w @ v, device, seconds / 2)
         best = max(best, size * weight.numel() / took / 1e9)
     return best
+
+
+def _operation(device: str) -> float:
+    """Microseconds in which a small operation is started: what layers of small models are bound by."""
+    few, many = torch.ones(8, device=device), 500
+
+    def work() -> None:
+        for _ in range(many):
+            torch.mul(few, 1.0)
+
+    return 1e6 * _best(work, device, 0.1) / many
 
 
 def _memory(device: str) -> float:

@@ -14,6 +14,7 @@ from pennyweight.report import origin, sections
 from pennyweight.report.markup import Html, document, element
 from pennyweight.report.quality import how_good, outcome, plain, verdict
 from pennyweight.report.rollouts import learning, stopped
+from pennyweight.report.run_bill import bill
 from pennyweight.report.scatter import quality_against_bytes
 from pennyweight.report.style import sheet
 from pennyweight.report.view import Model, View, view
@@ -56,6 +57,7 @@ def render(
             learning(seen, metrics, rollouts),
             sections.outputs(seen, samples),
             sections.cost(seen),
+            bill(seen),
             origin.data(seen),
             origin.targets(seen),
             origin.provenance(seen),

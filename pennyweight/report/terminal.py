@@ -11,6 +11,7 @@ from rich.table import Table
 from pennyweight.records import METRICS
 from pennyweight.report.chain_page import chain_headline, columns, compared_on, finished, leading, to_be_run
 from pennyweight.report.page import against_control, headline
+from pennyweight.report.run_bill import bill_in_words
 from pennyweight.report.view import view
 from pennyweight.report.wording import MISSING, count, duration, measured, parameters, size, span
 
@@ -51,6 +52,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     seen = view(summary)
     console.print(*filter(None, (headline(seen), against_control(seen))), sep="\n")
     console.print(_table(summary))
+    if found := summary.get("bill"):
+        console.print(*bill_in_words(found), sep="\n", markup=False)
     t = summary["targets"]
     if t["bytes"]:
         console.print(f"teacher's targets: {t['tokens']:,} tokens at {t['bytes_per_token']:.1f} bytes each")

@@ -1,0 +1,64 @@
+"""The nouns of a plan of a recipe: passes over tokens, and stages that make them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pennyweight.plan.shapes import Shapes
+
+Ends = tuple[float, float, float]
+"""Low, middle, high"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Work of one kind: ``train``, ``forward`` or ``write``, ``steps`` times on ``rows`` rows.
+
+    ``length`` is that of a mean row, of ``write`` that of the prompt, which gets ``new`` tokens; ``learnt`` the share
+    of tokens with logits, ``rank`` and ``recompute`` as
+    ``flops.Training`` has them; ``padded`` how many times the tokens are computed.
+    """
+
+    kind: str
+    shapes: Shapes
+    steps: Ends
+    rows: float
+    length: Ends
+    new: Ends = (0.0, 0.0, 0.0)
+    learnt: float = 1.0
+    rank: int = 0
+    recompute: bool = False
+    padded: float = 1.0
+
+    def tokens(self, end: int) -> float:
+        """Read and written."""
+        return self.steps[end] * self.rows * (self.length[end] + self.new[end])
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A stage: what it does, in words, and its passes. ``bytes``: that it leaves on disk. ``opens``: times
+    that a model is opened or saved, or that long for what else there is. ``sent``, ``got``: tokens of
+    prompts and responses, where a server writes."""
+
+    stage: str
+    does: str
+    passes: tuple[Pass, ...] = ()
+    bytes: Ends = (0.0, 0.0, 0.0)
+    sent: Ends = (0.0, 0.0, 0.0)
+    got: Ends = (0.0, 0.0, 0.0)
+    opens: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """``teacher`` is None behind a server; of several teachers it is the largest. ``notes``: what was assumed."""
+
+    teacher: Shapes | None
+    student: Shapes
+    notes: tuple[str, ...] = ()
+
+    def made_in(self, folder: str) -> dict[str, Shapes]:
+        """The models of a run's folder, by path."""
+        out = {f"{folder}/student": self.student}
+        return out | ({f"{folder}/teacher": self.teacher} if self.teacher else {})

@@ -1,0 +1,83 @@
+"""The bill in the report: foretold beside metered, what it comes to, and what is not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pennyweight.report.markup import Html, element, facts, section, table
+from pennyweight.report.view import View
+from pennyweight.report.wording import MISSING, duration, finite, number, plural
+
+NO_PRICE = "no price is known: budget.usd_per_hour (and a server's teacher.usd_sent and teacher.usd_got) set one"
+
+
+def bill(view: View) -> Html | None:
+    """Hours, energy and money of this run, each stage's forecast with its error; None where nothing was metered."""
+    found: Mapping[str, Any] = view.summary.get("bill") or {}
+    if not found.get("stages"):
+        return None
+    rows = [[r["stage"], _span(r["foretold"]), duration(r["metered"]), _error(r["error"])] for r in found["stages"]]
+    rows.append(["between stages", MISSING, duration(found["between"]), MISSING])
+    if found["earlier"] >= 0.05:
+        rows.append(["stages on earlier settings", MISSING, duration(found["earlier"]), MISSING])
+    total, whole = found["foretold"], found["whole"]
+    ends = total and {end: 3600 * h for end, h in total["hours"].items()}
+    off = ends["middle"] / whole - 1 if ends and whole else None
+    return section(
+        "bill",
+        "The bill",
+        element("p", *(f"{said} " for said in bill_in_words(found))),
+        table(
+            "Forecast and meter of each stage, by the clock",
+            ["stage", "foretold", "metered", "forecast beside it"],
+            rows,
+            ["all of it", _span(ends), duration(whole), _error(off)],
+        ),
+        facts([*_pairs(found), ("scope", scope(view.summary))]),
+    )
+
+
+def bill_in_words(found: Mapping[str, Any]) -> list[str]:
+    """What the run took, and cost, in a sentence or two."""
+    spent = found["spent"]
+    said = [f"This run took {duration(found['whole'])} and {_energy(spent['kwh'])}."]
+    said.append(f"It cost USD {number(spent['usd'])}." if spent["usd"] is not None else f"Money: {NO_PRICE}.")
+    if each := found.get("per_point"):
+        price = f", USD {number(each['usd'])}" if "usd" in each else ""
+        gained = f"{number(each['points'])} points of accuracy gained on the untouched student"
+        said.append(f"For each of the {gained}: {duration(each['seconds'])}, {_energy(each['kwh'])}{price}.")
+    return said
+
+
+def scope(summary: Mapping[str, Any]) -> str:
+    """What is in the bill and what is not, plainly."""
+    arms = [a for a in summary.get("arms") or {} if a != "base"]
+    control = ", its control arm" if len(arms) > 1 else ""
+    teacher = (summary.get("stages") or {}).get("teacher") or {}
+    trained = "its teacher’s training in it" if teacher.get("tokens") else "its teacher’s own training not counted"
+    return (
+        f"all tries in this RUN folder{control}, low-bit copies and evaluations, {trained}; trials in other folders "
+        "and the start of the process are not counted"
+    )
+
+
+def _pairs(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    spent, again = found["spent"], found["again"]
+    share = finite(spent["estimated"]) or 0.0
+    counted = "by counters" if not share else f"{100 * share:.0f} % of it an estimate: {spent['energy']}"
+    tries = f"{plural(again, 'stage was', 'stages were')} begun again after a stop or a failure" if again else None
+    return [("device-hours", number(spent["device_hours"])), ("energy", counted), ("tries", tries)]
+
+
+def _span(ends: Mapping[str, Any] | None) -> str:
+    return f"{duration(ends['low'])} – {duration(ends['high'])}, middle {duration(ends['middle'])}" if ends else MISSING
+
+
+def _error(error: Any) -> str:
+    value = finite(error)
+    return MISSING if value is None else f"{100 * value:+,.0f} %".replace("-", "\u2212")
+
+
+def _energy(kwh: float) -> str:
+    return f"{number(kwh)} kWh" if kwh >= 1 else f"{number(1000 * kwh)} Wh"

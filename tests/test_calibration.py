@@ -1,0 +1,41 @@
+"""After the first steps of a training, what is left of it is told by the rate that it has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from pennyweight import line
+from pennyweight.ledger.entries import entry_body
+from pennyweight.line import Line
+
+
+def paced(monkeypatch, steps: int, first: int = 1, each: float = 2.0) -> list[tuple[str, dict]]:
+    """Entries of the ledger after a training of ``steps``, from ``first`` on, ``each`` seconds a step."""
+    clock, entries, reached = [100.0], [], []
+    monkeypatch.setattr(line.time, "monotonic", lambda: clock[0])
+    held = object.__new__(Line)
+    held.run = SimpleNamespace(ledger=SimpleNamespace(append=lambda kind, body: entries.append((kind, body))))
+    reach = held.paced("kd-0", steps, lambda step, note: reached.append(step))
+    for step in range(first, steps + 1):
+        reach(step, "")
+        clock[0] += each
+    assert reached == list(range(first, steps + 1))
+    return entries
+
+
+def test_after_twenty_steps_once(monkeypatch):
+    entries = paced(monkeypatch, 200)
+    assert entries == [("forecast", {"stage": "kd-0", "step": 21, "seconds": 358.0, "step_seconds": 2.0})]
+    assert entry_body(*entries[0])
+
+
+def test_after_a_minute_where_steps_are_long(monkeypatch):
+    assert [e["step"] for _, e in paced(monkeypatch, 50, each=25.0)] == [4]
+
+
+def test_from_where_a_checkpoint_left_off(monkeypatch):
+    assert [e["step"] for _, e in paced(monkeypatch, 200, first=101)] == [121]
+
+
+def test_not_where_nothing_is_left(monkeypatch):
+    assert paced(monkeypatch, 21) == [] and paced(monkeypatch, 3) == []

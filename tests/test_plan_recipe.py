@@ -1,0 +1,235 @@
+"""A recipe's plan: what every stage takes, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pennyweight.errors import ModelError
+from pennyweight.plan.hardware import catalogue, own_price, price_range
+from pennyweight.plan.pace import on_this
+from pennyweight.plan.published import published
+from pennyweight.plan.reckon import pace_on, reckon
+from pennyweight.plan.subjects import subjects_of
+from pennyweight.plan.work import rows_of
+from pennyweight.recipe_file import distillation, load, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32,
+    "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+TASKS = '[{name="basic_arithmetic",size=1000}]'
+
+
+@pytest.fixture
+def llama(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path / "big"
+
+
+def reckoned(recipe, mean=None, price=None, pace=None):
+    return reckon(recipe, subjects_of(recipe), rows_of(recipe, mean), pace or on_this(None, 1, False), price)
+
+
+def stage(found, name):
+    return next(s for s in found["stages"] if s["stage"] == name)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "r1", "four_ways"])
+def test_every_shipped_recipe_is_planned_in_a_second_without_torch_and_within_80_columns(name):
+    code = (
+        "import sys, time; sys.argv = ['pennyweight', 'plan', *sys.argv[1:]]\n"
+        "from pennyweight.cli import main\n"
+        "try: main()\n"
+        "finally: print(time.process_time(), [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "recipes" / f"{name}.toml")]
+    run = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "80", "PATH": ""}, cwd=ROOT)
+    *lines, last = run.stdout.splitlines()
+    seconds, _, heavy = last.partition(" ")
+    assert run.returncode == 0 and heavy == "[]", run.stderr
+    assert float(seconds) < 3  # of a busy machine; 0.5 on a quiet one
+    assert max(map(len, lines)) <= 80 and "together" in run.stdout
+
+
+def test_ends_are_in_order_and_stages_add_up():
+    found = reckoned(load(None), price=own_price(0.05))
+    names = [s["stage"] for s in found["stages"]]
+    assert names == [
+        "teacher",
+        "data",
+        "targets",
+        "sft-0",
+        "kd-0",
+        "int8",
+        "int4",
+        "evaluate teacher",
+        "evaluate students",
+    ]
+    for what in ("tokens", "flops", "hours", "kwh", "money"):
+        for s in (*found["stages"], found["total"]):
+            if s.get("stage") == "data" and what in ("tokens", "flops"):
+                continue  # problems are drawn, and nobody writes
+            assert 0 < s[what]["low"] <= s[what]["middle"] <= s[what]["high"], (s, what)
+        for end in ("low", "middle", "high"):
+            assert found["total"][what][end] == pytest.approx(sum(s[what][end] for s in found["stages"]))
+    assert found["total"]["memory"]["high"] == max(s["memory"]["high"] for s in found["stages"] if s["memory"])
+
+
+def test_tokens_are_those_of_the_recipe():
+    found = reckoned(load(None, ["train.steps=100", "train.batch=8", "seeds=[0,1]", "control=false"]), mean=30)
+    assert stage(found, "kd-1")["tokens"]["middle"] == 100 * 8 * 30
+    assert "sft-0" not in [s["stage"] for s in found["stages"]]
+    assert stage(found, "teacher")["tokens"]["low"] == 900 * 64 * 30
+
+
+def test_the_tokens_that_a_run_had_are_those_foretold(tiny_run):
+    """Once the mean length is known, which is all that a plan cannot know."""
+    out, summary = tiny_run
+    recipe = load(Path(__file__).with_name("tiny.toml"))
+    data = summary["data"]
+    found = reckoned(recipe, mean=data["train_tokens"] / data["train"])
+    for arm in ("sft-0", "kd-1"):
+        assert stage(found, arm)["tokens"]["middle"] == pytest.approx(summary["stages"][arm]["tokens"], rel=0.05)
+    subjects = subjects_of(recipe)
+    assert subjects.teacher is not None
+    entries = json.loads((out / "teacher" / "config.json").read_text())["vocab_size"]
+    missing = (64 - entries) * 32  # of the embedding: its tokenizer found fewer tokens than it might have
+    assert subjects.teacher.parameters - missing == summary["teacher"]["params"]
+    assert subjects.student.parameters - missing == summary["arms"]["kd"]["params"]
+
+
+@pytest.mark.parametrize("cut", ["layers=2", "layers=[0,3]", "hidden=16", "layers=1,hidden=16,intermediate=24"])
+def test_a_cut_student_has_the_parameters_that_it_gets(llama, cut):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pennyweight.model.student import cut as really_cut
+
+    recipe = distillation(teacher=str(llama), cut=cut)
+    student = really_cut(LlamaForCausalLM(LlamaConfig(**LLAMA)), recipe.student)
+    assert subjects_of(recipe).student.parameters == sum(p.numel() for p in student.parameters())
+
+
+def test_a_given_teacher_writes_labels_and_is_not_trained(llama):
+    found = reckoned(distillation(teacher=str(llama), cut="layers=2", steps=10, seeds=1))
+    names = [s["stage"] for s in found["stages"]]
+    assert names[:2] == ["data", "targets"] and "teacher" not in names
+    assert "how a given teacher or student was trained" in found["scope"]
+    live = reckoned(distillation(teacher=str(llama), cut="layers=2", steps=10, settings=["targets.kind=dense"]))
+    assert stage(live, "kd-0")["flops"]["middle"] > stage(live, "sft-0")["flops"]["middle"]
+    assert stage(live, "kd-0")["memory"]["middle"] > stage(live, "sft-0")["memory"]["middle"]
+
+
+def test_targets_on_disk_are_what_their_kind_takes(llama):
+    for kind, each in (("targets.kind=hidden", 2 * 32), ("targets.k=8", 8 * (9 + 16) / 8 + 3)):
+        settings = [kind] if "hidden" in kind else ["targets.kind=top_k", kind]
+        found = reckoned(distillation(teacher=str(llama), cut="layers=2", settings=settings), mean=50)
+        assert stage(found, "targets")["disk"]["low"] == pytest.approx(1800 * 50 * each)
+
+
+def test_rollouts_cost_what_is_written_besides(llama):
+    settings = ["method.kind=grpo", "method.group=4", "method.max_tokens=32", "control=false"]
+    table = distillation(teacher=str(llama), cut="layers=2", steps=10, settings=settings).model_dump(mode="json")
+    table["data"]["source"] = {"kind": "tasks", "tasks": [{"name": "basic_arithmetic"}]}
+    found = reckoned(parse(table))
+    grpo = stage(found, "grpo-0")
+    assert grpo["does"] == "writes and trains by grpo" and grpo["tokens"]["high"] > 2 * grpo["tokens"]["low"]
+
+
+def test_money_is_left_out_where_nobody_knows_a_price():
+    assert "money" not in reckoned(load(None))["total"]
+    assert "give one with --price" in reckoned(load(None))["reasons"]["money"]
+    rented = reckoned(load(None), price=own_price(2.0))
+    for end in ("low", "middle", "high"):
+        assert rented["total"]["money"][end] == pytest.approx(2 * rented["total"]["hours"][end])
+
+
+def served(**price):
+    return parse(
+        {
+            "name": "s",
+            "teacher": {"kind": "endpoint", "url": "http://h/v1", "tokenizer": "t", **price},
+            "student": {"kind": "folder", "path": "STUDENT"},
+            "method": {"kind": "sft"},
+            "data": {"source": {"kind": "tasks", "tasks": [{"name": "x"}]}, "responses": {"by": "teacher"}},
+        }
+    )
+
+
+def test_a_server_costs_its_tokens_and_is_never_free_for_want_of_a_price(llama):
+    dear = served(usd_sent=1.0, usd_got=3.0)
+    dear = dear.model_copy(update={"student": dear.student.model_copy(update={"path": str(llama)})})
+    found = reckoned(dear, mean=90, price=own_price(0.0))
+    data, rows = stage(found, "data"), rows_of(dear, 90)
+    a, b = (rows.train + rows.held_out) * 30, (rows.train + rows.held_out) * rows_got()
+    assert data["money"]["middle"] == pytest.approx((a * 1 + b * 3) / 1e6)
+    unpriced = served().model_copy(update={"student": dear.student})
+    assert "money" not in reckoned(unpriced, price=own_price(1.0))["total"]
+
+
+def rows_got() -> float:
+    return 0.45 * 256
+
+
+def test_on_a_chip_of_the_catalogue(llama):
+    recipe, chip = distillation(teacher=str(llama), cut="layers=2"), catalogue().chip("h100")
+    from datetime import date
+
+    price = price_range(catalogue().prices_of(chip), date.today())
+    found = reckoned(recipe, price=price, pace=pace_on(chip, 8, "bf16", published()))
+    assert found["devices"] == 8 and "assumed" in found["reasons"]["hours"]
+    assert found["total"]["money"]["low"] < found["total"]["money"]["middle"] < found["total"]["money"]["high"]
+    alone = reckoned(recipe, pace=pace_on(chip, 1, "bf16", published()))
+    assert alone["total"]["hours"]["middle"] > found["total"]["hours"]["middle"]
+
+
+def test_a_chain_takes_shapes_of_what_earlier_stages_make_and_adds_up(typed, tmp_path):
+    code, out, _ = typed("plan", ROOT / "recipes" / "four_ways.toml", "--json", "--price", "0.1")
+    found = json.loads(out)
+    assert code == 0 and list(found["runs"]) == ["start", "sft", "rl", "on_policy", "offline"]
+    start, later = found["runs"]["start"]["parameters"], found["runs"]["on_policy"]["parameters"]
+    assert start == later
+    for what in ("hours", "money", "flops"):
+        sums = sum(run["total"][what]["middle"] for run in found["runs"].values())
+        assert found["total"][what]["middle"] == pytest.approx(sums)
+
+
+def test_the_page_needs_nothing_but_itself_and_is_escaped(typed, tmp_path):
+    page = tmp_path / "plan.html"
+    code, _, _ = typed("plan", ROOT / "recipes" / "quickstart.toml", "--out", page)
+    text = page.read_text()
+    assert code == 0 and "Pennyweight plan: quickstart" in text and "<script" not in text
+    assert "trains the teacher" in text and "no price of this machine is known" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["r.toml", "--tokens", "3B"], "said by the recipe"),
+        (["none.toml"], "no recipe at none.toml"),
+        (["config.json", "train.steps=3"], "is for a plan of a recipe"),
+        (["--chips", "--out", "x.html"], "--out is for a plan of a recipe"),
+        (["recipes/quickstart.toml", "train.stepz=3"], "did you mean 'steps'"),
+        (["recipes/quickstart.toml", "--on", "zx81"], "no chip is called"),
+        (["recipes/quickstart.toml", "teacher.kind=folder", "teacher.path=nowhere"], "there is no nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(typed, monkeypatch, argv, says):
+    monkeypatch.chdir(ROOT)
+    code, out, err = typed("plan", *argv)
+    assert code == 2 and says in err and "\n" not in err.strip() and not out
+
+
+def test_a_student_of_a_server_needs_a_vocabulary(llama):
+    recipe = served()
+    shape = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}
+    table = recipe.model_dump(mode="json") | {"student": {"kind": "shape", "shape": shape}}
+    with pytest.raises(ModelError, match=r"student\.tokenizer"):
+        subjects_of(parse(table))
