@@ -63,7 +63,7 @@ def test_fp8_errs_by_little_in_every_product_and_row_and_the_design_that_diverge
     assert worst_row(got[1], want[1]) >= 25, f"seed {seed}: {worst_row(got[1], want[1]):.1f} dB"
     if hard:
         _, dx, _, _ = passes(DIVERGED, *case)
-        assert decibels(dx, want[1]) > 25 and worst_row(dx, want[1]) < 10, f"seed {seed}: the test does not see it"
+        assert decibels(dx, want[1]) > 25 and worst_row(dx, want[1]) < 15, f"seed {seed}: the test does not see it"
 
 
 def test_powers_of_two_make_new_tiles_of_the_cached_activation_free():
