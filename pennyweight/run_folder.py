@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from pennyweight.errors import RunError
 from pennyweight.ledger.hashing import artifact
 from pennyweight.ledger.store import Ledger
 from pennyweight.meter.meter import METER, metered
+from pennyweight.meter.peak import peak_memory, start_peak
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import CHAIN, sha256_json
@@ -160,7 +159,7 @@ class Run:
 
     def _made(self, name: str, key: str, make: Callable[[Path], Made], shared: bool) -> Done:
         self.ledger.append("stage", {"name": name, "key": key, "status": "started"})
-        _reset_peak_memory()
+        start_peak()
         self._device_peak(True)
         began = time.monotonic()
         work = f"{name}-{key[:16]}"
@@ -175,7 +174,7 @@ class Run:
             "status": "finished",
             "seconds": round(seconds, 3),
             "tokens": made.tokens,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "peak_device_memory_bytes": self._device_peak(False),
             "metered": self.meter.of(name, key[:16]).to_json(),
             "facts": made.facts,
@@ -277,25 +276,6 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON of a file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _reset_peak_memory() -> None:
-    """Start the peak anew, where the system can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_memory() -> int:
-    """Largest resident size since the last reset, in bytes (since the start of the process where it cannot reset)."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_object(file: Path) -> dict[str, Any]:

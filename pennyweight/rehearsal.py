@@ -1,0 +1,285 @@
+"""A recipe, tried in seconds before it runs: how long its rows are, and what its own steps take on this machine.
+
+    python -m pennyweight.rehearsal < recipes.json
+
+It has the run's own code at work: some of its data, a few steps of each training, a few rows labelled, scored and
+written. A model that the recipe will only make is stood in for by one of the same shape with random weights, and what
+would hang on what it writes is not told of it. Nobody's server is asked, and what is written goes away with the folder.
+
+Recipes of a chain come in the order of their stages, with folders of earlier ones as their models.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pennyweight.bench import Bench
+from pennyweight.data.pack import Batch, packer
+from pennyweight.data.prepare import Writer, both_sides, gather, problems_of
+from pennyweight.data.render import encode_all, prompt_ids
+from pennyweight.data.store import read_samples, write_samples
+from pennyweight.errors import PennyweightError, Stopped, Tripped
+from pennyweight.evaluate.agreement import as_scorer, score
+from pennyweight.evaluate.held_out import learnt_bytes
+from pennyweight.meter.peak import peak_memory, start_peak
+from pennyweight.methods import METHODS
+from pennyweight.model.generate import generate
+from pennyweight.model.load import save
+from pennyweight.model.loaded import Loaded
+from pennyweight.model.student import from_shape
+from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
+from pennyweight.recipe import EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TrainedTeacher
+from pennyweight.records import Encoded
+from pennyweight.settings import TEXT_ONLY, Schedule, SftMethod
+from pennyweight.train.checkpoint import Checkpoints
+from pennyweight.train.loop import train
+from pennyweight.verifiers import check_golds, judge_sample
+
+_ROWS, _OWN, _HELD_OUT = 512, 48, 48  # that are looked at; of the teacher's own samples; to be scored
+_WRITTEN = 64  # rows written at once
+_SECONDS, _LEAST, _MOST = 1.5, 4, 60  # of a training that is timed, and its steps
+
+
+def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What was seen of one recipe: ``rows`` (counts are not among them, only lengths), ``timed`` by what was done,
+    ``bytes_per_token`` of targets by a teacher that is there already, ``vocabulary``; empty where a server teaches.
+
+    Args:
+        folder: gets models that stand in for those that the run would make: ``teacher`` and ``student``.
+    """
+    if isinstance(recipe.teacher, EndpointTeacher | SeveralTeachers):
+        return {}
+    made = isinstance(recipe.teacher, TrainedTeacher) or _stands_in(recipe.teacher.path)
+    some = _some_of(recipe, made)
+    bench, timed = Bench(some, folder), []
+    by = _Timing(bench, folder, timed)
+    if isinstance(some.teacher, TrainedTeacher):
+        by.teacher(some.teacher, recipe.data.eval_fraction)
+        _mark(folder / "teacher")
+    by.data(writes=not made)
+    student = by.start()
+    if recipe.method.kind not in TEXT_ONLY and recipe.targets.kind != "dense":
+        told = by.targets()
+    else:
+        told = None
+    for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
+        by.arm(arm)
+    by.scored(student)
+    by.written("student", student)
+    if made is False and recipe.data.responses.by == "teacher":
+        pass  # timed where it wrote the data
+    elif recipe.data.responses.by == "teacher" or recipe.evaluate.problems:
+        by.written("teacher", bench.teacher)
+    return {
+        "rows": _rows(bench.encoded, recipe.train),
+        "timed": timed,
+        "bytes_per_token": None if made else told,
+        "vocabulary": len(bench.language.tokenizer),
+    }
+
+
+class _Timing:
+    """Does a little of each kind of work, and notes what it took."""
+
+    def __init__(self, bench: Bench, folder: Path, timed: list[dict[str, Any]]):
+        self.bench, self.folder, self.timed = bench, folder, timed
+
+    def note(self, what: str, seconds: float, **of: Any) -> None:
+        """``seconds`` for rows of ``length`` tokens and ``new`` ones, ``steps`` times ``rows``."""
+        self.timed.append({"what": what, "seconds": seconds, "memory": peak_memory(), **of})
+        start_peak()
+
+    def teacher(self, t: TrainedTeacher, held_out: float) -> None:
+        problems = problems_of(t.tasks, t.seed, held_out)
+        tokenizer = train_tokenizer([m.content for s in problems for m in s.messages], t.vocabulary, t.context)
+        model = from_shape(t.shape, tokenizer, t.context, t.seed)
+        encoded = encode_all(problems, tokenizer, t.context, "refuse")
+        batches = packer(encoded, t.schedule, t.seed, PAD_ID, t.context)
+        next_batch = lambda step: [METHODS["sft"].apply(b, SftMethod(), None) for b in batches(step)]  # noqa: E731
+        self.trained("teacher", model, t.schedule, next_batch, encoded)
+        save(model, tokenizer, self.folder / "teacher")
+
+    def data(self, writes: bool) -> None:
+        bench, d = self.bench, self.bench.recipe.data
+
+        def writer(member: str | None, source: TeacherSamples | None = None) -> Writer:
+            speaker = bench.sampling(source) if source else bench.answering
+            place = (speaker, speaker.tokenizer, self.folder / "parts")
+            return Writer(*place, bench.recipe.seed, bench.counting, bench.asked_in, d.too_long)
+
+        began = time.perf_counter()
+        gathered = gather(d.source, partial(writer, source=d.source), bench.recipe.teacher)
+        sides, found = both_sides(gathered, d, writer, judge_sample, check_golds, bench.encode)
+        took = time.perf_counter() - began
+        for name, samples in sides.items():
+            write_samples(self.folder / "data" / f"{name}.jsonl", samples)
+        if writes and (isinstance(d.source, TeacherSamples) or d.responses.by == "teacher"):
+            rows = found["train"] + found["evaluation"]
+            encoded = [*bench.encoded, *bench.held_out.encoded]
+            new = fmean(len(e.loss_positions) for e in encoded)
+            length = max(1.0, fmean(len(e.ids) for e in encoded) - new)
+            self.note("data", took, steps=1, rows=rows, length=length, new=new)
+
+    def start(self) -> Loaded:
+        """The student as it would begin, saved and opened again: how long that takes is what opening takes."""
+        seed, place = self.bench.recipe.seeds[0], self.folder / "student"
+        model = self.bench.first_student(seed)
+        start_peak()
+        began = time.perf_counter()
+        save(model, self.bench.language.tokenizer, place, self.bench.student_dtype)
+        opened = self.bench.opened(place)
+        self.note("opening", (time.perf_counter() - began) / 2)
+        _mark(place)
+        return opened
+
+    def targets(self) -> float:
+        """Bytes a token."""
+        began, encoded = time.perf_counter(), self.bench.encoded
+        facts, _ = self.bench.label()
+        self.note("targets", time.perf_counter() - began, steps=1, **_mean(encoded))
+        return facts["bytes_per_token"]
+
+    def arm(self, arm: str) -> None:
+        bench, row = self.bench, METHODS[arm]
+        method = SftMethod() if arm == "sft" or row.rolls else bench.recipe.method
+        by, seed = METHODS[method.kind], bench.recipe.seeds[0]
+        signal = bench.signal if by.signals(method) else None
+        batches, begin = bench.batches(bench.recipe.train, seed), bench.to_train(self.folder / "student", seed)
+        next_batch = lambda step: [by.apply(b, method, signal) for b in batches(step)]  # noqa: E731
+        self.trained(arm, begin.model, bench.recipe.train, next_batch, bench.encoded)
+
+    def trained(
+        self, what: str, model: Any, s: Schedule, next_batch: Callable[[int], list[Batch]], encoded: Sequence[Encoded]
+    ) -> None:
+        """A few steps of a training: the median one."""
+        stamps = [time.perf_counter()]
+        enough = lambda: len(stamps) > _LEAST and (stamps[-1] - stamps[1] > _SECONDS or len(stamps) > _MOST)  # noqa: E731
+        tried = s.model_copy(update={"checkpoint_every": 1 << 30, "compile": False})
+        with TemporaryDirectory(dir=self.folder) as work:
+            start_peak()
+            try:
+                train(
+                    model,
+                    next_batch,
+                    schedule=tried,
+                    tripwires=self.bench.recipe.tripwires,
+                    compute=self.bench.compute,
+                    checkpoints=Checkpoints(Path(work)),
+                    seed=self.bench.recipe.seed,
+                    admit=lambda ids: None,
+                    log=lambda line: None,
+                    progress=lambda step, note: stamps.append(time.perf_counter()),
+                    should_stop=enough,
+                )
+            except (Stopped, Tripped):
+                pass
+        steps = [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)] or [stamps[-1] - stamps[0]]
+        mean = _mean(encoded)
+        self.note(f"train {what}", median(steps), steps=1, **mean | {"rows": s.batch, **_padding(encoded, s)})
+
+    def scored(self, student: Loaded) -> None:
+        bench, compute = self.bench, self.bench.compute.measuring
+        encoded = bench.held_out.encoded[:_HELD_OUT]
+        reference = as_scorer(bench.teacher, compute) if bench.reference else None
+        began = time.perf_counter()
+        score(encoded, learnt_bytes(encoded, student.tokenizer), as_scorer(student, compute), reference, student.pad_id)
+        self.note("score", time.perf_counter() - began, steps=1, both=bool(reference), **_mean(encoded))
+
+    def written(self, who: str, model: Loaded) -> None:
+        """Rows written from the prompts there are, as many tokens as their responses have."""
+        samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:_WRITTEN]
+        if not samples or not model.writes:
+            return
+        prompts = [prompt_ids(s, model.tokenizer) for s in samples]
+        prompts = (prompts * _WRITTEN)[:_WRITTEN]
+        new = round(fmean(len(e.loss_positions) for e in self.bench.encoded))
+        began = time.perf_counter()
+        how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
+        generate(model.model, prompts, max_tokens=max(1, new), **how)
+        length = fmean(map(len, prompts))
+        self.note(f"write {who}", time.perf_counter() - began, steps=1, rows=_WRITTEN, length=length, new=new)
+
+
+def _some_of(recipe: Recipe, made: bool) -> Recipe:
+    """The recipe with some of its rows; where its teacher is not there yet, nothing is written by it."""
+    whole = recipe.model_dump(mode="json")
+    source, data = whole["data"]["source"], whole["data"]
+    if source["kind"] == "tasks":
+        source["tasks"] = [_fewer(t) for t in source["tasks"]]
+    elif source["kind"] == "files":
+        source["limit"] = min(source["limit"] or _ROWS, _ROWS)
+    else:
+        source["count"] = min(source["count"], _OWN)
+    if whole["teacher"]["kind"] == "trained":
+        whole["teacher"]["tasks"] = [_fewer(t) for t in whole["teacher"]["tasks"]]
+    data["responses"] |= {"keep": "all", "samples": 1, "most": None, "language": 0.0}
+    if made and data["responses"]["by"] == "teacher":
+        data["responses"]["by"] = "auto"
+    if made is False and data["responses"]["by"] == "teacher":
+        source["limit" if source["kind"] == "files" else "size"] = _OWN
+    data["eval_limit"] = min(data["eval_limit"], _HELD_OUT)
+    whole["evaluate"]["problems"] = min(whole["evaluate"]["problems"], _HELD_OUT)
+    return Recipe.model_validate(whole)
+
+
+def _fewer(task: dict[str, Any]) -> dict[str, Any]:
+    return task | {"size": min(task["size"], _ROWS)}
+
+
+def _mean(encoded: Sequence[Encoded]) -> dict[str, float]:
+    """Rows, their mean length, and the share of tokens that is learnt."""
+    tokens = sum(len(e.ids) for e in encoded)
+    learnt = sum(len(e.loss_positions) for e in encoded) / max(1, tokens)
+    return {"rows": len(encoded), "length": tokens / max(1, len(encoded)), "learnt": learnt}
+
+
+def _padding(encoded: Sequence[Encoded], s: Schedule) -> dict[str, float]:
+    """How many times the tokens of a training are computed, rows being filled up to the longest beside them."""
+    if s.pack or not encoded:
+        return {"padded": 1.0}
+    batches = packer(list(encoded), s, 0, PAD_ID, max(len(e.ids) for e in encoded))
+    some = [b for step in range(max(4, min(50, 512 // s.batch))) for b in batches(step)]
+    return {"padded": sum(b.ids.numel() for b in some) / max(1, sum(b.tokens for b in some))}
+
+
+def _rows(encoded: Sequence[Encoded], s: Schedule) -> dict[str, float]:
+    return _mean(encoded) | _padding(encoded, s) | {"samples": float(len({e.id.partition(":")[0] for e in encoded}))}
+
+
+def _mark(folder: Path) -> None:
+    (folder / _MARK).touch()
+
+
+def _stands_in(path: str) -> bool:
+    return (Path(path) / _MARK).exists()
+
+
+_MARK = ".stands-in"
+
+
+def main() -> None:
+    """Recipes by stage on stdin; what was seen of each, or a refusal, on stdout. They name earlier ones' folders under
+    ``place``, which is this process's own."""
+    asked = json.load(sys.stdin)
+    place = Path(asked["place"])
+    try:
+        seen = {}
+        for stage, settings in asked["recipes"].items():
+            (place / stage).mkdir(parents=True, exist_ok=True)
+            seen[stage] = rehearse(Recipe.model_validate(settings), place / stage)
+        reply: dict[str, Any] = {"seen": seen}
+    except PennyweightError as e:
+        reply = {"refused": str(e)}
+    sys.stdout.write(json.dumps(reply))
+
+
+if __name__ == "__main__":
+    main()
