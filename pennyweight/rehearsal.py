@@ -11,6 +11,8 @@ Recipes of a chain come in the order of their stages, with folders of earlier on
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import sys
 import time
@@ -66,10 +68,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
         _mark(folder / "teacher")
     by.data(writes=not made)
     student = by.start()
-    if recipe.method.kind not in TEXT_ONLY and recipe.targets.kind != "dense":
-        told = by.targets()
-    else:
-        told = None
+    told = by.targets() if recipe.method.kind not in TEXT_ONLY and recipe.targets.kind != "dense" else None
     for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
         by.arm(arm)
     by.scored(student)
@@ -165,7 +164,7 @@ class _Timing:
         tried = s.model_copy(update={"checkpoint_every": 1 << 30, "compile": False})
         with TemporaryDirectory(dir=self.folder) as work:
             start_peak()
-            try:
+            with contextlib.suppress(Stopped, Tripped):
                 train(
                     model,
                     next_batch,
@@ -179,9 +178,7 @@ class _Timing:
                     progress=lambda step, note: stamps.append(time.perf_counter()),
                     should_stop=enough,
                 )
-            except (Stopped, Tripped):
-                pass
-        steps = [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)] or [stamps[-1] - stamps[0]]
+        steps = [b - a for a, b in itertools.pairwise(stamps[1:])] or [stamps[-1] - stamps[0]]
         mean = _mean(encoded)
         self.note(f"train {what}", median(steps), steps=1, **mean | {"rows": s.batch, **_padding(encoded, s)})
 

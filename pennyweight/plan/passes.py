@@ -16,7 +16,7 @@ class Pass:
 
     ``length`` is that of a mean row, of ``write`` that of the prompt, which gets ``new`` tokens; ``learnt`` the share
     of tokens with logits, ``rank`` and ``recompute`` as
-    ``flops.Training`` has them; ``padded`` how many times the tokens are computed.
+    ``flops.Training`` has them; ``padded`` how many times the tokens are computed; ``who`` is at work.
     """
 
     kind: str
@@ -29,6 +29,7 @@ class Pass:
     rank: int = 0
     recompute: bool = False
     padded: float = 1.0
+    who: str = "student"
 
     def tokens(self, end: int) -> float:
         """Read and written."""

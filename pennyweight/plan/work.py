@@ -21,8 +21,8 @@ LENGTHS: Ends = (0.2, 0.45, 0.9)
 PADDED = 1.15
 """Rows are filled up to the longest of their batch: how many times the tokens are computed that there are."""
 
-_LEARNT = 0.6  # share of tokens whose logits are made, where prompts are not learnt
 _BELOW_8 = frozenset({"int4", "int3", "ternary", "mxfp4", "nvfp4"})
+_SORTED = 1.03  # as PADDED, where rows of like length go together
 _CALIBRATED = 128  # samples that rounding looks at, once for each block
 _WRITTEN_AT_ONCE, _SCORED_AT_ONCE = 64, 16
 _CHARACTERS = 4.0  # of a token, of English under a vocabulary of ten thousands
@@ -31,18 +31,33 @@ _READ = 1 << 22  # bytes of a file that its rows are counted in
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Samples to train on and held out, the mean length of one, and what that is from."""
+    """Samples to train on and held out, the mean length of one, and what that is from.
+
+    ``learnt`` is the share of tokens whose logits are made, where prompts are not learnt; ``padded`` how many times the
+    tokens of training are computed, rows being filled up to the longest of their batch; ``response`` the tokens of a
+    mean one, where some were looked at; ``teacher`` the length of those that a teacher from nothing learns.
+    """
 
     train: float
     held_out: float
     length: Ends
     reason: str
+    learnt: float = 0.6
+    padded: float = PADDED
+    response: float | None = None
+    teacher: Ends | None = None
 
     @property
     def prompt(self) -> Ends:
-        """Of a mean prompt: a third of the sample."""
+        """Of a mean prompt: what is not its response, or a third of the sample."""
         a, b, c = self.length
+        if self.response is not None:
+            return max(1.0, a - self.response), max(1.0, b - self.response), max(1.0, c - self.response)
         return a / 3, b / 3, c / 3
+
+    def written(self, most: float) -> Ends:
+        """Tokens of a response of at most so many."""
+        return shares(most) if self.response is None else _always(min(most, self.response))
 
 
 def shares(longest: float, ends: Ends = LENGTHS) -> Ends:
@@ -66,7 +81,8 @@ def rows_of(recipe: Recipe, mean: float | None = None) -> Rows:
     if mean is not None:
         length, reason = (mean, mean, mean), f"a sample has {mean:,.4g} tokens on average, as given"
     held_out = min(d.eval_limit, count * d.eval_fraction)
-    return Rows(max(1.0, count * (1 - d.eval_fraction)), max(1.0, held_out), length, reason)
+    learnt = 1.0 if isinstance(source, TeacherSamples) else 0.6
+    return Rows(max(1.0, count * (1 - d.eval_fraction)), max(1.0, held_out), length, reason, learnt)
 
 
 def _of_file(source: FileData, context: int, length: Ends, reason: str) -> tuple[float, Ends, str]:
@@ -103,11 +119,11 @@ def _always(n: float) -> Ends:
     return n, n, n
 
 
-def _trained(shapes: Shapes, s: Schedule, length: Ends, learnt: float, steps: float | None = None) -> Pass:
+def _trained(shapes: Shapes, s: Schedule, length: Ends, rows: Rows, steps: float | None = None) -> Pass:
     rank = s.lora.rank if s.lora else 0
-    many, padded = _always(s.steps if steps is None else steps), 1.0 if s.pack else PADDED
+    many, padded = _always(s.steps if steps is None else steps), 1.0 if s.pack else rows.padded
     how = {"rank": rank, "recompute": s.gradient_checkpointing, "padded": padded}
-    return Pass("train", shapes, many, s.batch, length, learnt=learnt, **how)  # type: ignore[arg-type]
+    return Pass("train", shapes, many, s.batch, length, learnt=rows.learnt, **how)  # type: ignore[arg-type]
 
 
 def _teacher(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
@@ -115,9 +131,9 @@ def _teacher(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     if not isinstance(t, TrainedTeacher) or of.teacher is None:
         return None
     # Its problems are of the kind of the data's, where those are tasks, too.
-    length = rows.length if isinstance(recipe.data.source, TaskData) else shares(t.context)
+    length = rows.teacher or (rows.length if isinstance(recipe.data.source, TaskData) else shares(t.context))
     size = _always(4.0 * of.teacher.parameters)
-    passes = (_trained(of.teacher, t.schedule, length, _LEARNT),)
+    passes = (_trained(of.teacher, t.schedule, length, rows),)
     return Work("teacher", "trains the teacher", passes, size, opens=1 + _drawing(sum(x.size for x in t.tasks)))
 
 
@@ -128,7 +144,7 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         count, prompt, new = float(source.count), _always(1.0), rows.length
     elif r.by == "teacher":
         count, prompt = rows.train * r.samples + rows.held_out, rows.prompt
-        new = shares(min(r.max_tokens, recipe.data.context))
+        new = rows.written(min(r.max_tokens, recipe.data.context))
     elif isinstance(source, TaskData):
         return Work("data", "draws problems", opens=_drawing(sum(t.size for t in source.tasks)))
     else:
@@ -137,7 +153,7 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         sent, got = (tuple(count * n for n in ends) for ends in (prompt, new))
         return Work("data", "a server writes", sent=sent, got=got)  # type: ignore[arg-type]
     steps = _always(max(1.0, count / _WRITTEN_AT_ONCE))
-    writes = Pass("write", of.teacher, steps, min(count, _WRITTEN_AT_ONCE), prompt, new)
+    writes = Pass("write", of.teacher, steps, min(count, _WRITTEN_AT_ONCE), prompt, new, who="teacher")
     return Work("data", "the teacher writes", (writes,))
 
 
@@ -146,7 +162,7 @@ def _targets(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     t = recipe.targets
     if recipe.method.kind in TEXT_ONLY or t.kind == "dense":
         return None
-    learnt = 1.0 if isinstance(recipe.data.source, TeacherSamples) else _LEARNT
+    learnt = rows.learnt
     tokens = [learnt * rows.train * n for n in rows.length]
     each = _bytes_of_a_token(t, of)
     kept: Any = tuple(n * b for n, b in zip(tokens, each, strict=True))
@@ -168,29 +184,31 @@ def _bytes_of_a_token(t: Any, of: Subjects) -> Ends:
 
 
 def _forward(shapes: Shapes, rows: float, length: Ends, learnt: float, at_once: int = _SCORED_AT_ONCE) -> Pass:
-    return Pass("forward", shapes, _always(rows / at_once), at_once, length, learnt=learnt, padded=PADDED)
+    return Pass("forward", shapes, _always(rows / at_once), at_once, length, learnt=learnt, padded=_SORTED)
+
+
+def _live(teacher: Shapes, s: Schedule, length: Ends, rows: Rows) -> Pass:
+    """The teacher's forward pass beside each step."""
+    return Pass("forward", teacher, _always(s.steps), s.batch, length, learnt=rows.learnt, padded=rows.padded)
 
 
 def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
     s, student, size = recipe.train, of.student, _always(4.0 * of.student.parameters)
-    learnt = 1.0 if isinstance(recipe.data.source, TeacherSamples) else _LEARNT
     m, name = recipe.method, f"{arm}-{seed}"
     if arm in ("sft", "kd"):
-        passes = [_trained(student, s, rows.length, learnt)]
+        passes = [_trained(student, s, rows.length, rows)]
         if arm == "kd" and recipe.targets.kind == "dense" and of.teacher is not None:
-            passes.append(
-                Pass("forward", of.teacher, _always(s.steps), s.batch, rows.length, learnt=learnt, padded=PADDED)
-            )
+            passes.append(_live(of.teacher, s, rows.length, rows))
         return Work(name, f"trains by {arm}", tuple(passes), size)
     most = min(m.max_tokens, recipe.data.context)  # type: ignore[union-attr]
-    new = shares(most)
+    new = rows.written(most)
     whole: Any = tuple(p + n for p, n in zip(rows.prompt, new, strict=True))
     if arm == "offline":
         count = float(m.rollouts)  # type: ignore[union-attr]
         written = _always(max(1.0, count / _WRITTEN_AT_ONCE))
         passes = [Pass("write", student, written, min(count, _WRITTEN_AT_ONCE), rows.prompt, new)]
         if of.teacher is not None:
-            passes.append(_forward(of.teacher, count, whole, _LEARNT))
+            passes.append(_forward(of.teacher, count, whole, rows.learnt))
     else:
         rounds = s.steps / m.updates  # type: ignore[union-attr]
         batch = s.batch * (1 - getattr(m, "given", 0.0)) * m.updates  # type: ignore[union-attr]
@@ -199,8 +217,8 @@ def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
         calls = rounds * batch / at_once
         passes = [Pass("write", student, (calls, calls * (1 + again) / 2, calls * again), at_once, rows.prompt, new)]
         if arm == "on_policy" and of.teacher is not None:
-            passes.append(Pass("forward", of.teacher, _always(s.steps), s.batch, whole, learnt=_LEARNT, padded=PADDED))
-    return Work(name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, _LEARNT)), size)
+            passes.append(_live(of.teacher, s, whole, rows))
+    return Work(name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows)), size)
 
 
 def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
@@ -212,34 +230,50 @@ def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
     passes = [looked]
     if steps:
         plain = s.model_copy(update={"lora": None})
-        passes += [_trained(student, plain, rows.length, _LEARNT, steps)]
-        passes += [_forward(student, min(rows.train, steps * s.batch), rows.length, _LEARNT)]
+        passes += [_trained(student, plain, rows.length, rows, steps)]
+        passes += [_forward(student, min(rows.train, steps * s.batch), rows.length, rows.learnt)]
     size = _always(student.parameters * bits / 8 * 1.15)
     return Work(fmt, "rounds, and is taught" if steps else "rounds", tuple(passes), size, opens=2 if steps else 1)
 
 
 def _evaluations(recipe: Recipe, of: Subjects, rows: Rows, arms: list[str]) -> list[Work]:
-    """All models on what was held out, together: likelihood of held-out tokens, beside the teacher's, and answers."""
-    e, seeds = recipe.evaluate, len(recipe.seeds)
+    """All models on what was held out, together: likelihood of held-out tokens, beside the teacher's, and answers.
+
+    A student that nothing was taught yet ends no answer by itself.
+    """
+    e, seeds, made = recipe.evaluate, len(recipe.seeds), recipe.student.kind == "shape"
     taught = sum(
         1 for f in recipe.quantize.formats if f in _BELOW_8 and round(recipe.quantize.recover * recipe.train.steps)
     )
-    copies = len(recipe.quantize.formats)
-    students = (seeds if recipe.student.kind == "shape" else 1) + len(arms) * seeds + copies + taught
-    tasks = isinstance(recipe.data.source, TaskData) or bool(getattr(recipe.data.source, "verifier", None))
-    harder = min(e.problems, sum(t.size for t in e.harder))
-    problems = (min(e.problems, rows.held_out) + harder) if tasks else 0.0
-    new, out = shares(min(e.max_tokens, recipe.data.context)), []
-    for name, shapes, count, passes in (("teacher", of.teacher, 1, 1), ("students", of.student, students, 1)):
-        if shapes is None:
-            continue
-        each = [_forward(shapes, count * passes * rows.held_out, rows.length, _LEARNT)]
-        if name == "students":
-            each += [_forward(of.teacher, count * rows.held_out, rows.length, _LEARNT)] if of.teacher else []
-            each += [_forward(shapes, 2 * (copies + taught) * rows.held_out, rows.length, _LEARNT)]
-        if answers := problems * (1 + e.samples) * count:
-            steps = _always(max(1.0, answers / _WRITTEN_AT_ONCE))
-            each += [Pass("write", shapes, steps, min(answers, _WRITTEN_AT_ONCE), rows.prompt, new)]
-        does = "measures the teacher" if name == "teacher" else f"measures {students:,} students and copies"
-        out.append(Work(f"evaluate {name}", does, tuple(each), opens=count))
-    return out
+    copies, most = len(recipe.quantize.formats), min(e.max_tokens, recipe.data.context)
+    students = (seeds if made else 1) + len(arms) * seeds + copies
+    each = problems_asked(recipe, rows) * (1 + e.samples)
+    out = []
+    if of.teacher is not None:
+        passes = [_forward(of.teacher, rows.held_out, rows.length, rows.learnt)]
+        passes += [_written(of.teacher, each, rows, rows.written(most), "teacher")] if each else []
+        out.append(Work("evaluate teacher", "measures the teacher", tuple(passes)))
+    seen, beside = (students + taught) * rows.held_out, 2 * (copies + taught) * rows.held_out
+    passes = [_forward(of.student, seen + beside, rows.length, rows.learnt)]
+    passes += [_forward(of.teacher, seen, rows.length, rows.learnt)] if of.teacher else []
+    if each:
+        blank = seeds if made else 0
+        passes += [_written(of.student, (students - blank) * each, rows, rows.written(most))]
+        passes += [_written(of.student, blank * each, rows, _always(most))] if blank else []
+        # A copy that is only rounded is asked once, beside the one that was taught.
+        passes += [_written(of.student, taught * each / (1 + e.samples), rows, rows.written(most))] if taught else []
+    does = f"measures {students + taught:,} students and copies"
+    return [*out, Work("evaluate students", does, tuple(passes), opens=students + taught)]
+
+
+def problems_asked(recipe: Recipe, rows: Rows) -> float:
+    """Problems that each model is asked once."""
+    source, e = recipe.data.source, recipe.evaluate
+    if not isinstance(source, TaskData) and not getattr(source, "verifier", None):
+        return 0.0
+    return min(e.problems, rows.held_out) + min(e.problems, sum(t.size for t in e.harder))
+
+
+def _written(shapes: Shapes, answers: float, rows: Rows, new: Ends, who: str = "student") -> Pass:
+    at_once = max(1.0, min(answers, _WRITTEN_AT_ONCE))
+    return Pass("write", shapes, _always(answers / at_once), at_once, rows.prompt, new, who=who)
