@@ -19,7 +19,6 @@ from pennyweight.data.render import dropped_thoughts, encode_all
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
-from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
@@ -31,6 +30,7 @@ from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.plan.published import published
 from pennyweight.plan.reckon import within_budget
+from pennyweight.plan.seen import retold
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
@@ -65,7 +65,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     bench = Bench(recipe, out)
     device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
     opened = open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device))
-    with opened as run, Line(run, bench, foretold) as line:
+    with opened as run, Line(run, bench, foretold, retold) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -342,7 +342,7 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
     )
     overlap = text_overlap(recipe.evaluate.text, line.folder / "data" / "train.jsonl")
     summary |= {"targets": made.targets.facts, "data": {**made.data.facts, **overlap}}
-    summary |= {"environment": environment(line.compute.hardware, line.bench.threads), **line.run.account()}
+    summary |= line.account()
     summary["bill"] = line.bill(summary)
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)
