@@ -12,6 +12,7 @@ from pennyweight.errors import Overspent, Stopped
 from pennyweight.ledger.environment import environment
 from pennyweight.meter.bill import bill, per_point
 from pennyweight.meter.meter import BETWEEN
+from pennyweight.meter.peak import peak_memory
 from pennyweight.meter.rates import allowance_of
 from pennyweight.progress import Counter, counting, say
 from pennyweight.report.trackers import trackers
@@ -66,7 +67,8 @@ class Line:
         )
         arms = summary["arms"]
         gained = [arms.get(a, {}).get("metrics", {}).get("accuracy") for a in ("base", self.recipe.method.kind)]
-        return found | {"per_point": per_point(spent, *(g and g["mean"] for g in gained))}
+        anew = [f for f in self.run.ledger.told("forecast") if "whole_seconds" in f]
+        return found | {"per_point": per_point(spent, *(g and g["mean"] for g in gained)), "anew": anew}
 
     def over(self) -> bool:
         """Whether the budget lets the run go on no longer."""
@@ -101,7 +103,8 @@ class Line:
         come = self._retold(*self.foretold.parts, lengths(self.bench.encoded, self.recipe.train), stage, whole, over)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
-        return {"whole_seconds": round(seconds, 3)}
+        peaks = (s.get("peak_memory_bytes") or 0 for s in over.values())
+        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": max(peak_memory(), *peaks)}
 
     @contextmanager
     def counting(self, label: str, total: int, unit: str) -> Iterator[Counter]:

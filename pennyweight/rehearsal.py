@@ -46,7 +46,7 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
-_ROWS, _OWN, _HELD_OUT = 512, 48, 48  # that are looked at; of the teacher's own samples; to be scored
+_ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are looked at; of the teacher's own samples; to be scored
 _WRITTEN = 64  # rows written at once
 _SECONDS, _LEAST, _MOST = 1.5, 4, 60  # of a training that is timed, and its steps
 
@@ -67,7 +67,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if isinstance(some.teacher, TrainedTeacher):
         by.teacher(some.teacher, recipe.data.eval_fraction)
         _mark(folder / "teacher")
-    by.data(writes=not made)
+    kept = by.data(writes=not made)
     student = by.start()
     told = by.targets() if recipe.method.kind not in TEXT_ONLY and recipe.targets.kind != "dense" else None
     for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
@@ -79,7 +79,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     elif recipe.data.responses.by == "teacher" or recipe.evaluate.problems:
         by.written("teacher", bench.teacher)
     return {
-        "rows": lengths(bench.encoded, recipe.train),
+        "rows": lengths(bench.encoded, recipe.train) | {"kept": kept},
         "timed": timed,
         "bytes_per_token": None if made else told,
         "vocabulary": len(bench.language.tokenizer),
@@ -107,7 +107,8 @@ class _Timing:
         self.trained("teacher", model, t.schedule, next_batch, encoded)
         save(model, tokenizer, self.folder / "teacher")
 
-    def data(self, writes: bool) -> None:
+    def data(self, writes: bool) -> float:
+        """The share of samples that is kept: those that are too long are not."""
         bench, d = self.bench, self.bench.recipe.data
 
         def writer(member: str | None, source: Any = None) -> Writer:
@@ -127,6 +128,7 @@ class _Timing:
             new = fmean(len(e.loss_positions) for e in encoded)
             length = max(1.0, fmean(len(e.ids) for e in encoded) - new)
             self.note("data", took, rows=rows, length=length, new=new)
+        return found["train"] / (found["train"] + found["train_left_out"])
 
     def start(self) -> Loaded:
         """The student as it would begin, saved and opened again: how long that takes is what opening takes."""

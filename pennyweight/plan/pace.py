@@ -47,7 +47,7 @@ SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 class Pace:
     """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
     ``factors``: how many times what the formulas have was taken when it was tried, by what was done
-    (``train kd``, ``targets``, ``score``, ``write student``, ``data``)."""
+    (``train kd``, ``targets``, ``score``, ``write student``, ``data``); ``peak`` is the most bytes that this took."""
 
     chip: Chip
     devices: int
@@ -57,6 +57,7 @@ class Pace:
     reason: str
     share: float = 1.0  # of a catalogue's peak, in FLOP/s
     factors: dict[str, float] = field(default_factory=dict)
+    peak: float | None = None
 
     @property
     def on_cpu(self) -> bool:

@@ -65,6 +65,8 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
     known = [name for name in _SUMS if all(name in s for s in stages)]
     total: dict[str, Any] = {name: _added([s[name] for s in stages if s[name]]) for name in known}
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
+    if pace.peak is not None:  # what the process takes was seen, which no formula knows better
+        total["memory"] = _ends((0.9 * pace.peak, pace.peak, 1.25 * pace.peak))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,

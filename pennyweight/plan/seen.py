@@ -24,12 +24,12 @@ def seen_rows(rows: Rows, seen: Seen) -> Rows:
     found = seen.get("rows")
     if not found:
         return rows
-    length, windows = found["length"], found["rows"] / max(1.0, found["samples"])
+    length, times = found["length"], found.get("kept", 1.0) * found["rows"] / max(1.0, found["samples"])
     teacher = next((t["length"] for t in seen["timed"] if t["what"] == "train teacher"), None)
     return replace(
         rows,
-        train=rows.train * windows,
-        held_out=rows.held_out * windows,
+        train=max(1.0, rows.train * times),
+        held_out=max(1.0, rows.held_out * times),
         length=(length, length, length),
         learnt=found["learnt"],
         padded=found["padded"],
@@ -75,7 +75,8 @@ def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
     reason = "as the recipe's own steps took when they were tried here; "
     reason += f"{TRIED[0]:g} to {TRIED[1]:g} times that, others' work on it included"
     factors = {t["what"]: t["seconds"] / said for t in seen["timed"] if (said := _said(pace, of, t)) > 0}
-    return replace(pace, factors=factors, spread=TRIED, reason=reason)
+    peak = max(t["memory"] for t in seen["timed"])
+    return replace(pace, factors=factors, spread=TRIED, reason=reason, peak=peak if pace.on_cpu else None)
 
 
 def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
