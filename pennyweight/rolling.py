@@ -17,13 +17,13 @@ from pennyweight.errors import DataError, RecipeError
 from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
-from pennyweight.progress import counting
+from pennyweight.progress import Counter
 from pennyweight.records import Sample, Task, Verdict
 from pennyweight.settings import GrpoMethod, OfflineMethod, Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep
-from pennyweight.train.rollout import Judge, Roller, Rollout
+from pennyweight.train.rollout import Judge, Roller, Rollout, Round
 from pennyweight.train.tripwire import UNWATCHED, Watch
 
 
@@ -125,23 +125,36 @@ def steps_of(
 
 
 def _offline(bench: Any, roller: Roller, apply: Any, log: Callable[[dict[str, Any]], None]) -> Any:
-    """Steps over rollouts that the start writes now, with targets that the teacher gives them now."""
+    """Steps over rollouts that the start writes once, with targets that the teacher gives them once: when the first
+    step asks for its batches, so that the loop's clock has both. Both are kept for a run that goes on."""
+    made: list[tuple[Callable[[int], list[Batch]], Callable[[Batch], Any]]] = []
+
+    def next_batch(step: int) -> list[Batch]:
+        if not made:
+            whole = roller(0, may_write=step == 0)  # later than that the weights are no longer the start's
+            if step == 0:
+                log({"step": 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
+            made.append(_scored(bench, roller, whole))
+        packed, signal = made[0]
+        return [apply(b, roller.method, signal) for b in packed(step)]
+
+    return next_batch
+
+
+def _scored(bench: Any, roller: Roller, whole: Round) -> tuple[Callable[[int], list[Batch]], Callable[[Batch], Any]]:
+    """step -> micro-batches of a round's rollouts; and the teacher at their loss positions."""
     method, schedule, t = roller.method, bench.recipe.train, bench.recipe.targets
-    whole = roller(0, may_write=True)
-    log({"step": 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
     rollouts = [r.encoded for group in whole.first(method.first).groups for r in group]  # type: ignore[union-attr]
-    packed = replace(packer(rollouts, schedule, roller.seed, roller.pad_id, bench.context), pack=schedule.pack)
+    packed = packer(rollouts, schedule, roller.seed, roller.pad_id, bench.context)
     if t.kind == "dense":
-        return lambda step: [apply(b, method, bench.labelling.dense) for b in packed(step)]
+        return packed, bench.labelling.dense
     temperature = 1.0 if t.kind == "hidden" else method.temperature  # type: ignore[union-attr]
     keep = Keep(t.kind, getattr(t, "threshold", 0.0), getattr(t, "k", 0), temperature, t.precision)
     made_by = f"{bench.labelling.fingerprint} on {bench.compute.name}"
     place, label = roller.folder / "targets", lambda some, keep: bench.labelling.targets(some, keep)
     cache = TargetCache(place, made_by, keep, bench.language.vocabulary, t.shard, label)
-    with counting("targets of rollouts", len(rollouts), "rollouts") as c:
-        cache.fill(rollouts, c.advance)
-    signal = lambda batch: cache.signal(batch, bench.compute.device, lambda: bench.local.head)  # noqa: E731
-    return lambda step: [apply(b, method, signal) for b in packed(step)]
+    cache.fill(rollouts, Counter("targets of rollouts", len(rollouts), "rollouts").advance)
+    return packed, lambda batch: cache.signal(batch, bench.compute.device, lambda: bench.local.head)
 
 
 def _teacher_of(bench: Any, row: Any) -> tuple[Callable[[Batch], Tensor], Callable[[Batch], Any]]:

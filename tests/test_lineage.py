@@ -104,7 +104,11 @@ def test_offline_goes_by_it(tiny_run, tmp_path, typed, monkeypatch):
     code, _, err = typed(*asked, "--teacher", "teacher", "--out", "sound")
     assert code == 0 and "sound for a start" not in err, err
     assert taught_by("sound/student") == taught_by("student")
-    assert json.loads((tmp_path / "sound" / "summary.json").read_text())["start"] == {"unsure": None}
+    summary = json.loads((tmp_path / "sound" / "summary.json").read_text())
+    assert summary["start"] == {"unsure": None}
+    lines = [json.loads(x) for x in (tmp_path / "sound" / "metrics.jsonl").read_text().splitlines()]
+    (written,) = [x for x in lines if x["stage"] == "rollout"]  # which the summary of a chain counts tokens by
+    assert (written["arm"], written["seed"], written["step"]) == ("offline", 0, 1) and written["generated"] > 0
 
     (tmp_path / "student" / TAUGHT_BY).unlink()  # as one that was downloaded
     code, _, err = typed(*asked, "--teacher", "other", "--out", "unsure")

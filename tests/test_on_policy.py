@@ -4,6 +4,7 @@ and a student that comes nearer to its teacher at what it writes itself."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from truth import fresh
 from pennyweight.data.pack import Packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.store import write_samples
-from pennyweight.errors import MethodError, RecipeError
+from pennyweight.errors import DataError, MethodError, RecipeError
 from pennyweight.methods import METHODS
 from pennyweight.methods.on_policy import on_policy
 from pennyweight.model.head import forward_hidden, head_of
@@ -183,14 +184,19 @@ def test_offline_asks_the_teacher_once_and_comes_nearer(tmp_path, targets):
         bench, METHODS["offline"], method, who, "offline", 5, tmp_path / "work", ledger, written, judge, None
     )[0]
     next_batch = make(loaded)
-    assert len(told) == 48 and [x["step"] for x in lines] == [1]
+    assert not told and not lines  # the loop's clock has what is written, and its targets
     fit(tmp_path, loaded, next_batch, 40)
+    assert len(told) == 48 and [x["step"] for x in lines] == [1]
     assert kl_at_its_own_text(tmp_path / "after", loaded, teacher) < 0.7 * before
     if targets.kind != "dense":  # gone on with, nobody is asked again
         bench.labelling = SimpleNamespace(fingerprint=local.fingerprint, targets=None)
         again = make(student(9))
         for a, b in zip(next_batch(3), again(3), strict=True):
             assert torch.equal(a.ids, b.ids) and len(told) == 48
+    assert [x["step"] for x in lines] == [1]
+    shutil.rmtree(tmp_path / "work")
+    with pytest.raises(DataError, match="are gone"):  # the weights are no longer those that were to write
+        make(loaded)(3)
 
 
 def test_what_does_not_go_together_is_refused():
