@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_line import stages
 
 from pennyweight.errors import MethodError, ModelError
 from pennyweight.model.lineage import TAUGHT_BY, check_start, read_lineage, tuned_further
@@ -109,6 +110,13 @@ def test_offline_goes_by_it(tiny_run, tmp_path, typed, monkeypatch):
     lines = [json.loads(x) for x in (tmp_path / "sound" / "metrics.jsonl").read_text().splitlines()]
     (written,) = [x for x in lines if x["stage"] == "rollout"]  # which the summary of a chain counts tokens by
     assert (written["arm"], written["seed"], written["step"]) == ("offline", 0, 1) and written["generated"] > 0
+    for changes, reruns in (
+        (("targets.k=5",), {"targets", "offline-0"}),
+        (("targets.k=5", "data.context=48"), {"data", "offline-0", "evaluate-offline-0", "evaluate-base-0"}),
+    ):
+        more, before = [x for s in changes for x in ("--set", s)], len(stages(tmp_path / "sound"))
+        assert typed(*asked, *more, "--teacher", "teacher", "--out", "sound")[0] == 0
+        assert reruns <= set(stages(tmp_path / "sound")[before:]), changes
 
     (tmp_path / "student" / TAUGHT_BY).unlink()  # as one that was downloaded
     code, _, err = typed(*asked, "--teacher", "other", "--out", "unsure")

@@ -39,6 +39,11 @@ class Outcome:
     tokens: int
     seconds: float
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What the ledger keeps of it, beside the time it took."""
+        return {"steps": self.steps, "tokens": self.tokens}
+
 
 def train(
     model: nn.Module,
