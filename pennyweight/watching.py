@@ -138,9 +138,10 @@ def lookout(
         held_out: samples, of which those that have a task and leave room for a response are asked, up to a limit.
         judge, write, root, name: see ``Lookout``.
     """
-    reward = getattr(roller.method, "reward", None)
+    reward, beside = getattr(roller.method, "reward", None), getattr(roller.method, "rewarded", None)
     room = lambda s: len(prompt_ids(s, roller.loaded.tokenizer)) < roller.context  # noqa: E731
     problems = [s for s in held_out if s.task and s.prompt and room(s)][: limits.held_out_problems]
     every = max(1, rounds // 10) if limits.held_out_every is None else limits.held_out_every
-    watch = RolloutWatch(limits, reward.most if reward else 0.0, bool(reward and reward.accuracy))
+    of_reward = reward.most if reward else 0.0, bool(reward and reward.accuracy)
+    watch = RolloutWatch(limits, *of_reward, pulls=beside != 0, taught=beside is not None)
     return Lookout(watch, roller, problems, every, judge, write, root, name)

@@ -24,6 +24,7 @@ from pennyweight.methods.on_policy import on_policy
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
 from pennyweight.recipe_file import parse
+from pennyweight.records import Verdict
 from pennyweight.rolling import Asked, Written, _logprobs, groups_of, steps, steps_of
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
@@ -230,3 +231,19 @@ def test_prompts_that_nobody_can_judge_are_looked_at_all_the_same(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / watch.shown()[0]).read_text().splitlines()]
     assert {row["when"] for row in rows} == {"early", "late"} and [x["stage"] for x in lines] == ["rollout"]
     assert all(answer["correct"] is None for row in rows for answer in row["responses"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"group": 2}, {"group": 2, "rewarded": 0.3}])
+@pytest.mark.parametrize("tasks", [True, False])
+def test_a_student_that_is_never_right_is_taught_all_the_same(tmp_path, settings, tasks):
+    """Nothing is earned in any of ten rounds, so every group is all alike; the teacher has its say at every token."""
+    loaded, teacher = student(3), student(4)
+    method, schedule = OnPolicyMethod(max_tokens=8, **settings), Schedule(steps=10, batch=12)
+    never = lambda response, task: Verdict(False, None)  # noqa: E731
+    prompts = asked() if tasks else [replace(s, task=None) for s in asked()]
+    groups, limits = groups_of(schedule, method), Tripwires().rollouts
+    rolls = replace(roller(tmp_path, loaded), samples=prompts, method=method, groups=groups, judge=never)
+    watch = lookout(rolls, limits, 10, prompts, never, lambda line: None, tmp_path, "on_policy-0")
+    next_batch = steps_of(rolls, on_policy, schedule, asks(teacher), watch.look)
+    for step in range(10):
+        assert next_batch(step) and watch.tripped is None and not watch.armed, step

@@ -43,8 +43,8 @@ BEYOND = {
 """What trips, what just does not, and what is said."""
 
 
-def seen(*rounds, limits=LIMITS, most=1.0):
-    watch = RolloutWatch(limits, most)
+def seen(*rounds, limits=LIMITS, most=1.0, **how):
+    watch = RolloutWatch(limits, most, **how)
     for facts in rounds:
         watch.see({**HEALTHY, **facts})
     return watch
@@ -91,9 +91,21 @@ def test_a_reward_that_falls_trips_and_one_that_is_noisy_does_not():
     assert not seen(*risen, *[{"reward": 1.0, "reward_accuracy": 1.0}] * 20).tripped
 
 
-def hacked(rewards, right, judged=True, most=1.0, accuracy=None, **limits):
+def test_nothing_is_held_against_a_reward_that_nothing_is_learnt_from():
+    """Of on-policy distillation: with a teacher nothing is stuck, and without a pull no fall is a fall."""
+    stuck, fallen = [{"stuck": 1.0}] * 20, [*[{"reward": 0.6}] * 9, *[{"reward": 0.0}] * 20]
+    assert seen(*stuck).tripped and not seen(*stuck, limits=LIMITS.model_copy(update={"stuck": 1.0})).tripped
+    assert not seen(*stuck, taught=True).tripped and not seen(*stuck, taught=True, pulls=False).tripped
+    assert seen(*fallen).tripped and seen(*fallen, taught=True).tripped
+    assert not seen(*fallen, taught=True, pulls=False).tripped
+    thin = [{"entropy": 0.001}] * 5
+    assert seen(*[{}] * 6, *thin, taught=True, pulls=False).tripped  # as it is watched without any reward
+    assert not hacked([0.3, 0.3, 0.5, 0.8, 0.9, 0.9], [0.3] * 6, pulls=False)
+
+
+def hacked(rewards, right, judged=True, most=1.0, accuracy=None, pulls=True, **limits):
     """What is said after a held-out check at every third round."""
-    watch = RolloutWatch(RolloutTripwires(**limits), most, judged)
+    watch = RolloutWatch(RolloutTripwires(**limits), most, judged, pulls)
     for i, (reward, share) in enumerate(zip(rewards, right, strict=True)):
         for _ in range(3):
             watch.see({**HEALTHY, "reward": reward, "reward_accuracy": reward if accuracy is None else accuracy})
