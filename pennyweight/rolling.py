@@ -81,8 +81,8 @@ def steps(
     if isinstance(method, OfflineMethod):
         return _offline(bench, roller, row.apply, lambda line: write({"stage": "rollout", **line})), UNWATCHED
     asked = Asked(reference_of(begin, method, bench.compute), *_teacher_of(bench, row))
-    given = getattr(method, "given", 0.0)
-    others = replace(bench.batches(schedule, seed), batch=max(1, round(schedule.batch * given))) if given else None
+    given = given_of(schedule, method)
+    others = replace(bench.batches(schedule, seed), batch=given) if given else None
     held_out, limits = read_samples(bench.folder / "data" / "eval.jsonl"), bench.recipe.tripwires.rollouts
     rounds = -(-schedule.steps // method.updates)
     watch = lookout(roller, limits, rounds, held_out, judge, write, bench.folder, f"{arm}-{seed}")
@@ -178,17 +178,32 @@ def reference_of(start: Loaded, method: Any, compute: Compute) -> Callable[[Batc
     return lambda batch: _logprobs(model, batch)
 
 
+def given_of(schedule: Schedule, method: Any) -> int:
+    """Of a step's samples those that are the data's: at least one where any are asked for, and never all.
+
+    Raises:
+        RecipeError: a step has one sample alone.
+    """
+    share = getattr(method, "given", 0.0)
+    if share and schedule.batch < 2:
+        raise RecipeError(
+            f"method.given={share:g} asks for samples of the data beside the student's own, and train.batch=1 has room "
+            "for one sample; set train.batch=2 or more, or method.given=0"
+        )
+    return min(schedule.batch - 1, max(1, round(schedule.batch * share))) if share else 0
+
+
 def groups_of(schedule: Schedule, method: Any) -> int:
     """Prompts of a round; of a step's responses those are left out that are to be samples of the data.
 
     Raises:
-        RecipeError: they are not a whole number of groups.
+        RecipeError: they are not a whole number of groups, or there is no room for them.
     """
     if isinstance(method, OfflineMethod):
         what, count, rounds = "method.rollouts", method.rollouts, 1
     else:
-        given = round(schedule.batch * getattr(method, "given", 0.0))
-        what, count, rounds = "train.batch", schedule.batch - given, method.updates
+        count, rounds = schedule.batch - given_of(schedule, method), method.updates
+        what = "train.batch less method.given" if count < schedule.batch else "train.batch"
     if count % method.group:
         raise RecipeError(
             f"{count} responses ({what}) are not a whole number of groups of method.group={method.group}; make the one "

@@ -3,6 +3,7 @@ and a student that comes nearer to its teacher at what it writes itself."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -25,13 +26,13 @@ from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
 from pennyweight.recipe_file import parse
 from pennyweight.records import Verdict
-from pennyweight.rolling import Asked, Written, _logprobs, groups_of, steps, steps_of
+from pennyweight.rolling import Asked, Written, _logprobs, given_of, groups_of, steps, steps_of
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train import loop
 from pennyweight.train.checkpoint import Checkpoints
-from pennyweight.train.loop import train
+from pennyweight.train.loop import batch_loss, train
 from pennyweight.watching import lookout
 
 WAYS = [{}, {"signal": "token"}, {"divergence": "jsd", "group": 4, "rewarded": 0.3}, {"signal": "token", "updates": 2}]
@@ -107,6 +108,42 @@ def test_only_the_first_tokens_are_learnt(tmp_path):
         before = whole.of[name]
         assert len(r.logprobs) == -(-len(before.logprobs) // 2) == len(r.encoded.loss_positions)
         assert r.encoded.ids == before.encoded.ids[: len(r.encoded.ids)]
+
+
+@pytest.mark.parametrize(("batch", "given"), [(16, 0.02), (16, 0.25), (9, 0.5), (3, 0.99), (2, 0.1)])
+def test_given_samples_and_rollouts_make_one_step_together(batch, given):
+    method, schedule = OnPolicyMethod(given=given), Schedule(batch=batch)
+    assert given_of(schedule, method) >= 1 and groups_of(schedule, method) >= 1
+    assert given_of(schedule, method) + groups_of(schedule, method) == batch
+    assert given_of(schedule, OnPolicyMethod()) == 0
+    with pytest.raises(RecipeError, match="train.batch=1 has room for one sample; set train.batch=2"):
+        groups_of(Schedule(batch=1), method)
+
+
+def test_given_samples_were_written_by_nobody_and_say_nothing_of_the_kl(tmp_path):
+    """In the second step of a round: what is measured of rollouts is theirs, with given samples beside them or not."""
+    seed = fresh()
+    loaded, teacher = student(seed), student(seed + 1)
+    method = OnPolicyMethod(max_tokens=8, group=2, rewarded=0.5, updates=2, given=0.5)
+    rolls = replace(roller(tmp_path, loaded), method=method, groups=6)
+    made = rolls(0, True)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.2)
+    signal = Written(made.groups, made.of, **vars(asks(teacher)))
+    texts = [s.answered(f"now: {i}", "given", True) for i, s in enumerate(asked())]
+    given = on_policy(Packer(encode_all(texts, tokenizer(), CONTEXT, "refuse"), 6, 6, 0, 0)(0)[0], method, signal)
+    mine = [on_policy(b, method, signal) for b in made.batches(5, 0)]
+    assert given.policy is None and given.kd_weight.sum() == given.count
+
+    def measured(batches):
+        copied = copy.deepcopy(loaded.model).train()
+        forward = lambda b, m: batch_loss(copied, head_of(copied), b, FLOAT32, m)  # noqa: E731
+        return loop._step(copied, torch.optim.SGD(copied.parameters(), 0.0), batches, forward, 1.0, True, loop.ALONE)[0]
+
+    alone, beside = measured(mine), measured([given, *mine])
+    assert alone["kl_old"] > 0
+    for name in ("kl_old", "clipped"):
+        assert beside[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-7), f"seed {seed}"
 
 
 def fit(folder, loaded, next_batch, steps_in_all=30):

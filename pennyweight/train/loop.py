@@ -129,7 +129,8 @@ def _step(
     """One optimizer step over its micro-batches; per-token means, the gradient norm before clipping, and tokens."""
     optimizer.zero_grad(set_to_none=True)
     mine = [b for b in batches if not b.spare]
-    count, tokens = map(int, group.sum(sum(b.count for b in mine), sum(b.tokens for b in mine)))
+    written = sum(b.count for b in mine if b.policy is not None)  # by the model, where some samples are the data's
+    count, tokens, written = map(int, group.sum(sum(b.count for b in mine), sum(b.tokens for b in mine), written))
     count = max(1, count)
     sums = []
     for batch in batches:
@@ -139,7 +140,7 @@ def _step(
         sums.append(totals)
     norm = clip(model, largest)
     optimizer.step()
-    return _means(sums, count, group), norm, tokens
+    return _means(sums, count, max(1, written), group), norm, tokens
 
 
 def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, measured: bool = False) -> Totals:
@@ -186,19 +187,22 @@ def _set_lr(optimizer: torch.optim.Optimizer, step: int, s: Schedule) -> float:
     return lr
 
 
-def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | None]:
-    """Per-token means over the step and the processes, for the log; None of what was not measured."""
+def _means(sums: list[Totals], count: int, written: int, group: Group) -> dict[str, float | None]:
+    """Per-token means over the step and the processes, for the log, those of a policy over the tokens that the model
+    wrote; None of what was not measured."""
+    policy = dict.fromkeys(name for t in sums for name in t.policy)
     here = {
         "loss": [float(t.loss.detach()) for t in sums],
         "cross_entropy": [t.cross_entropy for t in sums],
         "divergence": [t.divergence for t in sums],
         "entropy": [t.entropy for t in sums],
         **({"hidden_error": [t.hidden for t in sums]} if sums[0].hidden is not None else {}),
-        **{name: [t.policy[name] for t in sums] for name in sums[0].policy},
+        **{name: [t.policy.get(name, 0.0) for t in sums] for name in policy},
     }
     known = {name: sum(v for v in values if v is not None) for name, values in here.items() if None not in values}
     everywhere = dict(zip(known, group.sum(*known.values()), strict=True))
-    return {name: everywhere[name] / count if name in everywhere else None for name in here}
+    over = {name: written if name in policy else count for name in here}
+    return {name: everywhere[name] / over[name] if name in everywhere else None for name in here}
 
 
 def _restored(
