@@ -118,7 +118,8 @@ def steps_of(
             log({"step": step + 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
         mine = whole.part(part, method.updates).first(getattr(method, "first", 1.0))
         signal = Written(mine.groups, mine.of, **vars(asked))
-        batches = mine.batches(schedule.micro_batch or schedule.batch, roller.pad_id)
+        micro, all_of_them = schedule.micro_batch or schedule.batch, getattr(method, "cut_off", "learnt") == "learnt"
+        batches = mine.batches(micro, roller.pad_id, all_of_them)
         return [apply(b, method, signal) for b in (*batches, *(others(step) if others else ()))]
 
     return next_batch
