@@ -73,7 +73,7 @@ def train(
         rewind: called with the step from which training goes on, to drop log lines written after it.
         progress: called with the number of finished steps and a note.
         should_stop: asked after each step; when True in any process a checkpoint is written and ``Stopped`` raised.
-        watch: over what batches are made from; a checkpoint keeps its state.
+        watch: over what batches are made from; a checkpoint keeps its state, and is written of weights that passed.
 
     Raises:
         Tripped, Stopped: a tripwire held, or the user asked; the last good checkpoint is kept.
@@ -84,8 +84,9 @@ def train(
     log, rewind = (log, rewind) if group.first else (_silent, _silent)
     rewind(start)
     for step in range(start, schedule.steps):
-        batches = next_batch(step)
-        _halt(watch.tripped, step + 1, checkpoints, log)
+        before, batches = _state(tokens, began, wire, watch), next_batch(step)
+        if _passed(watch, wire, step, checkpoints, log):  # who goes on from here looks at these batches again
+            checkpoints.save(step, trained, optimizer, before | {"seconds": time.monotonic() - began}, group, good=True)
         admit(sample.id for batch in batches for sample in batch.placed)
         last = step + 1 == schedule.steps
         measured = step == 0 or last or (step + 1) % max(1, schedule.steps // 100) == 0
@@ -97,8 +98,7 @@ def train(
             log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
         stop = group.any(should_stop())  # the signal reaches some a step sooner than others
         if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not (wire.armed or watch.armed)):
-            watched = {**wire.state(), "watch": watch.state()}
-            checkpoints.save(step + 1, trained, optimizer, {"tokens": tokens, "seconds": seconds, **watched}, group)
+            checkpoints.save(step + 1, trained, optimizer, _state(tokens, began, wire, watch), group)
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop:
             raise Stopped(step + 1)
@@ -220,6 +220,11 @@ def _restored(
     return facts, Tripwire(**alone, mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
 
 
+def _state(tokens: int, began: float, wire: Tripwire, watch: Watch) -> dict[str, Any]:
+    """What a checkpoint keeps beside the tensors."""
+    return {"tokens": tokens, "seconds": time.monotonic() - began, **wire.state(), "watch": watch.state()}
+
+
 def _tripped(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool) -> tuple[str, str] | None:
     """The reason to stop and what to do; entropy is watched from the end of the warm-up on."""
     watched = (line["cross_entropy"], line["entropy"]) if warm else (None, None)
@@ -229,15 +234,23 @@ def _tripped(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool) -> t
     return (reason, "lower train.lr, or loosen [tripwires] if this is right") if reason else None
 
 
+def _passed(
+    watch: Watch, wire: Tripwire, step: int, checkpoints: Checkpoints, log: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Whether the weights after ``step`` steps were looked at just now and found good; raises as ``_halt`` does."""
+    _halt(watch.tripped, step + 1, checkpoints, log)
+    return watch.passed == step and not wire.armed
+
+
 def _halt(
     tripped: tuple[str, str] | None, step: int, checkpoints: Checkpoints, log: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Raise Tripped where there is a reason to; the log has it, too."""
+    """Raise Tripped where there is a reason to; the log has it, too. Of checkpoints the last good one is the newest."""
     if not tripped:
         return
     reason, cure = tripped
-    newest = checkpoints.newest()
-    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
+    good = checkpoints.back_to_good()
+    kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
     log({"step": step, "tripped": reason, "cure": cure})
     raise Tripped(f"training stopped at step {step}: {reason}; {kept}; {cure}")
 
