@@ -17,7 +17,7 @@ from pennyweight.errors import DataError, RecipeError
 from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
-from pennyweight.progress import Counter
+from pennyweight.progress import Counter, say
 from pennyweight.records import Sample, Task, Verdict
 from pennyweight.settings import GrpoMethod, OfflineMethod, Schedule
 from pennyweight.teacher.cache import TargetCache
@@ -80,6 +80,11 @@ def steps(
     write = lambda line: journal.write({"arm": arm, "seed": seed, **line})  # noqa: E731
     if isinstance(method, OfflineMethod):
         return _offline(bench, roller, row.apply, lambda line: write({"stage": "rollout", **line})), UNWATCHED
+    if row.asks and bench.recipe.targets.kind in ("top_k", "hidden"):
+        say(
+            f"{arm}: the teacher is asked live for its whole distribution, and nothing of it is kept, so that "
+            f"targets.kind={bench.recipe.targets.kind} changes nothing; method.kind=offline goes by kept targets"
+        )
     asked = Asked(reference_of(begin, method, bench.compute), *_teacher_of(bench, row))
     given = given_of(schedule, method)
     others = replace(bench.batches(schedule, seed), batch=given) if given else None

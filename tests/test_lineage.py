@@ -18,6 +18,7 @@ from pennyweight.settings import GrpoMethod, KdMethod, OfflineMethod, OnPolicyMe
 
 A = {"name": "a", "fingerprint": "aa" * 32}
 B = {"name": "b", "fingerprint": "bb" * 32}
+NAMED_GIVEN = {"name": "given", "fingerprint": "dd" * 32}
 BOTH = {"name": "a, b", "fingerprint": "cc" * 32, "members": {"x": A, "y": B}}
 OF_A, OF_B = (Taught(t["name"], t["fingerprint"], "sft", "run") for t in (A, B))
 UNKNOWN = Taught("r1.jsonl", None, "sft", "run")
@@ -33,6 +34,7 @@ def data(*authors):
         (None, SftMethod(), A, ["a"], (OF_A,)),
         ((), SftMethod(), A, ["given"], (UNKNOWN,)),
         ((OF_B,), SftMethod(), A, ["a", "given"], (OF_B, OF_A, UNKNOWN)),
+        ((), SftMethod(), NAMED_GIVEN, ["given"], (UNKNOWN,)),  # which may as well have come with the data
         ((OF_A,), SftMethod(), A, ["a"], (OF_A,)),
         ((), SftMethod(), BOTH, ["a", "b"], (OF_A, OF_B)),
         ((), KdMethod(), A, ["given"], (Taught("a", A["fingerprint"], "kd", "run"),)),
