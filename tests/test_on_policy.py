@@ -283,4 +283,5 @@ def test_a_student_that_is_never_right_is_taught_all_the_same(tmp_path, settings
     watch = lookout(rolls, limits, 10, prompts, never, lambda line: None, tmp_path, "on_policy-0")
     next_batch = steps_of(rolls, on_policy, schedule, asks(teacher), watch.look)
     for step in range(10):
-        assert next_batch(step) and watch.tripped is None and not watch.armed, step
+        assert next_batch(step) and watch.tripped is None, step
+        assert not any(watch.watch.seen["bad"].get(rule) for rule in ("stuck", "reward", "hacking")), step
