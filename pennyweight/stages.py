@@ -234,9 +234,10 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     depends: dict[str, Any] = {"train": recipe.hash_of("train"), "method": method.model_dump(mode="json"), "seed": seed}
     depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
     if METHODS[arm].asks or METHODS[arm].signals(method):
-        depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
-    if METHODS[arm].rolls:  # what it writes to, and is judged by
-        depends |= {"samples": data.outputs, **made_with(getattr(method, "reward", None))}
+        kind = recipe.hash_of("targets") if METHODS[arm].asks else recipe.targets.kind
+        depends |= {"targets": targets.outputs, "kind": kind, "teacher": teacher.facts["fingerprint"]}
+    if METHODS[arm].rolls:  # what it writes to, in how many tokens, and is judged by
+        depends |= {"samples": [data.outputs, recipe.data.context], **made_with(getattr(method, "reward", None))}
 
     def make(work: Path) -> Made:
         begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"
@@ -248,8 +249,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
             by = (teacher.facts, data.facts, recipe.name, recipe.teacher.kind == "endpoint")
             lineage = tuned_further(begin.taught_by, method, *by)
             save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype, lineage)
-        facts = {"steps": outcome.steps, "tokens": outcome.tokens}
-        return Made(facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
+        return Made(outcome.facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
 
     return line.run.stage(f"{arm}-{seed}", depends, make, shared=True)
 
@@ -297,9 +297,9 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     for by_seed in made.arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
-    text = [content_hash(t), line.recipe.data.context] if (t := line.recipe.evaluate.text) else None
+    text = content_hash(t) if (t := line.recipe.evaluate.text) else None
     shared = {"evaluate": line.recipe.hash_of("evaluate", "seed"), "text": text, "teacher": teacher}
-    shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"]]}
+    shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"], line.recipe.data.context]}
     parents = dict.fromkeys(made.copies, made.student.outputs)
     depends = {n: {**shared, "model": outputs, "parent": parents.get(n)} for n, (_, outputs) in models.items()}
     return {name: an_evaluation(line, name, path, depends[name]) for name, (path, _) in models.items()}
