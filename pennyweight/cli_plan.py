@@ -83,7 +83,7 @@ def plan(
         typer.echo(readable_json(found))
     else:
         shown(found)
-    if claim is not None and not found["adds_up"]:
+    if claim is not None and found["adds_up"] is False:
         raise typer.Exit(1)
 
 

@@ -16,6 +16,7 @@ from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
 _CONVENTIONS = {"none": "none", "half": "causal", "full": "full", "exact": "exact"}
 _MARKS = {"holds": "holds", "fails": "FAILS", "note": "note "}
+_WORDS = {True: "adds up", False: "DOES NOT ADD UP", None: "cannot be checked"}
 _PARTS = {"blocks": "blocks", "head": "output head", "attention": "attention", "predictions": "multi-token prediction"}
 
 
@@ -35,7 +36,7 @@ def print_claim(found: Mapping[str, Any]) -> None:
     for f in found["findings"]:
         _say(f"{f['of']}, {f['check']}: {f['text']}", f"  {_MARKS[f['verdict']]}  ")
     if not found["findings"]:
-        print("  nothing in it can be checked")
+        print("  none: no figure of it can be made of others")
     print()
     _say(_verdict(found))
     print()
@@ -54,7 +55,7 @@ def print_claim(found: Mapping[str, Any]) -> None:
 def print_claims(claims: Mapping[str, Mapping[str, Any]]) -> None:
     """Names of shipped claims, what each says, and whether it adds up."""
     for name, found in claims.items():
-        print(f"{name}: {'adds up' if found['adds_up'] else 'DOES NOT ADD UP'}")
+        print(f"{name}: {_WORDS[found['adds_up']]}")
         _say(found["statement"], "  ")
     _say("\nOne of them in full: pennyweight plan --claim NAME; one of your own: --claim FILE.toml")
 
@@ -169,6 +170,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
     bad = [f for f in found["findings"] if f["verdict"] == "fails" and f["of"] not in found["excused"]]
     if bad:
         return f"It does not add up: {plural(len(bad), 'check fails', 'checks fail')}."
+    if found["adds_up"] is None:
+        return "It cannot be checked: give more of devices, hours, price, tokens and totals, or a model and a chip."
     if found["excused"]:
         return f"It adds up, but not so read: {'; '.join(found['excused'])}."
     return "It adds up."
