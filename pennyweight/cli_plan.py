@@ -23,6 +23,9 @@ On = Annotated[
 Length = Annotated[
     int | None, typer.Option(min=1, help="Tokens in a row, or of a recipe's mean sample. Default: 4,096, or less.")
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, bf16, fp8 or fp4: what Linears multiply in. Default: the recipe's, or bf16.")
+]
 Claim = Annotated[str | None, typer.Option(help="Check what is claimed of a training: FILE.toml, or a name.")]
 
 
@@ -33,7 +36,7 @@ def plan(
     on: On = None,
     length: Length = None,
     teacher: Annotated[str | None, typer.Option(help="Its folder or config.json: it labels all tokens first.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp8 or fp4: what Linears multiply in.")] = "bf16",
+    precision: Precision = None,
     lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA's factors; 0 trains all weights.")] = 0,
     price: Annotated[float | None, typer.Option(help="USD for a device and an hour, in place of known prices.")] = None,
     catalogue: Annotated[str | None, typer.Option(help="Chips and prices of your own: FILE.toml.")] = None,
@@ -77,7 +80,7 @@ def plan(
         found = _recipe(known, str(model), settings or [], on, length, precision, price)
         _write(out, found)
     else:
-        found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision, lora, price)
+        found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision or "bf16", lora, price)
         shown = bill.print_outlook
     if as_json:
         typer.echo(readable_json(found))
@@ -156,7 +159,13 @@ def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) 
 
 
 def _recipe(
-    known: Any, file: str, settings: list[str], on: str | None, length: int | None, precision: str, price: float | None
+    known: Any,
+    file: str,
+    settings: list[str],
+    on: str | None,
+    length: int | None,
+    precision: str | None,
+    price: float | None,
 ) -> dict[str, Any]:
     """Every stage of a recipe; of a chain every recipe, and all together."""
     from pennyweight.chain_file import load
@@ -192,16 +201,20 @@ class _machine:
 
         self.measured = measure()
 
-    def __call__(self, recipe: Any, precision: str) -> Any:
+    def __call__(self, recipe: Any, precision: str | None) -> Any:
         from pennyweight.plan.pace import has_bfloat16, on_this, usable_threads
+        from pennyweight.plan.precision import checked, plain
         from pennyweight.plan.reckon import pace_on
 
+        asked = precision and checked(precision)
         if self.chip is not None:
             from pennyweight.plan.published import published
 
-            return pace_on(self.chip, self.devices, precision, published())
-        low = has_bfloat16() if recipe.compute.dtype == "auto" else recipe.compute.dtype == "bfloat16"
-        return on_this(self.measured, recipe.compute.threads or usable_threads(), low)
+            return pace_on(self.chip, self.devices, asked, published(), plain(recipe.compute.dtype))
+        if asked in ("fp8", "fp4"):
+            raise RecipeError(f"--precision {asked} is for chips that multiply it; name one with --on, as in --on h100")
+        low = asked or plain(recipe.compute.dtype, has_bfloat16())
+        return on_this(self.measured, recipe.compute.threads or usable_threads(), low == "bf16")
 
 
 def _price_of(known: Any, chip: Any, recipe: Any, price: float | None) -> Any:

@@ -16,10 +16,8 @@ from pennyweight.plan.flops import Flops, Training, forward, multiplied, trainin
 from pennyweight.plan.forecast import CLASSES, CONVENTION, COVERS, Published, Run, class_of, energy, forecast, money
 from pennyweight.plan.hardware import Catalogue, Chip, PriceRange, own_price, price_range
 from pennyweight.plan.memory import memory
+from pennyweight.plan.precision import checked
 from pennyweight.plan.shapes import Shapes
-
-TRAINABLE = ("fp32", "bf16", "fp8", "fp4")
-"""What products of a training may be in."""
 
 _LENGTH = 4096  # tokens in a row, where none are asked for and the model takes as many
 
@@ -54,9 +52,7 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
         ModelError: a config.json cannot be read, or has not the settings of any architecture that is known.
         RecipeError: what is asked for cannot be.
     """
-    if asked.precision not in TRAINABLE:
-        raise RecipeError(f"--precision {asked.precision} is none of {', '.join(TRAINABLE)}; name one of them")
-    asked.chip.peak(asked.precision)
+    asked.chip.peak(checked(asked.precision))
     if asked.price is not None and not 0 < asked.price < math.inf:
         raise RecipeError(f"--price {asked.price:g} is no price; give what a device costs an hour, as in --price 2.50")
     shapes, assumed = read_or_assume(asked.model)

@@ -14,10 +14,21 @@ from pennyweight.errors import ModelError
 from pennyweight.meter.allowance import check_forecast
 from pennyweight.meter.rates import WATTS
 from pennyweight.plan.assumed import read_or_assume
-from pennyweight.plan.forecast import FEW, OVERHEAD, POWER, Published, Range, Run, energy, fit, gain_of, money, ratios
+from pennyweight.plan.forecast import (
+    OVERHEAD,
+    POWER,
+    Published,
+    Range,
+    Run,
+    ends_of,
+    energy,
+    fit,
+    money,
+    said_of,
+)
 from pennyweight.plan.hardware import Chip, PriceRange, catalogue, own_price, price_range
 from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
-from pennyweight.plan.passes import Ends, Subjects, Work
+from pennyweight.plan.passes import Ends, Pass, Subjects, Work
 from pennyweight.plan.room import taken
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
@@ -33,13 +44,26 @@ SCOPE = (
 )
 
 
-def pace_on(chip: Chip, devices: int, precision: str, rows: Sequence[Published]) -> Pace:
-    """Devices of the catalogue, by what published runs had of such; the ends are those of ``forecast.forecast``."""
-    spread, found = ratios(rows), fit(rows)
-    skip = max(1, int(0.05 * (len(spread) + 1))) - 1
-    share = found.shares["few" if devices <= FEW else "dense, new"]
-    gain = gain_of(Run("", 1.0, 1.0, chip, devices, precision))
-    return on_chips(chip, devices, share, gain, (spread[skip], spread[-1 - skip]))
+def pace_on(chip: Chip, devices: int, precision: str | None, rows: Sequence[Published], plain: str = "bf16") -> Pace:
+    """Devices of the catalogue, by what published runs had of such; the ends are those of ``forecast.forecast``.
+
+    Args:
+        precision: of all passes, whatever the recipe says; None: each as the recipe has it.
+        plain: what ``compute.dtype`` comes to.
+
+    Raises:
+        RecipeError: the chip has no peak of ``precision``, or of ``plain``.
+    """
+    found = fit(rows)
+    usual = precision or plain
+    chip.peak(usual)
+
+    def run(p: Pass | None, flops: float = 1.0, tokens: float = 1.0) -> Run:
+        kind = (p.experts, p.distilled, p.shapes.vocabulary) if p else ()
+        return Run("", flops, tokens, chip, devices, precision or (p.precision if p else "") or usual, *kind)
+
+    reason = said_of(run(None), found)
+    return on_chips(chip, devices, lambda *of: 3600 * found.hours(run(*of)), usual != "fp32", ends_of(rows), reason)
 
 
 def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
@@ -79,7 +103,10 @@ def foretell(
     """
     known = catalogue()
     chip = known.called(hardware)
-    pace = on_this(None, threads, autocast) if chip is None else pace_on(chip, devices, "bf16", rows())
+    if chip is None:
+        pace = on_this(None, threads, autocast)
+    else:
+        pace = pace_on(chip, devices, None, rows(), "bf16" if autocast else "fp32")
     own = recipe.budget.usd_per_hour
     price = own_price(own) if own is not None else None
     if price is None and chip is not None and known.is_priced(chip):
