@@ -170,6 +170,7 @@ def _recipe(
     """Every stage of a recipe; of a chain every recipe, and all together."""
     from pennyweight.chain_file import load
     from pennyweight.plan.assumed import read_or_assume
+    from pennyweight.plan.fits import Planned
     from pennyweight.plan.reckon import reckon, together
     from pennyweight.plan.subjects import subjects_of
     from pennyweight.plan.work import rows_of
@@ -178,13 +179,39 @@ def _recipe(
     read = load(file, settings)
     place = Path("runs") / read.name
     recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
-    found, made, machine = {}, {}, _machine(known, on)
+    found, made, machine, plans = {}, {}, _machine(known, on), []
     for stage, recipe in recipes.items():
         of = subjects_of(recipe, made, read_or_assume)
         pace, rented = machine(recipe, precision), _price_of(known, machine.chip, recipe, price)
-        found[stage] = reckon(recipe, of, rows_of(recipe, length), pace, rented)
+        rows = rows_of(recipe, length)
+        found[stage] = reckon(recipe, of, rows, pace, rented)
+        plans.append(Planned(stage, recipe, of, rows))
         made |= of.made_in(str(place / stage))
-    return found[""] if "" in found else together(read.name, found)
+    whole = found[""] if "" in found else together(read.name, found)
+    return whole | {"fits": _fits(known, machine, plans, precision, pace.autocast)}
+
+
+def _fits(known: Any, machine: Any, plans: list[Any], precision: str | None, autocast: bool) -> dict[str, Any]:
+    """Whether all recipes fit where they are to run, what would make them, and where they are cheapest."""
+    from pennyweight.plan.fits import fits
+    from pennyweight.plan.hardware import price_range
+    from pennyweight.plan.pace import SHIPPED
+    from pennyweight.plan.precision import plain
+    from pennyweight.plan.published import published
+    from pennyweight.plan.reckon import pace_on, reckon, together
+
+    def again(some: Any, chip: Any, devices: int) -> Any:
+        price, runs = price_range(known.prices_of(chip), date.today()), {}
+        for p in some:
+            try:
+                pace = pace_on(chip, devices, precision, published(), plain(p.recipe.compute.dtype))
+            except RecipeError:
+                return {}  # it has not that precision
+            runs[p.name] = reckon(p.recipe, p.of, p.rows, pace, price)
+        return together("", runs)["total"]
+
+    chip = machine.chip or machine.measured or SHIPPED
+    return fits(plans, known, chip, machine.devices, autocast, date.today(), again)
 
 
 class _machine:

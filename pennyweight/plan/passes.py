@@ -69,6 +69,11 @@ class Work:
     got: Ends = (0.0, 0.0, 0.0)
     opens: float = 1.0
 
+    @property
+    def shared(self) -> bool:
+        """Whether several processes train it together, each with its part; else one does all of it."""
+        return self.does in ("trains by sft", "trains by kd")
+
 
 @dataclass(frozen=True, slots=True)
 class Subjects:

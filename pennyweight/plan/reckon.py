@@ -29,11 +29,11 @@ from pennyweight.plan.forecast import (
 from pennyweight.plan.hardware import Chip, PriceRange, catalogue, own_price, price_range
 from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
-from pennyweight.plan.room import taken
+from pennyweight.plan.room import of_stage
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.progress import say
-from pennyweight.recipe import EndpointTeacher, Recipe, TrainedTeacher
+from pennyweight.recipe import EndpointTeacher, Recipe
 
 _SUMS = ("tokens", "flops", "hours", "kwh", "money", "disk")
 _CHECKPOINTS = 2  # that are there at once while one is written
@@ -68,7 +68,8 @@ def pace_on(chip: Chip, devices: int, precision: str | None, rows: Sequence[Publ
 
 def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
     """Every stage, and all together. ``price`` is None where nobody knows one."""
-    stages = [_stage(work, recipe, pace, price) for work in works(recipe, of, rows)]
+    made = works(recipe, of, rows)
+    stages = [_stage(work, recipe, pace, price) | _memory(work, recipe, of, pace) for work in made]
     known = [name for name in _SUMS if all(name in s for s in stages)]
     total: dict[str, Any] = {name: _added([s[name] for s in stages if s[name]]) for name in known}
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
@@ -154,7 +155,6 @@ def _stage(work: Work, recipe: Recipe, pace: Pace, price: PriceRange | None) -> 
         rented = money(held, price) if price else Range(0.0, 0.0, 0.0, "")
         out["money"] = _ends((rented.low + asked[0], rented.middle + asked[1], rented.high + asked[2]))
     out["disk"] = _ends(_disk(work, recipe)) if any(_disk(work, recipe)) else None
-    out["memory"] = _memory(work, recipe, pace)
     return out
 
 
@@ -193,15 +193,14 @@ def _disk(work: Work, recipe: Recipe) -> Ends:
     return low, middle, high + 12.0 * _CHECKPOINTS * trained
 
 
-def _memory(work: Work, recipe: Recipe, pace: Pace) -> dict[str, float] | None:
+def _memory(work: Work, recipe: Recipe, of: Subjects, pace: Pace) -> dict[str, Any]:
+    """What a device holds, and the parts of its high end."""
     if not work.passes:
-        return None
-    t, own = recipe.teacher, work.stage == "teacher"
-    s = t.schedule if own and isinstance(t, TrainedTeacher) else recipe.train
-    context = t.context if own and isinstance(t, TrainedTeacher) else recipe.data.context
-    device = "cpu" if pace.on_cpu else "cuda"
-    a, b, c = (taken(work.passes, s, context, pace.autocast, device, end) for end in (0, 1, 2))
-    return _ends((a, b, c))
+        return {"memory": None}
+    where = ("cpu" if pace.on_cpu else "cuda", pace.autocast, pace.devices)
+    parts = [of_stage(work, recipe, of.teacher, *where, end) for end in (0, 1, 2)]
+    a, b, c = (sum(p.values()) for p in parts)
+    return {"memory": _ends((a, b, c)), "parts": {name: n for name, n in parts[2].items() if n}}
 
 
 def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, str]:
