@@ -1,4 +1,4 @@
-"""What of a recipe fits where: bytes of each part, what is cut over devices, which settings help, which chips hold it."""
+"""What of a recipe fits where: bytes of each part, what is cut over devices, what makes it fit, which chips hold it."""
 
 from __future__ import annotations
 
