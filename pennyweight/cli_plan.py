@@ -64,7 +64,7 @@ def plan(
     import pennyweight.report.bill as bill
     from pennyweight.plan.hardware import catalogue as read_catalogue
 
-    known = read_catalogue(catalogue)
+    known, out = read_catalogue(catalogue), opt.a_page(out)
     _one_thing(sum((claims, chips, claim is not None, model is not None)), model, settings, out)
     if claims or claim is not None:
         found: Any = _claims(known, claim)
@@ -103,7 +103,9 @@ def _one_thing(things: int, model: str | None, settings: list[str] | None, out: 
 
 
 def _is_recipe(model: str | None) -> bool:
-    return model is not None and model.lower().endswith(".toml")
+    from pennyweight.plan.named import is_recipe
+
+    return model is not None and is_recipe(model)
 
 
 def _write(out: Path | None, found: Any) -> None:
@@ -141,9 +143,11 @@ def _chips(known: Any) -> list[dict[str, Any]]:
 
 
 def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) -> dict[str, Any]:
+    from pennyweight.plan.named import a_model
     from pennyweight.plan.outlook import Asked, outlook
     from pennyweight.plan.published import published
 
+    a_model(model)
     if tokens is None:
         raise RecipeError("--tokens is missing: say how many are trained on, as in --tokens 10B")
     count = _number(tokens)
@@ -169,10 +173,11 @@ def _recipe(
 ) -> dict[str, Any]:
     """Every stage of a recipe; of a chain every recipe, and all together."""
     from pennyweight.chain_file import load
+    from pennyweight.plan.asked import looked_at
     from pennyweight.plan.assumed import read_or_assume
     from pennyweight.plan.fits import Planned
     from pennyweight.plan.reckon import reckon, together
-    from pennyweight.plan.subjects import subjects_of
+    from pennyweight.plan.subjects import made_by, subjects_of
     from pennyweight.plan.work import rows_of
     from pennyweight.recipe import Recipe
 
@@ -181,12 +186,13 @@ def _recipe(
     recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
     found, made, machine, plans = {}, {}, _machine(known, on), []
     for stage, recipe in recipes.items():
+        looked_at(recipe, length, place)
         of = subjects_of(recipe, made, read_or_assume)
         pace, rented = machine(recipe, precision), _price_of(known, machine.chip, recipe, price)
         rows = rows_of(recipe, length)
         found[stage] = reckon(recipe, of, rows, pace, rented)
         plans.append(Planned(stage, recipe, of, rows))
-        made |= of.made_in(str(place / stage))
+        made |= made_by(recipe, of, str(place / stage))
     whole = found[""] if "" in found else together(read.name, found)
     return whole | {"fits": _fits(known, machine, plans, precision, pace.autocast)}
 
@@ -246,11 +252,12 @@ class _machine:
 
 def _price_of(known: Any, chip: Any, recipe: Any, price: float | None) -> Any:
     """Of a device and an hour: as given, as the recipe says, or as the catalogue has it."""
-    from pennyweight.plan.hardware import own_price, price_range
+    from pennyweight.plan.asked import price_as_given
+    from pennyweight.plan.hardware import price_range
 
     given = price if price is not None else recipe.budget.usd_per_hour
     if given is not None:
-        return own_price(given)
+        return price_as_given(given)
     return price_range(known.prices_of(chip), date.today()) if chip is not None and known.is_priced(chip) else None
 
 

@@ -61,6 +61,14 @@ def subjects_of(recipe: Recipe, known: Known | None = None, read: Read = only_kn
     return Subjects(teacher, _cut(source, s), tuple(folders.notes))
 
 
+def made_by(recipe: Recipe, of: Subjects, folder: str) -> dict[str, Shapes]:
+    """The models of a finished run's folder, by path: its student and teacher, every arm and every low-bit copy."""
+    arms = {"base", recipe.method.kind, *(["sft"] if recipe.control else [])}
+    places = [f"arms/{arm}-{seed}" for arm in arms for seed in recipe.seeds]
+    places += [f"student-{fmt}" for fmt in recipe.quantize.formats]
+    return of.made_in(folder) | {f"{folder}/{place}": of.student for place in places}
+
+
 def _teacher(t: object, folders: _Folders) -> Shapes | None:
     if isinstance(t, EndpointTeacher):
         return None

@@ -80,7 +80,8 @@ def rows_of(recipe: Recipe, mean: float | None = None) -> Rows:
     else:
         count, length, reason = _of_file(source, d.context, length, reason)
     if mean is not None:
-        length, reason = (mean, mean, mean), f"a sample has {mean:,.4g} tokens on average, as given"
+        known = f"a sample has {mean:,.4g} tokens on average, as given"
+        length, reason = (mean, mean, mean), "; ".join([known, *reason.split("; ")[1:]])
     held_out = min(d.eval_limit, count * d.eval_fraction)
     learnt = 1.0 if isinstance(source, TeacherSamples) else 0.6
     return Rows(max(1.0, count * (1 - d.eval_fraction)), max(1.0, held_out), length, reason, learnt)
@@ -90,7 +91,8 @@ def _of_file(source: FileData, context: int, length: Ends, reason: str) -> tuple
     """Rows of a file of lines, and their mean length by their characters; of anything else a guess."""
     file = Path(source.path).expanduser()
     if not file.is_file() or file.suffix not in (".jsonl", ".csv", ".txt"):
-        return float(source.limit or 10_000), length, f"{reason}; rows of {source.path} are not counted, 10,000 taken"
+        taken = source.limit or 10_000
+        return float(taken), length, f"{reason}; rows of {source.path} are not counted, {taken:,} taken"
     with open(file, "rb") as f:
         some = f.read(_READ)
     lines = max(1, some.count(b"\n"))
