@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from pennyweight.errors import ModelError
+from pennyweight.errors import ModelError, RecipeError
 from pennyweight.meter.allowance import check_forecast
 from pennyweight.meter.rates import WATTS
 from pennyweight.plan.assumed import read_or_assume
@@ -93,8 +93,9 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
 
 def foretell(
     recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, rows: Callable[[], Sequence[Published]]
-) -> dict[str, Any]:
-    """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made.
+) -> dict[str, Any] | None:
+    """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made,
+    so that of a GPU of which the catalogue knows nothing there is no forecast.
 
     Args:
         rows: gives published runs, where there is a GPU of the catalogue.
@@ -104,6 +105,8 @@ def foretell(
     """
     known = catalogue()
     chip = known.called(hardware)
+    if chip is None and not hardware.startswith("cpu"):
+        return None
     if chip is None:
         pace = on_this(None, threads, autocast)
     else:
@@ -121,10 +124,16 @@ def within_budget(recipe: Recipe, *where: Any) -> dict[str, Any] | None:
     Raises:
         RecipeError: even the low end is above the budget.
     """
+    found, called = None, str(where[0]).partition(",")[0]
     try:
         found = foretell(recipe, *where)
+        known = found is not None
     except ModelError:
-        found = None
+        known = True
+    except RecipeError:  # the chip has not that precision
+        known = False
+    if not known:
+        say(f"nothing is foretold of this run: {called} is in no catalogue of chips, or not in this precision")
     if warning := check_forecast(recipe.budget, found and found["total"]):
         say(warning)
     return found
