@@ -313,3 +313,25 @@ def test_each_micro_batch_starts_the_operations_of_a_layer_anew(llama):
     assert hours("train.micro_batch=1") > 2 * hours()
     assert hours("train.micro_batch=2", pace=chip) > 2 * hours(pace=chip)
     assert hours("train.micro_batch=8", pace=chip) == hours(pace=chip)  # each of 8 devices has 8 rows
+
+
+def test_disk_has_every_model_as_it_is_stored_and_of_lora_what_is_trained(llama):
+    def planned(*settings):
+        return reckoned(distillation(teacher=str(llama), cut="layers=2", seeds=2, settings=list(settings)))
+
+    def kept(found, name="kd-0", end="middle"):
+        return stage(found, name)["disk"][end]
+
+    plain = planned()
+    count = plain["parameters"]["student"]
+    assert kept(plain) == 4 * count and kept(plain, end="high") == 4 * count + 2 * 12 * count
+    sums = sum(s["disk"]["middle"] for s in plain["stages"] if s["disk"])
+    assert plain["total"]["disk"]["middle"] == sums + 2 * 4 * count  # the first student and the chosen one's copy
+    factors = planned("train.lora.rank=2")
+    assert kept(factors, end="high") < 4 * count + 2 * 12 * count / 3
+    low = planned("train.moments=bfloat16", "train.weights=bfloat16")
+    assert kept(low, end="high") == 4 * count + 2 * 6 * count
+    (llama / "config.json").write_text(json.dumps({**LLAMA, "dtype": "bfloat16"}))
+    assert kept(planned()) == 2 * count
+    teacher = reckoned(load(None))
+    assert kept(teacher, "teacher") == 2 * 4 * teacher["parameters"]["teacher"]

@@ -14,6 +14,7 @@ from pennyweight.errors import ModelError, RecipeError
 from pennyweight.meter.allowance import check_forecast
 from pennyweight.meter.rates import WATTS
 from pennyweight.plan.assumed import read_or_assume
+from pennyweight.plan.disk import SAID, beside, left_by
 from pennyweight.plan.forecast import (
     OVERHEAD,
     POWER,
@@ -36,7 +37,6 @@ from pennyweight.progress import say
 from pennyweight.recipe import EndpointTeacher, Recipe
 
 _SUMS = ("tokens", "flops", "hours", "kwh", "money", "disk")
-_CHECKPOINTS = 2  # that are there at once while one is written
 
 SCOPE = (
     "counted: what this recipe runs, control arms and evaluations included; not counted: how a given teacher or "
@@ -69,9 +69,10 @@ def pace_on(chip: Chip, devices: int, precision: str | None, rows: Sequence[Publ
 def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
     """Every stage, and all together. ``price`` is None where nobody knows one."""
     made = works(recipe, of, rows)
-    stages = [_stage(work, recipe, pace, price) | _memory(work, recipe, of, pace) for work in made]
+    stages = [_stage(work, recipe, of, pace, price) | _memory(work, recipe, of, pace) for work in made]
     known = [name for name in _SUMS if all(name in s for s in stages)]
     total: dict[str, Any] = {name: _added([s[name] for s in stages if s[name]]) for name in known}
+    total["disk"] = _added([*filter(None, [total.get("disk")]), _ends(beside(recipe, of))])
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
     return {
         "name": recipe.name,
@@ -148,7 +149,7 @@ def together(name: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, **shared, "runs": dict(runs), "total": total}
 
 
-def _stage(work: Work, recipe: Recipe, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
+def _stage(work: Work, recipe: Recipe, of: Subjects, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
     hours = pace.ends(work)
     out: dict[str, Any] = {"stage": work.stage, "does": work.does}
     sent: Any = tuple(a + b for a, b in zip(work.sent, work.got, strict=True))
@@ -163,7 +164,8 @@ def _stage(work: Work, recipe: Recipe, pace: Pace, price: PriceRange | None) -> 
     else:
         rented = money(held, price) if price else Range(0.0, 0.0, 0.0, "")
         out["money"] = _ends((rented.low + asked[0], rented.middle + asked[1], rented.high + asked[2]))
-    out["disk"] = _ends(_disk(work, recipe)) if any(_disk(work, recipe)) else None
+    disk = left_by(work, recipe, of)
+    out["disk"] = _ends(disk) if any(disk) else None
     return out
 
 
@@ -195,13 +197,6 @@ def _asked(work: Work, recipe: Recipe) -> Ends | None:
     return a, b, c
 
 
-def _disk(work: Work, recipe: Recipe) -> Ends:
-    """Bytes that the stage leaves, and at its high end those of checkpoints while it trains."""
-    trained = max((p.shapes.parameters for p in work.passes if p.kind == "train"), default=0)
-    low, middle, high = work.bytes
-    return low, middle, high + 12.0 * _CHECKPOINTS * trained
-
-
 def _memory(work: Work, recipe: Recipe, of: Subjects, pace: Pace) -> dict[str, Any]:
     """What a device holds, and the parts of its high end."""
     if not work.passes:
@@ -224,5 +219,5 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
     elif not isinstance(recipe.teacher, EndpointTeacher):
         out["money"] = "no price of this machine is known: give one with --price, or budget.usd_per_hour"
     out["memory"] = "rows of a mean batch, and of data.context at the high end; within 10 % for rows of a length"
-    out["disk"] = "targets, models and, at the high end, checkpoints while there are any"
+    out["disk"] = SAID
     return out

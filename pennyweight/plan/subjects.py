@@ -63,8 +63,9 @@ def subjects_of(recipe: Recipe, known: Known | None = None, read: Read = only_kn
 
 def made_by(recipe: Recipe, of: Subjects, folder: str) -> dict[str, Shapes]:
     """The models of a finished run's folder, by path: its student and teacher, every arm and every low-bit copy."""
-    arms = {"base", recipe.method.kind, *(["sft"] if recipe.control else [])}
+    arms = {recipe.method.kind, *(["sft"] if recipe.control else [])}
     places = [f"arms/{arm}-{seed}" for arm in arms for seed in recipe.seeds]
+    places += [f"arms/base-{seed}" for seed in recipe.seeds[: None if recipe.student.kind == "shape" else 1]]
     places += [f"student-{fmt}" for fmt in recipe.quantize.formats]
     return of.made_in(folder) | {f"{folder}/{place}": of.student for place in places}
 
