@@ -143,9 +143,11 @@ def _chips(known: Any) -> list[dict[str, Any]]:
 
 
 def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) -> dict[str, Any]:
+    from pennyweight.plan.assumed import read_or_assume
     from pennyweight.plan.named import a_model
     from pennyweight.plan.outlook import Asked, outlook
     from pennyweight.plan.published import published
+    from pennyweight.plan.serving import SERVED_IN, serving
 
     a_model(model)
     if tokens is None:
@@ -159,7 +161,9 @@ def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) 
         chip, devices = known.devices(on)
     length, teacher, precision, rank, price = others
     asked = Asked(model, count, chip, devices, length, teacher, precision, rank, price)
-    return outlook(asked, known, published(), date.today())
+    found = outlook(asked, known, published(), date.today())
+    served = serving(read_or_assume(model)[0], SERVED_IN, chip, found["length"], _rented(known, chip, price))
+    return found | {"serving": served}
 
 
 def _recipe(
@@ -177,6 +181,7 @@ def _recipe(
     from pennyweight.plan.assumed import read_or_assume
     from pennyweight.plan.fits import Planned
     from pennyweight.plan.reckon import reckon, together
+    from pennyweight.plan.serving import serving
     from pennyweight.plan.subjects import made_by, subjects_of
     from pennyweight.plan.work import rows_of
     from pennyweight.recipe import Recipe
@@ -194,7 +199,11 @@ def _recipe(
         plans.append(Planned(stage, recipe, of, rows))
         made |= made_by(recipe, of, str(place / stage))
     whole = found[""] if "" in found else together(read.name, found)
-    return whole | {"fits": _fits(known, machine, plans, precision, pace.autocast)}
+    last, served = plans[-1], None
+    if machine.chip is not None:
+        formats, context = last.recipe.quantize.formats, last.recipe.data.context
+        served = serving(last.of.student, formats, machine.chip, context, rented)
+    return whole | {"fits": _fits(known, machine, plans, precision, pace.autocast), "serving": served}
 
 
 def _fits(known: Any, machine: Any, plans: list[Any], precision: str | None, autocast: bool) -> dict[str, Any]:
@@ -252,10 +261,13 @@ class _machine:
 
 def _price_of(known: Any, chip: Any, recipe: Any, price: float | None) -> Any:
     """Of a device and an hour: as given, as the recipe says, or as the catalogue has it."""
+    return _rented(known, chip, price if price is not None else recipe.budget.usd_per_hour)
+
+
+def _rented(known: Any, chip: Any, given: float | None) -> Any:
     from pennyweight.plan.asked import price_as_given
     from pennyweight.plan.hardware import price_range
 
-    given = price if price is not None else recipe.budget.usd_per_hour
     if given is not None:
         return price_as_given(given)
     return price_range(known.prices_of(chip), date.today()) if chip is not None and known.is_priced(chip) else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from pennyweight.plan.claim_file import MONEY, SCOPE
 from pennyweight.report.graded import aligned
+from pennyweight.report.serving import serving_lines
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
 _CONVENTIONS = {"none": "none", "half": "causal", "full": "full", "exact": "exact"}
@@ -105,6 +106,9 @@ def print_outlook(found: Mapping[str, Any]) -> None:
     if found["stale"]:
         _say("the newest price is more than 90 days old: give one with --price, or --catalogue FILE.toml")
     _fits(found)
+    if found.get("serving"):
+        print("", *serving_lines(found["serving"], _span), "", sep="\n")
+        _say(f"serving: {found['serving']['reason']}")
     if found["cheaper"]:
         each = [f"{c['chip']} {found['currency']} {_rounded(c['money']['middle'], 3)}" for c in found["cheaper"]]
         _say(f"cheapest of the catalogue on which it fits, {found['devices']:,} of them: {'; '.join(each)}")

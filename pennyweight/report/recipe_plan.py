@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.graded import aligned
-from pennyweight.report.markup import Html, document, element, facts, section, table
+from pennyweight.report.markup import Html, document, element, facts, join, section, table
 from pennyweight.report.plan_fits import fit_lines, fits_section
+from pennyweight.report.serving import serving_lines, serving_section
 from pennyweight.report.style import sheet
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
@@ -40,6 +41,9 @@ def print_recipe_plan(found: Plan) -> None:
     print()
     for line in fit_lines(found["fits"], span, lasts) if found.get("fits") else ():
         _say(line)
+    if found.get("serving"):
+        print(*serving_lines(found["serving"], span), "", sep="\n")
+        _say(f"serving: {found['serving']['reason']}")
     for name, reason in _reasons(runs):
         _say(f"{name}: {reason}")
     for note in dict.fromkeys(n for run in runs for n in run["notes"]):
@@ -138,7 +142,13 @@ def _table(run: Plan, number: int) -> Html:
 
 
 def _fits(runs: Sequence[Plan], found: Plan) -> Html | str:
-    return fits_section(runs, found["fits"], span, lasts) if found.get("fits") else ""
+    served = found.get("serving")
+    return join(
+        [
+            fits_section(runs, found["fits"], span, lasts) if found.get("fits") else "",
+            serving_section(served, span) if served and served["formats"] else "",
+        ]
+    )
 
 
 def _how(runs: Sequence[Plan]) -> Html:
