@@ -58,11 +58,11 @@ def serving(
 
 def _reason(chip: Chip, context: int, price: PriceRange | None) -> str:
     wide, busy = (f"{some[0]:.0%} to {some[2]:.0%}" for some in (BANDWIDTH, PRODUCTS))
+    layer = f"{1e6 * LAYER[2]:.0f} to {1e6 * LAYER[0]:.0f} microseconds a layer"
     return (
-        f"{wide} of {chip['bandwidth']:,.0f} GB/s, {busy} of the peak, and {1e6 * LAYER[2]:.0f} to {1e6 * LAYER[0]:.0f} "
-        f"microseconds a layer (all assumed), on as few devices as hold it, each row with {context:,} tokens before it; "
-        "counted are tokens that are written, by devices that are never idle, and not the reading of prompts"
-        f"{f'; {price.reason}' if price else ''}"
+        f"{wide} of {chip['bandwidth']:,.0f} GB/s, {busy} of the peak, and {layer} (all assumed), on as few devices as "
+        f"hold it, each row with {context:,} tokens before it; counted are tokens that are written, by devices "
+        f"that are never idle, and not the reading of prompts{f'; {price.reason}' if price else ''}"
     )
 
 
