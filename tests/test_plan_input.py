@@ -58,9 +58,9 @@ data = { context = 64, source = { kind = "files", path = "org/rows" } }
 """
 
 
-def test_a_page_of_memory_is_written_into_folders_that_are_there(typed, here):
-    code, out, err = typed("memory", "llama", "--out", "nowhere/memory.html")
-    assert code == 2 and "make nowhere first" in err and not (here / "nowhere").exists() and not out
+def test_a_folder_is_no_page_of_memory_either(typed, here):
+    code, out, err = typed("memory", "llama", "--out", ".")
+    assert code == 2 and "--out . is a folder" in err and not out
 
 
 @pytest.mark.parametrize("more", [[], ["--length", "20"]])

@@ -58,11 +58,11 @@ def pace_on(chip: Chip, devices: int, precision: str | None, rows: Sequence[Publ
     usual = precision or plain
     chip.peak(usual)
 
-    def run(p: Pass | None, flops: float = 1.0, tokens: float = 1.0) -> Run:
-        kind = (p.experts, p.distilled, p.shapes.vocabulary) if p else ()
-        return Run("", flops, tokens, chip, devices, precision or (p.precision if p else "") or usual, *kind)
+    def run(p: Pass, flops: float, tokens: float) -> Run:
+        what = precision or p.precision or usual
+        return Run("", flops, tokens, chip, devices, what, p.experts, p.distilled, p.shapes.vocabulary)
 
-    reason = said_of(run(None), found)
+    reason = said_of(Run("", 1.0, 1.0, chip, devices, usual), found)
     return on_chips(chip, devices, lambda *of: 3600 * found.hours(run(*of)), usual != "fp32", ends_of(rows), reason)
 
 
