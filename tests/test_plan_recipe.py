@@ -335,3 +335,17 @@ def test_disk_has_every_model_as_it_is_stored_and_of_lora_what_is_trained(llama)
     assert kept(planned()) == 2 * count
     teacher = reckoned(load(None))
     assert kept(teacher, "teacher") == 2 * 4 * teacher["parameters"]["teacher"]
+
+
+def test_what_one_process_does_alone_takes_as_long_on_many_devices(released):
+    settings = ["data.context=2048", "train.micro_batch=1"]
+    recipe = distillation(teacher=released("llama-3-8b"), student=released("llama-3.2-1b"), settings=settings, seeds=1)
+    one, eight = (on("h100", recipe, devices) for devices in (1, 8))
+    for name in ("data", "int4", "evaluate students"):
+        assert stage(eight, name)["hours"]["middle"] == pytest.approx(stage(one, name)["hours"]["middle"])
+        assert stage(eight, name)["kwh"]["middle"] == pytest.approx(8 * stage(one, name)["kwh"]["middle"])
+    for name in ("targets", "kd-0", "sft-0"):
+        assert stage(eight, name)["hours"]["middle"] < stage(one, name)["hours"]["middle"] / 4
+    assert any("does the other stages alone" in note for note in eight["notes"]) and not one["notes"]
+    rolled = recipe.model_copy(update={"method": load(None, ["method.kind=on_policy"]).method})
+    assert any("method on_policy runs in one process" in note for note in on("h100", rolled, 8)["notes"])

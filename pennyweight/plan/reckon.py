@@ -7,6 +7,7 @@ are as short, and as long, as they may be, and the machine as fast, and as slow,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -87,7 +88,7 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
         "total": total,
         "currency": price.currency if price else "USD" if "money" in total else None,
         "reasons": _reasons(recipe, rows, pace, price),
-        "notes": list(of.notes),
+        "notes": [*of.notes, *_alone_in(recipe, pace.devices)],
         "scope": SCOPE,
     }
 
@@ -149,8 +150,24 @@ def together(name: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, **shared, "runs": dict(runs), "total": total}
 
 
+def _alone_in(recipe: Recipe, devices: int) -> list[str]:
+    """What is to be said of stages of which one device does all."""
+    if devices == 1:
+        return []
+    said = [
+        "sft and kd train on all devices, which label together, too; one of them does the other stages alone, "
+        "and all are paid for meanwhile"
+    ]
+    if recipe.method.kind in ("grpo", "on_policy", "offline"):
+        said.append(
+            f"method {recipe.method.kind} runs in one process, so it is refused on {devices:,} devices: take one"
+        )
+    return said
+
+
 def _stage(work: Work, recipe: Recipe, of: Subjects, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
-    hours = pace.ends(work)
+    at_work = pace if work.shared or work.stage == "targets" else replace(pace, devices=1)  # docs/processes.md
+    hours = at_work.ends(work)
     out: dict[str, Any] = {"stage": work.stage, "does": work.does}
     sent: Any = tuple(a + b for a, b in zip(work.sent, work.got, strict=True))
     out["tokens"] = _ends(tuple(sum(p.tokens(i) for p in work.passes) + sent[i] for i in (0, 1, 2)))  # type: ignore[arg-type]
