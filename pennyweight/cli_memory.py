@@ -33,6 +33,7 @@ def memory(
     from pennyweight.plan.memory import memory as planned
     from pennyweight.report.memory import memory_page, print_memory
 
+    out = opt.a_page(out, makes=True)
     found = planned(model, batch, length, device)
     if out is not None:
         write_whole(out, memory_page(found))

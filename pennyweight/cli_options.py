@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,19 @@ def parted(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {len(files)} ({', '.join(files)}); settings are written a.b=c")
     return (files[0] if files else None), [w for w in arguments or [] if "=" in w]
+
+
+def a_page(out: Path | None, makes: bool = False) -> Path | None:
+    """Where a page is to be written; ``makes``: with the folders that it is in.
+
+    Raises:
+        RecipeError: that is a folder, or in a folder that is not there.
+    """
+    if out is not None and out.is_dir():
+        raise RecipeError(f"--out {out} is a folder; give the page a name in it, as in --out {out / 'page.html'}")
+    if out is not None and not makes and not out.parent.is_dir():
+        raise RecipeError(f"--out {out} is in a folder that is not there; make {out.parent} first, or choose another")
+    return out
 
 
 def logged(log: list[str] | None) -> list[str]:

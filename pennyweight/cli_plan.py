@@ -23,6 +23,9 @@ On = Annotated[
 Length = Annotated[
     int | None, typer.Option(min=1, help="Tokens in a row, or of a recipe's mean sample. Default: 4,096, or less.")
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, bf16, fp8 or fp4: what Linears multiply in. Default: the recipe's, or bf16.")
+]
 Claim = Annotated[str | None, typer.Option(help="Check what is claimed of a training: FILE.toml, or a name.")]
 
 
@@ -33,7 +36,7 @@ def plan(
     on: On = None,
     length: Length = None,
     teacher: Annotated[str | None, typer.Option(help="Its folder or config.json: it labels all tokens first.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp8 or fp4: what Linears multiply in.")] = "bf16",
+    precision: Precision = None,
     lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA's factors; 0 trains all weights.")] = 0,
     price: Annotated[float | None, typer.Option(help="USD for a device and an hour, in place of known prices.")] = None,
     catalogue: Annotated[str | None, typer.Option(help="Chips and prices of your own: FILE.toml.")] = None,
@@ -61,7 +64,7 @@ def plan(
     import pennyweight.report.bill as bill
     from pennyweight.plan.hardware import catalogue as read_catalogue
 
-    known = read_catalogue(catalogue)
+    known, out = read_catalogue(catalogue), opt.a_page(out)
     _one_thing(sum((claims, chips, claim is not None, model is not None)), model, settings, out)
     if claims or claim is not None:
         found: Any = _claims(known, claim)
@@ -77,13 +80,13 @@ def plan(
         found = _recipe(known, str(model), settings or [], on, length, precision, price)
         _write(out, found)
     else:
-        found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision, lora, price)
+        found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision or "bf16", lora, price)
         shown = bill.print_outlook
     if as_json:
         typer.echo(readable_json(found))
     else:
         shown(found)
-    if claim is not None and not found["adds_up"]:
+    if claim is not None and found["adds_up"] is False:
         raise typer.Exit(1)
 
 
@@ -100,7 +103,9 @@ def _one_thing(things: int, model: str | None, settings: list[str] | None, out: 
 
 
 def _is_recipe(model: str | None) -> bool:
-    return model is not None and model.lower().endswith(".toml")
+    from pennyweight.plan.named import is_recipe
+
+    return model is not None and is_recipe(model)
 
 
 def _write(out: Path | None, found: Any) -> None:
@@ -138,9 +143,13 @@ def _chips(known: Any) -> list[dict[str, Any]]:
 
 
 def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) -> dict[str, Any]:
+    from pennyweight.plan.assumed import read_or_assume
+    from pennyweight.plan.named import a_model
     from pennyweight.plan.outlook import Asked, outlook
     from pennyweight.plan.published import published
+    from pennyweight.plan.serving import SERVED_IN, serving
 
+    a_model(model)
     if tokens is None:
         raise RecipeError("--tokens is missing: say how many are trained on, as in --tokens 10B")
     count = _number(tokens)
@@ -152,34 +161,75 @@ def _outlook(known: Any, model: str, tokens: str | None, on: str, *others: Any) 
         chip, devices = known.devices(on)
     length, teacher, precision, rank, price = others
     asked = Asked(model, count, chip, devices, length, teacher, precision, rank, price)
-    return outlook(asked, known, published(), date.today())
+    found = outlook(asked, known, published(), date.today())
+    served = serving(read_or_assume(model)[0], SERVED_IN, chip, found["length"], _rented(known, chip, price))
+    return found | {"serving": served}
 
 
 def _recipe(
-    known: Any, file: str, settings: list[str], on: str | None, length: int | None, precision: str, price: float | None
+    known: Any,
+    file: str,
+    settings: list[str],
+    on: str | None,
+    length: int | None,
+    precision: str | None,
+    price: float | None,
 ) -> dict[str, Any]:
     """Every stage of a recipe; of a chain every recipe, and all together."""
     from pennyweight.chain_file import load
+    from pennyweight.plan.asked import looked_at
     from pennyweight.plan.assumed import read_or_assume
+    from pennyweight.plan.fits import Planned
     from pennyweight.plan.reckon import reckon, together
     from pennyweight.plan.seen import seen_pace, seen_rows
-    from pennyweight.plan.subjects import subjects_of
+    from pennyweight.plan.serving import serving
+    from pennyweight.plan.subjects import made_by, subjects_of
     from pennyweight.plan.work import rows_of
     from pennyweight.recipe import Recipe
 
     read = load(file, settings)
     place = Path("runs") / read.name
     recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
-    found, made, machine = {}, {}, _machine(known, on)
+    found, made, machine, plans = {}, {}, _machine(known, on), []
     tried = _tried(read) if machine.measured else {}
     for stage, recipe in recipes.items():
+        looked_at(recipe, length, place)
         seen = tried.get(stage, {})
         of = subjects_of(recipe, made, read_or_assume, seen.get("vocabulary"))
-        rows, rented = rows_of(recipe, length), _price_of(known, machine.chip, recipe, price)
-        rows = rows if length else seen_rows(rows, seen)
-        found[stage] = reckon(recipe, of, rows, seen_pace(machine(recipe, precision), of, seen), rented)
-        made |= of.made_in(str(place / stage))
-    return found[""] if "" in found else together(read.name, found)
+        pace, rented = seen_pace(machine(recipe, precision), of, seen), _price_of(known, machine.chip, recipe, price)
+        rows = rows_of(recipe, length) if length else seen_rows(rows_of(recipe), seen)
+        found[stage] = reckon(recipe, of, rows, pace, rented)
+        plans.append(Planned(stage, recipe, of, rows))
+        made |= made_by(recipe, of, str(place / stage))
+    whole = found[""] if "" in found else together(read.name, found)
+    last, served = plans[-1], None
+    if machine.chip is not None:
+        formats, context = last.recipe.quantize.formats, last.recipe.data.context
+        served = serving(last.of.student, formats, machine.chip, context, rented)
+    return whole | {"fits": _fits(known, machine, plans, precision, pace.autocast), "serving": served}
+
+
+def _fits(known: Any, machine: Any, plans: list[Any], precision: str | None, autocast: bool) -> dict[str, Any]:
+    """Whether all recipes fit where they are to run, what would make them, and where they are cheapest."""
+    from pennyweight.plan.fits import fits
+    from pennyweight.plan.hardware import price_range
+    from pennyweight.plan.pace import SHIPPED
+    from pennyweight.plan.precision import plain
+    from pennyweight.plan.published import published
+    from pennyweight.plan.reckon import pace_on, reckon, together
+
+    def again(some: Any, chip: Any, devices: int) -> Any:
+        price, runs = price_range(known.prices_of(chip), date.today()), {}
+        for p in some:
+            try:
+                pace = pace_on(chip, devices, precision, published(), plain(p.recipe.compute.dtype))
+            except RecipeError:
+                return {}  # it has not that precision
+            runs[p.name] = reckon(p.recipe, p.of, p.rows, pace, price)
+        return together("", runs)["total"]
+
+    chip = machine.chip or machine.measured or SHIPPED
+    return fits(plans, known, chip, machine.devices, autocast, date.today(), again)
 
 
 def _tried(read: Any) -> dict[str, Any]:
@@ -227,25 +277,33 @@ class _machine:
 
         self.measured = measure()
 
-    def __call__(self, recipe: Any, precision: str) -> Any:
+    def __call__(self, recipe: Any, precision: str | None) -> Any:
         from pennyweight.plan.pace import has_bfloat16, on_this, usable_threads
+        from pennyweight.plan.precision import checked, plain
         from pennyweight.plan.reckon import pace_on
 
+        asked = precision and checked(precision)
         if self.chip is not None:
             from pennyweight.plan.published import published
 
-            return pace_on(self.chip, self.devices, precision, published())
-        low = has_bfloat16() if recipe.compute.dtype == "auto" else recipe.compute.dtype == "bfloat16"
-        return on_this(self.measured, recipe.compute.threads or usable_threads(), low)
+            return pace_on(self.chip, self.devices, asked, published(), plain(recipe.compute.dtype))
+        if asked in ("fp8", "fp4"):
+            raise RecipeError(f"--precision {asked} is for chips that multiply it; name one with --on, as in --on h100")
+        low = asked or plain(recipe.compute.dtype, has_bfloat16())
+        return on_this(self.measured, recipe.compute.threads or usable_threads(), low == "bf16")
 
 
 def _price_of(known: Any, chip: Any, recipe: Any, price: float | None) -> Any:
     """Of a device and an hour: as given, as the recipe says, or as the catalogue has it."""
-    from pennyweight.plan.hardware import own_price, price_range
+    return _rented(known, chip, price if price is not None else recipe.budget.usd_per_hour)
 
-    given = price if price is not None else recipe.budget.usd_per_hour
+
+def _rented(known: Any, chip: Any, given: float | None) -> Any:
+    from pennyweight.plan.asked import price_as_given
+    from pennyweight.plan.hardware import price_range
+
     if given is not None:
-        return own_price(given)
+        return price_as_given(given)
     return price_range(known.prices_of(chip), date.today()) if chip is not None and known.is_priced(chip) else None
 
 

@@ -28,6 +28,11 @@ def shipped(name: str) -> Path:
     raise RecipeError(f"no recipe named {name!r} comes with Pennyweight; give the path of a .toml file")
 
 
+def shipped_names() -> list[str]:
+    """Names of the recipes, and chains, that come with the package."""
+    return sorted(p.stem for p in shipped("quickstart").parent.glob("*.toml"))
+
+
 def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
     """The recipe at ``path`` (the quickstart when None), with ``a.b=c`` overrides on top.
 
@@ -42,15 +47,17 @@ def load(path: Path | str | None, overrides: list[str] | None = None) -> Recipe:
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """What a TOML file holds.
+    """What a TOML file holds; a name such as ``r1`` that no file has is that of a recipe that ships.
 
     Raises:
         RecipeError: it is missing or malformed.
     """
+    if str(file) in shipped_names() and not file.exists():
+        file = shipped(str(file))
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in shipped("quickstart").parent.glob("*.toml")))
+        known = ", ".join(shipped_names())
         raise RecipeError(f"no recipe at {file}; give the path of a .toml file (shipped ones: {known})") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RecipeError(f"cannot read the recipe {file}: {e}; check the path and its permissions") from None

@@ -62,7 +62,7 @@ class Lora(Settings):
 class Schedule(Settings):
     """Optimizer and learning-rate schedule. One step is one batch of ``batch`` samples."""
 
-    steps: int = Field(default=300, ge=1)
+    steps: int = Field(default=300, ge=1, le=1_000_000_000)
     batch: int = Field(default=32, ge=1, le=1_000_000, description="samples per step, over all micro-batches")
     micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; default: the whole batch")
     pack: bool = Field(default=False, description="several samples in one row of `context` tokens, blind to each other")

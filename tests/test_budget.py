@@ -97,6 +97,21 @@ def test_overspending_ends_with_the_code_of_tripwires():
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA H800", "h800"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA B200", "b200"),
         ("cpu bfloat16", None),
     ],
 )
@@ -112,6 +127,22 @@ def test_a_run_is_refused_before_anything_is_written_where_its_low_end_is_above_
     with pytest.raises(RecipeError, match="raise budget.hours"):
         pennyweight.run(TINY, ["budget.hours=0.0000001"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_of_a_gpu_that_nobody_knows_nothing_is_foretold_and_no_budget_refuses_it(capsys):
+    from pennyweight.plan.published import published
+    from pennyweight.plan.reckon import within_budget
+    from pennyweight.recipe_file import load
+
+    recipe = load(TINY, ["budget.hours=0.0000001"])
+    for hardware in ("NVIDIA GeForce RTX 3060, cuda bfloat16", "mps float32", "NVIDIA H100 80GB HBM3, cuda float32"):
+        assert within_budget(recipe, hardware, 1, 1, "bfloat16" in hardware, published) is None
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "nothing is foretold" in said and hardware.partition(",")[0] in said
+    with pytest.raises(RecipeError, match="raise budget.hours"):
+        within_budget(recipe, "NVIDIA H100 80GB HBM3, cuda bfloat16", 1, 1, True, published)
+    with pytest.raises(RecipeError, match="raise budget.hours"):
+        within_budget(recipe, "cpu float32", 1, 1, False, published)
 
 
 def test_a_run_that_training_takes_over_its_budget_keeps_a_checkpoint_and_goes_on(tmp_path, no_charts, monkeypatch):

@@ -106,7 +106,42 @@ def test_sums_are_held_to_how_they_were_rounded():
     assert verdicts(checked(money=53_000), "hours x price")["a"] == "fails"
     assert verdicts(checked(device_hours=25_001, hours=391), "devices x hours") == {"a": "holds"}  # 391 may be 390.6
     assert verdicts(checked(device_hours=27_000), "device-hours") == {"total": "fails"}
-    assert verdicts(checked(money=None), "money") == {}
+    assert verdicts(checked(money=None), "money") == {"total": "holds"}  # 25,000 hours at 2.00
+    assert verdicts(checked(money=None, price=None), "money") == {}
+
+
+def of_parts(*parts, **total):
+    said = {"name": "Ours", "statement": "cheap", "total": total, "part": [{"kind": "other", **p} for p in parts]}
+    return check(claim_of(said, "ours.toml"), catalogue(), published())
+
+
+def test_what_a_part_does_not_say_is_made_of_what_it_says():
+    a, b = ({"name": n, "devices": 10, "hours": 10} for n in "ab")
+    wrong = of_parts(a, b, device_hours=1_000_000)
+    assert wrong["adds_up"] is False and "100 + 100 = 200, and not 1,000,000" in text_of(wrong, "total", "device-hours")
+    assert of_parts(a, b, device_hours=200)["adds_up"] is True
+    priced = [{**p, "price": 2.5} for p in (a, b)]
+    assert of_parts(*priced, money=500)["adds_up"] is True and of_parts(*priced, money=900)["adds_up"] is False
+    assert [p["money"] for p in of_parts(*priced, money=500)["parts"]] == [250, 250]
+    rate = {"name": "c", "kind": "training", "hours_per_trillion": 180_000, "tokens": 2e12}
+    assert of_parts(rate, device_hours=360_000)["adds_up"] is True
+    assert of_parts(rate, device_hours=500_000)["adds_up"] is False
+
+
+def test_a_single_part_is_held_against_the_total_and_some_of_the_parts_are_no_more_than_it():
+    one = {"name": "a", "device_hours": 100}
+    assert of_parts(one, device_hours=100)["adds_up"] is True and of_parts(one, device_hours=70)["adds_up"] is False
+    silent = {"name": "b"}
+    assert of_parts(one, silent, device_hours=70)["adds_up"] is False
+    assert of_parts(one, silent, device_hours=700)["adds_up"] is None
+
+
+def test_what_cannot_be_checked_does_not_add_up_and_is_no_failure(capsys, monkeypatch, tmp_path):
+    found = of_parts({"name": "a", "money": 5.0})
+    assert found["adds_up"] is None and found["findings"] == []
+    (tmp_path / "c.toml").write_text('name = "x"\nstatement = "cheap"\n[[part]]\nname = "a"\nkind = "other"\nmoney = 5')
+    code, out, _ = ran(capsys, monkeypatch, "--claim", tmp_path / "c.toml")
+    assert code == 0 and "It cannot be checked" in out and "adds up" not in out
 
 
 def test_hours_that_cannot_hold_the_work_fail_and_high_shares_are_noted():

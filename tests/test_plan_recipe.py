@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -183,10 +184,10 @@ def test_on_a_chip_of_the_catalogue(llama):
     from datetime import date
 
     price = price_range(catalogue().prices_of(chip), date.today())
-    found = reckoned(recipe, price=price, pace=pace_on(chip, 8, "bf16", published()))
+    found = reckoned(recipe, price=price, pace=pace_on(chip, 8, None, published()))
     assert found["devices"] == 8 and "assumed" in found["reasons"]["hours"]
     assert found["total"]["money"]["low"] < found["total"]["money"]["middle"] < found["total"]["money"]["high"]
-    alone = reckoned(recipe, pace=pace_on(chip, 1, "bf16", published()))
+    alone = reckoned(recipe, pace=pace_on(chip, 1, None, published()))
     assert alone["total"]["hours"]["middle"] > found["total"]["hours"]["middle"]
 
 
@@ -218,6 +219,10 @@ def test_the_page_needs_nothing_but_itself_and_is_escaped(typed, tmp_path):
         (["--chips", "--out", "x.html"], "--out is for a plan of a recipe"),
         (["recipes/quickstart.toml", "train.stepz=3"], "did you mean 'steps'"),
         (["recipes/quickstart.toml", "--on", "zx81"], "no chip is called"),
+        (["recipes/quickstart.toml", "--precision", "foo"], "--precision foo is none of"),
+        (["recipes/quickstart.toml", "--on", "h100", "--precision", "foo"], "--precision foo is none of"),
+        (["recipes/quickstart.toml", "--precision", "fp8"], "name one with --on"),
+        (["recipes/quickstart.toml", "--on", "h100", "compute.dtype=float32"], "fp32 TFLOP/s of h100"),
         (["recipes/quickstart.toml", "teacher.kind=folder", "teacher.path=nowhere"], "there is no nowhere"),
     ],
 )
@@ -233,3 +238,114 @@ def test_a_student_of_a_server_needs_a_vocabulary(llama):
     table = recipe.model_dump(mode="json") | {"student": {"kind": "shape", "shape": shape}}
     with pytest.raises(ModelError, match=r"student\.tokenizer"):
         subjects_of(parse(table))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """name -> a folder with the config.json of a released model."""
+    said = tomllib.loads((ROOT / "pennyweight" / "plan" / "models.toml").read_text())
+
+    def folder(name: str) -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(said[name]["config"]))
+        return str(tmp_path / name)
+
+    return folder
+
+
+def on(chip, recipe, devices=8, precision=None, mean=None):
+    return reckoned(recipe, mean=mean, pace=pace_on(catalogue().chip(chip), devices, precision, published()))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("llama-3-8b", "llama-3.2-1b"), ("qwen3-235b-a22b", "qwen3-8b"), ("qwen3-30b-a3b", "qwen3-30b-a3b")],
+)
+@pytest.mark.parametrize("devices", [8, 64])
+def test_a_recipe_and_its_model_are_foretold_alike(released, teacher, student, devices):
+    """Labelling and training of the same tokens, by classes that published runs have."""
+    from datetime import date
+
+    from pennyweight.plan.outlook import Asked, outlook
+
+    length, steps, batch = 4096, 2000, 1024
+    settings = ["data.context=4096", "control=false", "quantize.formats=[]", f"train.batch={batch}"]
+    settings += ["targets.kind=hidden", f"data.source.count={int(steps * batch / 0.9)}", "train.micro_batch=16"]
+    recipe = distillation(
+        teacher=released(teacher), student=released(student), steps=steps, batch=batch, seeds=1, settings=settings
+    )
+    found = on("h100", recipe, devices, mean=length)
+    chip, tokens = catalogue().chip("h100"), float(steps * batch * length)
+    asked = Asked(released(student), tokens, chip, devices, length=4096, teacher=released(teacher))
+    labels, trains = outlook(asked, catalogue(), published(), date(2026, 6, 1))["parts"]
+    for stage_name, part in (("targets", labels), ("kd-0", trains)):
+        ours = stage(found, stage_name)["hours"]
+        assert ours["middle"] == pytest.approx(part["hours"]["middle"], rel=0.3), stage_name
+        assert part["hours"]["low"] < ours["middle"] < part["hours"]["high"]
+
+
+def test_learning_a_distribution_takes_a_small_student_longer(released):
+    recipe = distillation(
+        teacher=released("llama-3-8b"), student=released("llama-3.2-1b"), settings=["data.context=4096"], seeds=1
+    )
+    found = on("h100", recipe, mean=4000)
+    assert stage(found, "kd-0")["hours"]["middle"] > 3 * stage(found, "sft-0")["hours"]["middle"]
+    assert "microseconds a token" in found["reasons"]["hours"] and "a mixture of experts" in found["reasons"]["hours"]
+
+
+def test_precision_is_the_recipes_unless_the_option_says_another(released):
+    def hours(*settings, precision=None):
+        given = {"teacher": released("llama-3-8b"), "student": released("llama-3-8b"), "method": "sft", "seeds": 1}
+        recipe = distillation(**given, settings=["data.context=4096", "targets.kind=dense", *settings])
+        return stage(on("h100", recipe, precision=precision, mean=4000), "sft-0")["hours"]["middle"]
+
+    assert hours("train.precision=fp8") < 0.9 * hours() and hours(precision="fp8") < 0.9 * hours()
+    assert hours("train.precision=fp8", precision="bf16") == hours()
+    assert hours("train.precision=nvfp4") == hours("train.precision=mxfp8")  # which an H100 computes them in
+
+
+def test_each_micro_batch_starts_the_operations_of_a_layer_anew(llama):
+    def hours(*settings, pace=None):
+        recipe = distillation(teacher=str(llama), cut="layers=2", steps=2000, batch=64, settings=list(settings))
+        return stage(reckoned(recipe, mean=8, pace=pace), "sft-0")["hours"]["middle"]
+
+    chip = pace_on(catalogue().chip("h100"), 8, None, published())
+    assert hours("train.micro_batch=1") > 2 * hours()
+    assert hours("train.micro_batch=2", pace=chip) > 2 * hours(pace=chip)
+    assert hours("train.micro_batch=8", pace=chip) == hours(pace=chip)  # each of 8 devices has 8 rows
+
+
+def test_disk_has_every_model_as_it_is_stored_and_of_lora_what_is_trained(llama):
+    def planned(*settings):
+        return reckoned(distillation(teacher=str(llama), cut="layers=2", seeds=2, settings=list(settings)))
+
+    def kept(found, name="kd-0", end="middle"):
+        return stage(found, name)["disk"][end]
+
+    plain = planned()
+    count = plain["parameters"]["student"]
+    assert kept(plain) == 4 * count and kept(plain, end="high") == 4 * count + 2 * 12 * count
+    sums = sum(s["disk"]["middle"] for s in plain["stages"] if s["disk"])
+    assert plain["total"]["disk"]["middle"] == sums + 2 * 4 * count  # the first student and the chosen one's copy
+    factors = planned("train.lora.rank=2")
+    assert kept(factors, end="high") < 4 * count + 2 * 12 * count / 3
+    low = planned("train.moments=bfloat16", "train.weights=bfloat16")
+    assert kept(low, end="high") == 4 * count + 2 * 6 * count
+    (llama / "config.json").write_text(json.dumps({**LLAMA, "dtype": "bfloat16"}))
+    assert kept(planned()) == 2 * count
+    teacher = reckoned(load(None))
+    assert kept(teacher, "teacher") == 2 * 4 * teacher["parameters"]["teacher"]
+
+
+def test_what_one_process_does_alone_takes_as_long_on_many_devices(released):
+    settings = ["data.context=2048", "train.micro_batch=1"]
+    recipe = distillation(teacher=released("llama-3-8b"), student=released("llama-3.2-1b"), settings=settings, seeds=1)
+    one, eight = (on("h100", recipe, devices) for devices in (1, 8))
+    for name in ("data", "int4", "evaluate students"):
+        assert stage(eight, name)["hours"]["middle"] == pytest.approx(stage(one, name)["hours"]["middle"])
+        assert stage(eight, name)["kwh"]["middle"] == pytest.approx(8 * stage(one, name)["kwh"]["middle"])
+    for name in ("targets", "kd-0", "sft-0"):
+        assert stage(eight, name)["hours"]["middle"] < stage(one, name)["hours"]["middle"] / 4
+    assert any("does the other stages alone" in note for note in eight["notes"]) and not one["notes"]
+    rolled = recipe.model_copy(update={"method": load(None, ["method.kind=on_policy"]).method})
+    assert any("method on_policy runs in one process" in note for note in on("h100", rolled, 8)["notes"])

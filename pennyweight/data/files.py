@@ -39,7 +39,7 @@ def rows(path: str, split: str) -> Iterator[Row]:
             yield from _folder_rows(place, split)
         elif place.exists():
             yield from _file_rows(place, place.name)
-        elif _HUB_NAME.fullmatch(path) and place.suffix.lower() not in _READERS:
+        elif is_hub_name(path):
             yield from _hub_rows(path, split)
         else:
             raise DataError(f"there is no file or folder {path}; check data.source.path")
@@ -47,6 +47,11 @@ def rows(path: str, split: str) -> Iterator[Row]:
         raise DataError(
             f"cannot read {e.filename or path}: {e.strerror or e}; check the path and its permissions"
         ) from None
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not here is taken to be a hub dataset's name."""
+    return bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in _READERS
 
 
 def read_text(path: Path, shown: str) -> str:

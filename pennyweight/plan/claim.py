@@ -1,6 +1,7 @@
 """A published claim, checked: do its sums add up, can the hardware have done it, and what does it leave out?
 
 Three kinds of finding: ``holds``, ``fails`` (exit 1 on the command line) and ``note``, what should be known beside it.
+Where nothing holds and nothing fails, nothing was checked, and ``adds_up`` is None: neither yes nor no.
 A figure is taken as rounded to its last digit that is not 0, so that 512 devices for 198 hours hold "101 K". A share of
 the peak is never given alone: it comes with the precision of that peak and with the convention that attention is
 counted by.
@@ -26,6 +27,7 @@ HIGHEST = 0.75
 26.02.01: 736 TFLOP/s). More is possible, and wants a reason."""
 
 _MOST_ROUNDED = 0.02
+_SUMMED = (("device_hours", "used", False), ("money", "cost", True), ("mwh", "mwh", False))  # said; made of; money
 _NAMES = {"none": "no attention", "half": "causal attention", "full": "full attention", "exact": "exact attention"}
 
 
@@ -60,6 +62,7 @@ def check(claim: Claim, known: Catalogue, rows: Sequence[Published]) -> dict[str
         parts.append(shown)
     findings += _totals(claim) + _ratios(claim)
     failed = {f.of for f in findings if f.verdict == "fails"}
+    checked = any(f.verdict != "note" for f in findings)
     excused = _excused(claim, failed)
     return {
         "name": claim.name,
@@ -69,7 +72,7 @@ def check(claim: Claim, known: Catalogue, rows: Sequence[Published]) -> dict[str
         "parts": parts,
         "totals": dict(claim.totals),
         "findings": [f.to_json() for f in findings],
-        "adds_up": not (failed - set(excused)),
+        "adds_up": not (failed - set(excused)) if checked else None,
         "excused": excused,
         "covers": list(claim.covers),
         "leaves_out": list(claim.leaves_out),
@@ -115,20 +118,32 @@ def _sums(p: Part, currency: str) -> list[Finding]:
         slack = p.devices * _slack(p.hours) + _slack(p.device_hours)
         how = f"{p.devices:,} devices x {p.hours:,g} hours"
         out.append(_compared(p.title, "devices x hours", p.device_hours, p.devices * p.hours, slack, how))
-    hours = p.device_hours or (p.devices or 0) * (p.hours or 0)
+    hours = p.used
     if hours and p.price and p.money:
-        slack = _slack(p.money) + p.price * _slack(hours)
+        slack = _slack(p.money) + p.price * _off(p, "device_hours")
         how = f"{hours:,.0f} device-hours x {currency} {p.price:,.2f}"
         out.append(_compared(p.title, "hours x price", p.money, hours * p.price, slack, how, f"{currency} "))
-    if p.hours_per_trillion and p.tokens and p.device_hours:
+    said = p.device_hours or (p.devices or 0) * (p.hours or 0)
+    if p.hours_per_trillion and p.tokens and said:
         found = p.hours_per_trillion * p.tokens / 1e12
-        slack = _slack(p.device_hours) + _slack(p.hours_per_trillion) * p.tokens / 1e12
+        slack = _off(p, "device_hours") + _slack(p.hours_per_trillion) * p.tokens / 1e12
         how = f"{p.hours_per_trillion:,.0f} hours a trillion tokens x {p.tokens / 1e12:g}"
-        out.append(_compared(p.title, "rate x tokens", p.device_hours, found, slack, how))
-        if round(found) == round(p.device_hours):
+        out.append(_compared(p.title, "rate x tokens", said, found, slack, how))
+        if p.device_hours and round(found) == round(p.device_hours):
             said = "exact: the hours are a rate times tokens, no meter's, so without restarts, idle time or evaluation"
             out.append(Finding(p.title, "rate x tokens", "note", said))
     return out
+
+
+def _off(p: Part, name: str) -> float:
+    """By how much a part's figure may be off for being rounded: its own, or those that it is made of."""
+    if figure := getattr(p, name):
+        return _slack(figure)
+    if name == "money":
+        return (p.price or 0.0) * _off(p, "device_hours")
+    if p.devices and p.hours:
+        return p.devices * _slack(p.hours)
+    return _slack(p.hours_per_trillion) * p.tokens / 1e12 if p.hours_per_trillion and p.tokens else 0.0
 
 
 def _once(parts: Iterable[Part]) -> list[Part]:
@@ -137,13 +152,18 @@ def _once(parts: Iterable[Part]) -> list[Part]:
 
 
 def _totals(claim: Claim) -> list[Finding]:
-    out = []
-    for name, unit in (("device_hours", ""), ("money", f"{claim.currency} "), ("mwh", "")):
-        said, found = claim.totals.get(name), [getattr(p, name) for p in _once(claim.parts)]
-        if said and all(found) and len(found) > 1:
-            slack = _slack(said) + sum(_slack(f) for f in found)
-            how = " + ".join(f"{f:,.0f}" for f in found)
-            out.append(_compared("total", name.replace("_", "-"), said, sum(found), slack, how, unit))
+    """Each total beside what the parts come to. Of parts that do not all say it, as many as do must not be above it."""
+    out, parts = [], _once(claim.parts)
+    for name, made, unit in _SUMMED:
+        said, known = claim.totals.get(name), [p for p in parts if getattr(p, made)]
+        if not said or not known:
+            continue
+        found, slack = [getattr(p, made) for p in known], _slack(said) + sum(_off(p, name) for p in known)
+        if len(known) < len(parts) and sum(found) <= said + slack:
+            continue
+        how = " + ".join(f"{f:,.0f}" for f in found)
+        shown = f"{claim.currency} " if unit else ""
+        out.append(_compared("total", name.replace("_", "-"), said, sum(found), slack, how, shown))
     return out
 
 
@@ -154,7 +174,7 @@ def _excused(claim: Claim, failed: set[str]) -> list[str]:
 
 
 def _ratios(claim: Claim) -> list[Finding]:
-    out, hours = [], {p.name: p.device_hours for p in claim.parts}
+    out, hours = [], {p.name: p.used for p in claim.parts}
     for row in claim.ratios:
         of, to, says = hours[row["of"]], hours[row["to"]], row["says"]
         if not of or not to:
@@ -174,12 +194,12 @@ def _shapes(part: Part) -> Shapes | None:
 
 def _compute(part: Part, known: Catalogue, rows: Sequence[Published], findings: list[Finding]) -> dict[str, Any]:
     """FLOPs of a part and its shares of the peak; adds what they say to the findings."""
-    shapes, hours = _shapes(part), part.device_hours or (part.devices or 0) * (part.hours or 0)
+    shapes, hours = _shapes(part), part.used
     chip = known.chip(part.chip) if part.chip else None
     out: dict[str, Any] = {
         "name": part.title,
-        "device_hours": hours or None,
-        "money": part.money,
+        "device_hours": hours,
+        "money": part.cost,
         "source": part.source,
     }
     out |= {"tokens": part.tokens, "chip": chip.name if chip else None, "flops": {}, "shares": {}}

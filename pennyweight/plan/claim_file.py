@@ -93,6 +93,21 @@ class Part:
     def title(self) -> str:
         return f"{self.name}, if {self.reading}" if self.reading else self.name
 
+    @property
+    def used(self) -> float | None:
+        """Device-hours: as it says, else devices x hours, else a rate x tokens."""
+        if self.device_hours:
+            return self.device_hours
+        if self.devices and self.hours:
+            return self.devices * self.hours
+        rate, tokens = self.hours_per_trillion, self.tokens
+        return rate * tokens / 1e12 if rate and tokens else None
+
+    @property
+    def cost(self) -> float | None:
+        """Money: as it says, else its device-hours at its price."""
+        return self.money or (self.used * self.price if self.used and self.price else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:

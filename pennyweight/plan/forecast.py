@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from pennyweight.plan.hardware import Chip, PriceRange
@@ -210,12 +210,31 @@ def ratios(rows: Sequence[Published]) -> list[float]:
     return sorted(row.hours / fit([r for r in rows if r is not row]).hours(row.run) for row in rows)
 
 
+def ends_of(rows: Sequence[Published]) -> tuple[float, float]:
+    """Ends of a forecast from these runs, as times its middle."""
+    spread = ratios(rows)
+    skip = max(1, math.floor((1 - _ENDS) / 2 * (len(spread) + 1))) - 1
+    return spread[skip], spread[-1 - skip]
+
+
+def said_of(run: Run, found: Fit) -> str:
+    """What runs of each kind are taken to reach on such devices, in words."""
+    shares = {kind: found.shares[class_of(replace(run, experts=kind == "experts"))] for kind in ("dense", "experts")}
+    text = f"{shares['dense']:.0%} of the {run.chip.name}'s bfloat16 peak"
+    if gain_of(run) > 1:
+        text += f", {gain_of(run):.2f} times as fast in {run.precision}"
+    text += f" ({shares['experts']:.0%} of it a mixture of experts)"
+    if found.own is None or run.chip.key == "this":
+        return text
+    taught, own = found.shares[basis_of(replace(run, distilled=True))], 1e6 * found.own * _scale(run)
+    text += f"; of a student that learns a distribution {taught:.0%}"
+    return f"{text}, and {own:.0f} microseconds a token for a vocabulary of {_VOCABULARY:,}"
+
+
 def forecast(run: Run, rows: Sequence[Published]) -> Range:
     """Device-hours of a run, from published ones, with the reason in words."""
-    found, spread = fit(rows), ratios(rows)
+    found, (low, high) = fit(rows), ends_of(rows)
     middle, kind = found.hours(run), class_of(run)
-    skip = max(1, math.floor((1 - _ENDS) / 2 * (len(spread) + 1))) - 1
-    low, high = spread[skip], spread[-1 - skip]
     return Range(middle * low, middle, middle * high, _reason(run, kind, found, (low, high)))
 
 

@@ -24,6 +24,9 @@ STALE = timedelta(days=90)
 
 PRECISIONS = ("fp4", "fp8", "int8", "bf16", "fp32")
 _MEASURES = ("memory", "bandwidth", "interconnect", "power", "generation")
+_NO_NAME = re.compile(r"nvidia|amd|huawei|geforce|instinct|tesla|gpu|oam|hgx|sxm[0-9]?|hbm[0-9]?e?|[0-9]+gb")
+"""Of what a driver calls a chip, words that its name goes without."""
+
 _UNKNOWN = "give your own in a file: --catalogue FILE.toml (docs/bill.md has the tables)"
 
 
@@ -115,10 +118,18 @@ class Catalogue:
         return self.chips[key]
 
     def called(self, name: str) -> Chip | None:
-        """The chip that a driver calls so (``NVIDIA H100 80GB HBM3``), if it is known."""
-        plain = re.sub(r"[^a-z0-9]", "", name.lower())
-        keys = sorted(self.chips, key=len, reverse=True)
-        return next((self.chips[k] for k in keys if k.replace("-", "") in plain), None)
+        """The chip that a driver calls so (``NVIDIA H100 80GB HBM3``), if it is known: by all words of its name, and by
+        its memory where the name has it. A slice, a laptop's or another maker's variant is another chip."""
+        words = re.findall(r"[a-z0-9.]+", name.partition(",")[0].lower())
+        sizes = [float(found[1]) for w in words if (found := re.fullmatch(r"([0-9]+)gb", w))]
+        said = "".join(w for w in words if not _NO_NAME.fullmatch(w))
+        keys = {alias.replace("-", ""): key for alias, key in (*((k, k) for k in self.chips), *self.names.items())}
+        found = keys.get(said)
+        if not sizes or found is None:
+            return self.chips[found] if found else None
+        near = [keys.get(f"{said}{size:.0f}") for size in sizes] + [found]
+        fits = (self.chips[k] for k in near if k and abs(self.chips[k]["memory"] / sizes[0] - 1) <= 0.1)
+        return next(fits, None)
 
     def devices(self, asked: str) -> tuple[Chip, int]:
         """A chip and how many of them: ``h100`` is one, ``h100x8`` eight.

@@ -3,23 +3,20 @@ torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pennyweight.errors import RecipeError
+from pennyweight.plan.asked import length_within, price_as_given
 from pennyweight.plan.assumed import read_or_assume
 from pennyweight.plan.flops import Flops, Training, forward, multiplied, training
 from pennyweight.plan.forecast import CLASSES, CONVENTION, COVERS, Published, Run, class_of, energy, forecast, money
-from pennyweight.plan.hardware import Catalogue, Chip, PriceRange, own_price, price_range
+from pennyweight.plan.hardware import Catalogue, Chip, PriceRange, price_range
 from pennyweight.plan.memory import memory
+from pennyweight.plan.precision import checked
 from pennyweight.plan.shapes import Shapes
-
-TRAINABLE = ("fp32", "bf16", "fp8", "fp4")
-"""What products of a training may be in."""
 
 _LENGTH = 4096  # tokens in a row, where none are asked for and the model takes as many
 
@@ -54,18 +51,10 @@ def outlook(asked: Asked, known: Catalogue, rows: Sequence[Published], today: da
         ModelError: a config.json cannot be read, or has not the settings of any architecture that is known.
         RecipeError: what is asked for cannot be.
     """
-    if asked.precision not in TRAINABLE:
-        raise RecipeError(f"--precision {asked.precision} is none of {', '.join(TRAINABLE)}; name one of them")
-    asked.chip.peak(asked.precision)
-    if asked.price is not None and not 0 < asked.price < math.inf:
-        raise RecipeError(f"--price {asked.price:g} is no price; give what a device costs an hour, as in --price 2.50")
+    asked.chip.peak(checked(asked.precision))
     shapes, assumed = read_or_assume(asked.model)
     teacher, of_teacher = read_or_assume(asked.teacher) if asked.teacher else (None, None)
-    length = asked.length or min(shapes.context, _LENGTH)
-    if length > shapes.context:
-        raise RecipeError(
-            f"--length {length:,} is more than the {shapes.context:,} tokens that the model takes; give less"
-        )
+    length = length_within(asked.length or min(shapes.context, _LENGTH), shapes.context, "the model takes")
     price = _price(asked, known, today)
     parts = _parts(asked, shapes, teacher, length, asked.chip, rows, price)
     fits = [] if assumed else _fits(asked, length)
@@ -99,7 +88,7 @@ def _named(path: str) -> str:
 
 def _price(asked: Asked, known: Catalogue, today: date) -> PriceRange | None:
     if asked.price is not None:
-        return own_price(asked.price)
+        return price_as_given(asked.price)
     return price_range(known.prices_of(asked.chip), today) if known.is_priced(asked.chip) else None
 
 

@@ -5,13 +5,14 @@ started, and what a step keeps for its backward pass is written and read many ti
 sixteen steps of training of one thread of an AMD EPYC (``SHIPPED``), 2 to 6 layers of width 32 to 256, rows of 24 to
 512 tokens, vocabularies of 64 to 32,000, in float32 and under bfloat16 (``python -m benchmarks.pace``): the fit is
 within 20 % of each of them. A machine that was measured (``--on this``) has the same constants by what it was measured
-at. On chips of the catalogue FLOPs take what published runs let expect (``plan/forecast.py``), and what a layer takes
-besides is assumed.
+at. On chips of the catalogue each pass takes what published runs of its kind let expect (``plan/forecast.py``), and
+what a layer takes besides is assumed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,9 @@ _OPENING = 0.4  # seconds: a model is opened, or saved
 _MORE_THREADS = 0.85  # of each thread after the first
 _GPU_LAYER, _GPU_WRITING = 1.0e-3, 0.3e-3  # seconds, assumed: about 100 kernels of 10 microseconds, 30 of them
 
+Rate = Callable[[Pass, float, float], float]
+"""A pass, its FLOPs, padding's among them, and its tokens -> seconds of a device"""
+
 SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 """Ends of a time on this machine, as times the middle: what is left when rows are as long as they are taken to be."""
 
@@ -55,7 +59,7 @@ class Pace:
     autocast: bool
     spread: tuple[float, float]
     reason: str
-    share: float = 1.0  # of a catalogue's peak, in FLOP/s
+    rate: Rate | None = None  # of chips of the catalogue
     factors: dict[str, float] = field(default_factory=dict)
     peak: float | None = None
 
@@ -85,16 +89,17 @@ class Pace:
         work += steps * _PARAMETER * p.shapes.parameters / copy if p.kind == "train" else 0.0
         operation = self.chip["operation"] / SHIPPED["operation"]
         layer = _WRITING * p.new[end] if p.kind == "write" else part * _LAYER
-        return work / (1 + _MORE_THREADS * (self.threads - 1)) + steps * layers * layer * operation
+        return work / (1 + _MORE_THREADS * (self.threads - 1)) + steps * p.turns() * layers * layer * operation
 
     def _peak(self, p: Pass, end: int) -> float:
         """On devices of the catalogue, all together: what is cut over them, and what none of them goes without."""
         layers, steps = len(p.shapes.blocks), p.steps[end]
-        busy = p.padded * flops_of(p, end) / (self.share * self.devices)
+        assert self.rate is not None
+        busy = self.rate(p, p.padded * flops_of(p, end), p.tokens(end)) / self.devices
         if p.kind == "write":
             once = max(layers * _GPU_WRITING, 2 * p.shapes.parameters / (1e9 * self.chip["bandwidth"]))
             return busy + steps * p.new[end] * once / self.devices
-        return busy + steps * layers * _GPU_LAYER * (1 if p.kind == "train" else 1 / 3)
+        return busy + steps * p.turns(self.devices) * layers * _GPU_LAYER * (1 if p.kind == "train" else 1 / 3)
 
     def factor(self, stage: str, p: Pass) -> float:
         """Of a stage's pass; where just this was not tried, that of what is nearest to it."""
@@ -148,12 +153,12 @@ def has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_tile" in flags
 
 
-def on_chips(chip: Chip, devices: int, share: float, gain: float, spread: tuple[float, float]) -> Pace:
-    """Devices of the catalogue: ``share`` of the bfloat16 peak that published runs had, times ``gain`` in fewer bits;
-    and how far those were off."""
-    reason = f"{share:.0%} of the {chip.name}'s bfloat16 peak, and 1 ms for each layer of a step besides (assumed)"
+def on_chips(chip: Chip, devices: int, rate: Rate, autocast: bool, spread: tuple[float, float], reason: str) -> Pace:
+    """Devices of the catalogue, at the ``rate`` that published runs let expect, for that ``reason``; and how far those
+    were off."""
+    reason += ", and 1 ms for each layer of a forward and backward pass besides (assumed)"
     reason += f"; published runs took {spread[0]:.2f} to {spread[1]:.2f} times their forecast"
-    return Pace(chip, devices, 0, True, spread, reason, 1e12 * chip["bf16"] * gain * share)
+    return Pace(chip, devices, 0, autocast, spread, reason, rate)
 
 
 def flops_of(p: Pass, end: int) -> float:

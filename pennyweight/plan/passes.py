@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pennyweight.plan.shapes import Shapes
@@ -17,6 +18,9 @@ class Pass:
     ``length`` is that of a mean row, of ``write`` that of the prompt, which gets ``new`` tokens; ``learnt`` the share
     of tokens with logits, ``rank`` and ``recompute`` as
     ``flops.Training`` has them; ``padded`` how many times the tokens are computed; ``who`` is at work.
+    ``precision`` is that of Linears' products, empty where ``compute.dtype`` says it; ``micro`` the rows of a forward
+    pass, 0 for all at once; ``distilled``: it learns a teacher's distribution. ``apart``: several devices each take
+    steps of their own, and do not share the rows of one.
     """
 
     kind: str
@@ -30,6 +34,21 @@ class Pass:
     recompute: bool = False
     padded: float = 1.0
     who: str = "student"
+    precision: str = ""
+    micro: int = 0
+    distilled: bool = False
+    apart: bool = False
+
+    def turns(self, devices: int = 1) -> float:
+        """Forward passes of a step, one after another, for each of so many devices."""
+        if self.apart:
+            return 1 / devices
+        return max(1, math.ceil(self.rows / devices / self.micro)) if self.micro else 1
+
+    @property
+    def experts(self) -> bool:
+        """Whether a mixture is at work."""
+        return any(b.experts for b in self.shapes.blocks)
 
     def tokens(self, end: int) -> float:
         """Read and written."""
@@ -49,6 +68,11 @@ class Work:
     sent: Ends = (0.0, 0.0, 0.0)
     got: Ends = (0.0, 0.0, 0.0)
     opens: float = 1.0
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes train it together, each with its part; else one does all of it."""
+        return self.does in ("trains by sft", "trains by kd")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,26 +7,37 @@ are as short, and as long, as they may be, and the machine as fast, and as slow,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from pennyweight.errors import ModelError
+from pennyweight.errors import ModelError, RecipeError
 from pennyweight.meter.allowance import check_forecast
 from pennyweight.meter.rates import WATTS
 from pennyweight.plan.assumed import read_or_assume
-from pennyweight.plan.forecast import FEW, OVERHEAD, POWER, Published, Range, Run, energy, fit, gain_of, money, ratios
+from pennyweight.plan.disk import SAID, beside, left_by
+from pennyweight.plan.forecast import (
+    OVERHEAD,
+    POWER,
+    Published,
+    Range,
+    Run,
+    ends_of,
+    energy,
+    fit,
+    money,
+    said_of,
+)
 from pennyweight.plan.hardware import Chip, PriceRange, catalogue, own_price, price_range
 from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
-from pennyweight.plan.passes import Ends, Subjects, Work
-from pennyweight.plan.room import taken
+from pennyweight.plan.passes import Ends, Pass, Subjects, Work
+from pennyweight.plan.room import of_stage
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.progress import say
-from pennyweight.recipe import EndpointTeacher, Recipe, TrainedTeacher
+from pennyweight.recipe import EndpointTeacher, Recipe
 
 _SUMS = ("tokens", "flops", "hours", "kwh", "money", "disk")
-_CHECKPOINTS = 2  # that are there at once while one is written
 
 SCOPE = (
     "counted: what this recipe runs, control arms and evaluations included; not counted: how a given teacher or "
@@ -50,20 +61,35 @@ class Foretold:
         return self.recipe, self.of, self.rows, self.pace
 
 
-def pace_on(chip: Chip, devices: int, precision: str, rows: Sequence[Published]) -> Pace:
-    """Devices of the catalogue, by what published runs had of such; the ends are those of ``forecast.forecast``."""
-    spread, found = ratios(rows), fit(rows)
-    skip = max(1, int(0.05 * (len(spread) + 1))) - 1
-    share = found.shares["few" if devices <= FEW else "dense, new"]
-    gain = gain_of(Run("", 1.0, 1.0, chip, devices, precision))
-    return on_chips(chip, devices, share, gain, (spread[skip], spread[-1 - skip]))
+def pace_on(chip: Chip, devices: int, precision: str | None, rows: Sequence[Published], plain: str = "bf16") -> Pace:
+    """Devices of the catalogue, by what published runs had of such; the ends are those of ``forecast.forecast``.
+
+    Args:
+        precision: of all passes, whatever the recipe says; None: each as the recipe has it.
+        plain: what ``compute.dtype`` comes to.
+
+    Raises:
+        RecipeError: the chip has no peak of ``precision``, or of ``plain``.
+    """
+    found = fit(rows)
+    usual = precision or plain
+    chip.peak(usual)
+
+    def run(p: Pass, flops: float, tokens: float) -> Run:
+        what = precision or p.precision or usual
+        return Run("", flops, tokens, chip, devices, what, p.experts, p.distilled, p.shapes.vocabulary)
+
+    reason = said_of(Run("", 1.0, 1.0, chip, devices, usual), found)
+    return on_chips(chip, devices, lambda *of: 3600 * found.hours(run(*of)), usual != "fp32", ends_of(rows), reason)
 
 
 def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
     """Every stage, and all together. ``price`` is None where nobody knows one."""
-    stages = [_stage(work, recipe, pace, price) for work in works(recipe, of, rows)]
+    made = works(recipe, of, rows)
+    stages = [_stage(work, recipe, of, pace, price) | _memory(work, recipe, of, pace) for work in made]
     known = [name for name in _SUMS if all(name in s for s in stages)]
     total: dict[str, Any] = {name: _added([s[name] for s in stages if s[name]]) for name in known}
+    total["disk"] = _added([*filter(None, [total.get("disk")]), _ends(beside(recipe, of))])
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
     if pace.peak is not None:  # what the process takes was seen, which no formula knows better
         total["memory"] = _ends((0.9 * pace.peak, pace.peak, 1.25 * pace.peak))
@@ -80,15 +106,16 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
         "total": total,
         "currency": price.currency if price else "USD" if "money" in total else None,
         "reasons": _reasons(recipe, rows, pace, price),
-        "notes": list(of.notes),
+        "notes": [*of.notes, *_alone_in(recipe, pace.devices)],
         "scope": SCOPE,
     }
 
 
 def foretell(
     recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, runs: Callable[[], Sequence[Published]]
-) -> Foretold:
-    """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made.
+) -> Foretold | None:
+    """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made,
+    so that of a GPU of which the catalogue knows nothing there is no forecast.
 
     Args:
         runs: gives published ones, where there is a GPU of the catalogue.
@@ -98,7 +125,12 @@ def foretell(
     """
     known = catalogue()
     chip = known.called(hardware)
-    pace = on_this(None, threads, autocast) if chip is None else pace_on(chip, devices, "bf16", runs())
+    if chip is None and not hardware.startswith("cpu"):
+        return None
+    if chip is None:
+        pace = on_this(None, threads, autocast)
+    else:
+        pace = pace_on(chip, devices, None, runs(), "bf16" if autocast else "fp32")
     own = recipe.budget.usd_per_hour
     price = own_price(own) if own is not None else None
     if price is None and chip is not None and known.is_priced(chip):
@@ -113,10 +145,16 @@ def within_budget(recipe: Recipe, *where: Any) -> Foretold | None:
     Raises:
         RecipeError: even the low end is above the budget.
     """
+    found, called = None, str(where[0]).partition(",")[0]
     try:
         found = foretell(recipe, *where)
+        known = found is not None
     except ModelError:
-        found = None
+        known = True
+    except RecipeError:  # the chip has not that precision
+        known = False
+    if not known:
+        say(f"nothing is foretold of this run: {called} is in no catalogue of chips, or not in this precision")
     if warning := check_forecast(recipe.budget, found and found.found["total"]):
         say(warning)
     return found
@@ -131,8 +169,24 @@ def together(name: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, **shared, "runs": dict(runs), "total": total}
 
 
-def _stage(work: Work, recipe: Recipe, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
-    hours = pace.ends(work)
+def _alone_in(recipe: Recipe, devices: int) -> list[str]:
+    """What is to be said of stages of which one device does all."""
+    if devices == 1:
+        return []
+    said = [
+        "sft and kd train on all devices, which label together, too; one of them does the other stages alone, "
+        "and all are paid for meanwhile"
+    ]
+    if recipe.method.kind in ("grpo", "on_policy", "offline"):
+        said.append(
+            f"method {recipe.method.kind} runs in one process, so it is refused on {devices:,} devices: take one"
+        )
+    return said
+
+
+def _stage(work: Work, recipe: Recipe, of: Subjects, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
+    at_work = pace if work.shared or work.stage == "targets" else replace(pace, devices=1)  # docs/processes.md
+    hours = at_work.ends(work)
     out: dict[str, Any] = {"stage": work.stage, "does": work.does}
     sent: Any = tuple(a + b for a, b in zip(work.sent, work.got, strict=True))
     out["tokens"] = _ends(tuple(sum(p.tokens(i) for p in work.passes) + sent[i] for i in (0, 1, 2)))  # type: ignore[arg-type]
@@ -146,8 +200,8 @@ def _stage(work: Work, recipe: Recipe, pace: Pace, price: PriceRange | None) -> 
     else:
         rented = money(held, price) if price else Range(0.0, 0.0, 0.0, "")
         out["money"] = _ends((rented.low + asked[0], rented.middle + asked[1], rented.high + asked[2]))
-    out["disk"] = _ends(_disk(work, recipe)) if any(_disk(work, recipe)) else None
-    out["memory"] = _memory(work, recipe, pace)
+    disk = left_by(work, recipe, of)
+    out["disk"] = _ends(disk) if any(disk) else None
     return out
 
 
@@ -179,22 +233,14 @@ def _asked(work: Work, recipe: Recipe) -> Ends | None:
     return a, b, c
 
 
-def _disk(work: Work, recipe: Recipe) -> Ends:
-    """Bytes that the stage leaves, and at its high end those of checkpoints while it trains."""
-    trained = max((p.shapes.parameters for p in work.passes if p.kind == "train"), default=0)
-    low, middle, high = work.bytes
-    return low, middle, high + 12.0 * _CHECKPOINTS * trained
-
-
-def _memory(work: Work, recipe: Recipe, pace: Pace) -> dict[str, float] | None:
+def _memory(work: Work, recipe: Recipe, of: Subjects, pace: Pace) -> dict[str, Any]:
+    """What a device holds, and the parts of its high end."""
     if not work.passes:
-        return None
-    t, own = recipe.teacher, work.stage == "teacher"
-    s = t.schedule if own and isinstance(t, TrainedTeacher) else recipe.train
-    context = t.context if own and isinstance(t, TrainedTeacher) else recipe.data.context
-    device = "cpu" if pace.on_cpu else "cuda"
-    a, b, c = (taken(work.passes, s, context, pace.autocast, device, end) for end in (0, 1, 2))
-    return _ends((a, b, c))
+        return {"memory": None}
+    where = ("cpu" if pace.on_cpu else "cuda", pace.autocast, pace.devices)
+    parts = [of_stage(work, recipe, of.teacher, *where, end) for end in (0, 1, 2)]
+    a, b, c = (sum(p.values()) for p in parts)
+    return {"memory": _ends((a, b, c)), "parts": {name: n for name, n in parts[2].items() if n}}
 
 
 def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, str]:
@@ -209,5 +255,5 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
     elif not isinstance(recipe.teacher, EndpointTeacher):
         out["money"] = "no price of this machine is known: give one with --price, or budget.usd_per_hour"
     out["memory"] = "rows of a mean batch, and of data.context at the high end; within 10 % for rows of a length"
-    out["disk"] = "targets, models and, at the high end, checkpoints while there are any"
+    out["disk"] = SAID
     return out

@@ -64,6 +64,15 @@ def subjects_of(
     return Subjects(teacher, _cut(source, s), tuple(folders.notes))
 
 
+def made_by(recipe: Recipe, of: Subjects, folder: str) -> dict[str, Shapes]:
+    """The models of a finished run's folder, by path: its student and teacher, every arm and every low-bit copy."""
+    arms = {recipe.method.kind, *(["sft"] if recipe.control else [])}
+    places = [f"arms/{arm}-{seed}" for arm in arms for seed in recipe.seeds]
+    places += [f"arms/base-{seed}" for seed in recipe.seeds[: None if recipe.student.kind == "shape" else 1]]
+    places += [f"student-{fmt}" for fmt in recipe.quantize.formats]
+    return of.made_in(folder) | {f"{folder}/{place}": of.student for place in places}
+
+
 def _teacher(t: object, folders: _Folders) -> Shapes | None:
     if isinstance(t, EndpointTeacher):
         return None

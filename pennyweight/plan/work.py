@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
+from pennyweight.plan.precision import of_linears
 from pennyweight.plan.shapes import Shapes
 from pennyweight.recipe import FileData, Recipe, TaskData, TeacherSamples, TrainedTeacher
 from pennyweight.settings import TEXT_ONLY, Schedule
@@ -81,7 +82,8 @@ def rows_of(recipe: Recipe, mean: float | None = None) -> Rows:
     else:
         count, length, reason = _of_file(source, d.context, length, reason)
     if mean is not None:
-        length, reason = (mean, mean, mean), f"a sample has {mean:,.4g} tokens on average, as given"
+        known = f"a sample has {mean:,.4g} tokens on average, as given"
+        length, reason = (mean, mean, mean), "; ".join([known, *reason.split("; ")[1:]])
     held_out = min(d.eval_limit, count * d.eval_fraction)
     learnt = 1.0 if isinstance(source, TeacherSamples) else 0.6
     return Rows(max(1.0, count * (1 - d.eval_fraction)), max(1.0, held_out), length, reason, learnt)
@@ -91,7 +93,8 @@ def _of_file(source: FileData, context: int, length: Ends, reason: str) -> tuple
     """Rows of a file of lines, and their mean length by their characters; of anything else a guess."""
     file = Path(source.path).expanduser()
     if not file.is_file() or file.suffix not in (".jsonl", ".csv", ".txt"):
-        return float(source.limit or 10_000), length, f"{reason}; rows of {source.path} are not counted, 10,000 taken"
+        taken = source.limit or 10_000
+        return float(taken), length, f"{reason}; rows of {source.path} are not counted, {taken:,} taken"
     with open(file, "rb") as f:
         some = f.read(_READ)
     lines = max(1, some.count(b"\n"))
@@ -121,10 +124,13 @@ def _always(n: float) -> Ends:
     return n, n, n
 
 
-def _trained(shapes: Shapes, s: Schedule, length: Ends, rows: Rows, steps: float | None = None) -> Pass:
+def _trained(
+    shapes: Shapes, s: Schedule, length: Ends, rows: Rows, steps: float | None = None, distilled: bool = False
+) -> Pass:
     rank = s.lora.rank if s.lora else 0
     many, padded = _always(s.steps if steps is None else steps), 1.0 if s.pack else rows.padded
-    how = {"rank": rank, "recompute": s.gradient_checkpointing, "padded": padded}
+    how = {"rank": rank, "recompute": s.gradient_checkpointing, "padded": padded, "distilled": distilled}
+    how |= {"precision": of_linears(s.precision), "micro": s.micro_batch or 0}
     return Pass("train", shapes, many, s.batch, length, learnt=rows.learnt, **how)  # type: ignore[arg-type]
 
 
@@ -186,19 +192,21 @@ def _bytes_of_a_token(t: Any, of: Subjects) -> Ends:
 
 
 def _forward(shapes: Shapes, rows: float, length: Ends, learnt: float, at_once: int = _SCORED_AT_ONCE) -> Pass:
-    return Pass("forward", shapes, _always(rows / at_once), at_once, length, learnt=learnt, padded=_SORTED)
+    how = {"learnt": learnt, "padded": _SORTED, "apart": True}
+    return Pass("forward", shapes, _always(rows / at_once), at_once, length, **how)  # type: ignore[arg-type]
 
 
 def _live(teacher: Shapes, s: Schedule, length: Ends, rows: Rows) -> Pass:
     """The teacher's forward pass beside each step."""
-    return Pass("forward", teacher, _always(s.steps), s.batch, length, learnt=rows.learnt, padded=rows.padded)
+    how = {"learnt": rows.learnt, "padded": rows.padded, "micro": s.micro_batch or 0}
+    return Pass("forward", teacher, _always(s.steps), s.batch, length, **how)  # type: ignore[arg-type]
 
 
 def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
     s, student, size = recipe.train, of.student, _always(4.0 * of.student.parameters)
     m, name = recipe.method, f"{arm}-{seed}"
     if arm in ("sft", "kd"):
-        passes = [_trained(student, s, rows.length, rows)]
+        passes = [_trained(student, s, rows.length, rows, distilled=arm == "kd")]
         if arm == "kd" and recipe.targets.kind == "dense" and of.teacher is not None:
             passes.append(_live(of.teacher, s, rows.length, rows))
         return Work(name, f"trains by {arm}", tuple(passes), size)
@@ -220,7 +228,9 @@ def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
         passes = [Pass("write", student, (calls, calls * (1 + again) / 2, calls * again), at_once, rows.prompt, new)]
         if arm == "on_policy" and of.teacher is not None:
             passes.append(_live(of.teacher, s, whole, rows))
-    return Work(name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows)), size)
+    return Work(
+        name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows, None, arm != "grpo")), size
+    )
 
 
 def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
@@ -232,7 +242,7 @@ def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
     passes = [looked]
     if steps:
         plain = s.model_copy(update={"lora": None})
-        passes += [_trained(student, plain, rows.length, rows, steps)]
+        passes += [_trained(student, plain, rows.length, rows, steps, distilled=True)]
         passes += [_forward(student, min(rows.train, steps * s.batch), rows.length, rows.learnt)]
     size = _always(student.parameters * bits / 8 * 1.15)
     return Work(fmt, "rounds, and is taught" if steps else "rounds", tuple(passes), size, opens=2 if steps else 1)

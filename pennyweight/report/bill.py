@@ -12,10 +12,12 @@ from typing import Any
 
 from pennyweight.plan.claim_file import MONEY, SCOPE
 from pennyweight.report.graded import aligned
+from pennyweight.report.serving import serving_lines
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
 _CONVENTIONS = {"none": "none", "half": "causal", "full": "full", "exact": "exact"}
 _MARKS = {"holds": "holds", "fails": "FAILS", "note": "note "}
+_WORDS = {True: "adds up", False: "DOES NOT ADD UP", None: "cannot be checked"}
 _PARTS = {"blocks": "blocks", "head": "output head", "attention": "attention", "predictions": "multi-token prediction"}
 
 
@@ -35,7 +37,7 @@ def print_claim(found: Mapping[str, Any]) -> None:
     for f in found["findings"]:
         _say(f"{f['of']}, {f['check']}: {f['text']}", f"  {_MARKS[f['verdict']]}  ")
     if not found["findings"]:
-        print("  nothing in it can be checked")
+        print("  none: no figure of it can be made of others")
     print()
     _say(_verdict(found))
     print()
@@ -54,7 +56,7 @@ def print_claim(found: Mapping[str, Any]) -> None:
 def print_claims(claims: Mapping[str, Mapping[str, Any]]) -> None:
     """Names of shipped claims, what each says, and whether it adds up."""
     for name, found in claims.items():
-        print(f"{name}: {'adds up' if found['adds_up'] else 'DOES NOT ADD UP'}")
+        print(f"{name}: {_WORDS[found['adds_up']]}")
         _say(found["statement"], "  ")
     _say("\nOne of them in full: pennyweight plan --claim NAME; one of your own: --claim FILE.toml")
 
@@ -104,6 +106,9 @@ def print_outlook(found: Mapping[str, Any]) -> None:
     if found["stale"]:
         _say("the newest price is more than 90 days old: give one with --price, or --catalogue FILE.toml")
     _fits(found)
+    if found.get("serving"):
+        print("", *serving_lines(found["serving"], _span), "", sep="\n")
+        _say(f"serving: {found['serving']['reason']}")
     if found["cheaper"]:
         each = [f"{c['chip']} {found['currency']} {_rounded(c['money']['middle'], 3)}" for c in found["cheaper"]]
         _say(f"cheapest of the catalogue on which it fits, {found['devices']:,} of them: {'; '.join(each)}")
@@ -169,6 +174,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
     bad = [f for f in found["findings"] if f["verdict"] == "fails" and f["of"] not in found["excused"]]
     if bad:
         return f"It does not add up: {plural(len(bad), 'check fails', 'checks fail')}."
+    if found["adds_up"] is None:
+        return "It cannot be checked: give more of devices, hours, price, tokens and totals, or a model and a chip."
     if found["excused"]:
         return f"It adds up, but not so read: {'; '.join(found['excused'])}."
     return "It adds up."

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.graded import aligned
-from pennyweight.report.markup import Html, document, element, facts, section, table
+from pennyweight.report.markup import Html, document, element, facts, join, section, table
+from pennyweight.report.plan_fits import fit_lines, fits_section
+from pennyweight.report.serving import serving_lines, serving_section
 from pennyweight.report.style import sheet
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
@@ -37,6 +39,11 @@ def print_recipe_plan(found: Plan) -> None:
         print(f"\n{run['name']}" if len(runs) > 1 else "")
         print(*aligned(_rows(run, short=True)), sep="\n")
     print()
+    for line in fit_lines(found["fits"], span, lasts) if found.get("fits") else ():
+        _say(line)
+    if found.get("serving"):
+        print(*serving_lines(found["serving"], span), "", sep="\n")
+        _say(f"serving: {found['serving']['reason']}")
     for name, reason in _reasons(runs):
         _say(f"{name}: {reason}")
     for note in dict.fromkeys(n for run in runs for n in run["notes"]):
@@ -53,7 +60,7 @@ def recipe_plan_page(found: Plan) -> str:
             element("h1", f"Pennyweight plan: {found['name']}"),
             *(element("p", line, class_="lead" if i == 0 else None) for i, line in enumerate(said)),
         ),
-        element("main", *(_table(run, i) for i, run in enumerate(runs)), _how(runs)),
+        element("main", *(_table(run, i) for i, run in enumerate(runs)), _fits(runs, found), _how(runs)),
     ]
     return document(f"{found['name']} – Pennyweight plan", said[0], sheet(), *body)
 
@@ -131,6 +138,16 @@ def _table(run: Plan, number: int) -> Html:
         "What each stage takes" if number == 0 else run["name"],
         facts([("recipe", run["name"]), ("method", run["method"]), *of]),
         table(caption, [head[0], "what it does", *head[1:]], does, [last[0], "", *last[1:]]),
+    )
+
+
+def _fits(runs: Sequence[Plan], found: Plan) -> Html | str:
+    served = found.get("serving")
+    return join(
+        [
+            fits_section(runs, found["fits"], span, lasts) if found.get("fits") else "",
+            serving_section(served, span) if served and served["formats"] else "",
+        ]
     )
 
 
