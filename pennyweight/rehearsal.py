@@ -47,8 +47,12 @@ from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
 _ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are looked at; of the teacher's own samples; to be scored
-_WRITTEN = 64  # rows written at once
-_SECONDS, _LEAST, _MOST = 1.5, 4, 60  # of a training that is timed, and its steps
+_WRITTEN, _SCORED = 64, 64  # rows written at once, and scored
+_WIDTHS, _LOOKED = (
+    16,
+    64,
+)  # widths of batches that are met first, since kernels are kept for each; steps to find them in
+_SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
 
 
 def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -104,7 +108,7 @@ class _Timing:
         encoded = encode_all(problems, tokenizer, t.context, "refuse")
         batches = packer(encoded, t.schedule, t.seed, PAD_ID, t.context)
         next_batch = lambda step: [METHODS["sft"].apply(b, SftMethod(), None) for b in batches(step)]  # noqa: E731
-        self.trained("teacher", model, t.schedule, next_batch, encoded)
+        self.trained("teacher", model, t.schedule, next_batch, batches, encoded)
         save(model, tokenizer, self.folder / "teacher")
 
     def data(self, writes: bool) -> float:
@@ -156,21 +160,37 @@ class _Timing:
         signal = bench.signal if by.signals(method) else None
         batches, begin = bench.batches(bench.recipe.train, seed), bench.to_train(self.folder / "student", seed)
         next_batch = lambda step: [by.apply(b, method, signal) for b in batches(step)]  # noqa: E731
-        self.trained(arm, begin.model, bench.recipe.train, next_batch, bench.encoded)
+        self.trained(arm, begin.model, bench.recipe.train, next_batch, batches, bench.encoded)
 
     def trained(
-        self, what: str, model: Any, s: Schedule, next_batch: Callable[[int], list[Batch]], encoded: Sequence[Encoded]
+        self,
+        what: str,
+        model: Any,
+        s: Schedule,
+        next_batch: Callable[[int], list[Batch]],
+        plain: Callable[[int], list[Batch]],
+        encoded: Sequence[Encoded],
     ) -> None:
-        """A few steps of a training: the median one."""
-        stamps = [time.perf_counter()]
-        enough = lambda: len(stamps) > _LEAST and (stamps[-1] - stamps[1] > _SECONDS or len(stamps) > _MOST)  # noqa: E731
-        tried = s.model_copy(update={"checkpoint_every": 1 << 30, "compile": False})
+        """A few steps of a training, the first of which meet its widths; ``seconds`` are those of the median of others.
+
+        Args:
+            plain: batches that nothing was made of.
+        """
+        first = _of_each_width(plain, min(s.steps, _LOOKED))
+        stamps, began = [time.perf_counter()], time.perf_counter()
+
+        def enough() -> bool:
+            met = len(stamps) - len(first) - 1
+            late = stamps[-1] - began > _PATIENCE and len(stamps) > _LEAST
+            return late or (met > _LEAST and (stamps[-1] - stamps[len(first)] > _SECONDS or met > _MOST))
+
+        tried = s.model_copy(update={"checkpoint_every": 1 << 30, "compile": False, "steps": 1 << 20})
         with TemporaryDirectory(dir=self.folder) as work:
             start_peak()
             with contextlib.suppress(Stopped, Tripped):
                 train(
                     model,
-                    next_batch,
+                    lambda step: next_batch(first[step] if step < len(first) else step - len(first)),
                     schedule=tried,
                     tripwires=self.bench.recipe.tripwires,
                     compute=self.bench.compute,
@@ -181,13 +201,14 @@ class _Timing:
                     progress=lambda step, note: stamps.append(time.perf_counter()),
                     should_stop=enough,
                 )
-        steps = [b - a for a, b in itertools.pairwise(stamps[1:])] or [stamps[-1] - stamps[0]]
+        took = [b - a for a, b in itertools.pairwise(stamps[1:])] or [stamps[-1] - stamps[0]]
         how = {"rows": s.batch, "rank": s.lora.rank if s.lora else 0, "recompute": s.gradient_checkpointing}
-        self.note(f"train {what}", median(steps), **mean_row(encoded) | how | padding(encoded, s))
+        seconds = median(took[len(first) :] or took)
+        self.note(f"train {what}", seconds, **mean_row(encoded) | how | padding(encoded, s))
 
     def scored(self, student: Loaded) -> None:
         bench, compute = self.bench, self.bench.compute.measuring
-        encoded = bench.held_out.encoded[:_HELD_OUT]
+        encoded = [*bench.held_out.encoded, *bench.encoded][:_SCORED]
         reference = as_scorer(bench.teacher, compute) if bench.reference else None
         began = time.perf_counter()
         score(encoded, learnt_bytes(encoded, student.tokenizer), as_scorer(student, compute), reference, student.pad_id)
@@ -210,6 +231,14 @@ class _Timing:
         generate(model.model, prompts, max_tokens=max(1, new), **how)
         length = fmean(map(len, prompts))
         self.note(f"write {who}", time.perf_counter() - began, rows=_WRITTEN, length=length, new=new)
+
+
+def _of_each_width(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:
+    """The first steps that have a width each."""
+    found: dict[tuple[int, ...], int] = {}
+    for step in range(steps):
+        found.setdefault(tuple(b.ids.shape[1] for b in batches(step)), step)
+    return list(found.values())[:_WIDTHS]
 
 
 def _some_of(recipe: Recipe, made: bool) -> Recipe:

@@ -22,7 +22,8 @@ from pennyweight.records import Encoded, Prompt
 from pennyweight.teacher.targets import Keep, Kept, draw, expected_entries, join, top, uniforms
 
 _TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}  # in one forward pass that labels
-_TILE_ENTRIES = 1 << 24  # logits labelled at once: 64 MiB of float32
+_TILE_ENTRIES = {"cpu": 1 << 22}  # logits labelled at once: 16 MiB of float32 on a processor, where more is slower
+_MANY_ENTRIES = 1 << 24
 
 
 @contextmanager
@@ -154,7 +155,7 @@ class LocalTeacher:
     def _kept(self, states: Tensor, keep: Keep, u: Tensor) -> Kept:
         """Entries kept at (N, D) hidden states, tile by tile in one buffer."""
         head, parts = self.head, []
-        tile = min(len(states), max(16, _TILE_ENTRIES // head.weight.shape[0]))
+        tile = min(len(states), _tile(states, head))
         buffer = torch.empty((tile, head.weight.shape[0]), dtype=torch.float32, device=states.device)
         for a in range(0, len(states), tile):
             rows = states[a : a + tile]
@@ -173,9 +174,14 @@ class LocalTeacher:
         """Heads and tails a position that each threshold would keep, on average over some positions of the samples."""
         states = torch.cat([states for _, states in self.states(samples)])
         some = states[:: max(1, len(states) // positions)]
-        tile = max(16, _TILE_ENTRIES // self.head.weight.shape[0])
         parts = [
-            (len(rows), expected_entries(self.head.logits(rows), thresholds, temperature)) for rows in some.split(tile)
+            (len(rows), expected_entries(self.head.logits(rows), thresholds, temperature))
+            for rows in some.split(_tile(states, self.head))
         ]
         means = [[n / len(some) * torch.tensor(found[i]) for n, found in parts] for i in range(len(thresholds))]
         return [tuple(torch.stack(m).sum(0).tolist()) for m in means]  # type: ignore[misc]
+
+
+def _tile(states: Tensor, head: Head) -> int:
+    """Positions whose logits are made at once."""
+    return max(16, _TILE_ENTRIES.get(states.device.type, _MANY_ENTRIES) // head.weight.shape[0])
