@@ -46,6 +46,37 @@ def test_final_answer(response, answer):
     assert final_answer(response) == answer
 
 
+CHOSEN = ("7", "8", "9", "12")
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think>\n5 + 7 = 12\n</think>\n#### 12", "12"),
+        ("5 + 7 = 12\n#### 12", "12"),
+        ("5 + 7 = 12\n</think>\n#### 12", "12"),  # its opening was the prompt's
+        ("<think>first try \\boxed{7}</think>\nThe answer is 8.", "8"),
+        ("<think>#### 7</think>\n<think>#### 8</think>\n9", "9"),
+        ("<think>#### 7", None),
+        ("#### 7\n<think>no, wait", None),
+        ("<think>#### 7</think>\n ", None),
+    ],
+)
+def test_the_answer_stands_behind_the_thought(response, answer):
+    assert final_answer(response) == answer
+    for verifier in ("exact", "math", "regex", "choice"):
+        verdict = judge(response, Task("t", verifier, answer or "7", json.dumps({"choices": {n: n for n in CHOSEN}})))
+        assert (verdict.correct, verdict.answer) == (answer is not None, answer)
+        assert not judge(response, Task("t", verifier, "7")).correct
+
+
+def test_a_thought_without_an_answer_is_told():
+    task = Task("t", "exact", "7")
+    assert judge("<think>#### 7", task).reason == "the thought is not closed"
+    assert judge("<think>#### 7</think>", task).reason == "nothing stands behind the thought"
+    assert judge(" ", task).reason == "the response is empty"
+
+
 def test_final_answer_takes_a_hostile_text_in_its_stride():
     for text in ("<answer>" * 50_000, r"\boxed{" * 50_000, "answer is" * 50_000, "#" * 100_000, "{" * 100_000):
         final_answer(text)
@@ -56,6 +87,9 @@ def test_final_answer_takes_a_hostile_text_in_its_stride():
     [
         ("1,234", "1234", True),
         ("12,34", "1234", False),
+        ("1,234,567.50", "1234567.50", True),
+        ("12345,678", "12345678", False),
+        ("1,234,56", "1234,56", False),
         ("New  YORK", "new york", True),
         ("가나", "가나", True),
         ("0.50", "0.5", False),
@@ -81,6 +115,15 @@ def test_exact(answer, gold, correct):
         ("(2, 1)", "(1,2)", False),
         ("6 apples", "6", True),
         ("-3", "3", False),
+        ("1,234", "1234", True),
+        ("-1,234,567.5", "-1234567.5", True),
+        ("1,2", "12", False),
+        ("12", "1,2", False),
+        ("1,,,,2", "12", False),
+        ("34", "3,4", False),
+        ("12,34", "1234", False),
+        ("2,1", "1,2", True),
+        ("3,2", "1,2", False),
         ("", "3", False),
     ],
 )

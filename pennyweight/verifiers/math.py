@@ -17,10 +17,10 @@ import threading
 from fractions import Fraction
 
 from pennyweight.records import Task, Verdict
-from pennyweight.verifiers.exact import final_answer, never_raises, normalised
+from pennyweight.verifiers.exact import final_answer, never_raises, no_answer, normalised
 
 _SECONDS = 5
-_NUMBER = re.compile(r"[-+]?\$?(\d[\d,]*(?:\.\d+)?)\.?")
+_NUMBER = re.compile(r"[-+]?\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\.?")  # commas between thousands only
 _PROSE = re.compile(r":|(?<!\\)\b(?!(?:sin|cos|tan|log|exp|sqrt|inf)\b)[A-Za-z]{3,}")
 
 
@@ -29,7 +29,7 @@ def verify_math(response: str, task: Task) -> Verdict:
     """Correct when the final answer is mathematically equal to the gold answer (``1/2`` is ``0.5``)."""
     answer = final_answer(response)
     if answer is None:
-        return Verdict(False, None, "the response is empty")
+        return no_answer(response)
     plain = _plainly_equal(task.answer, answer)
     if plain is None:
         in_main = threading.current_thread() is threading.main_thread()
