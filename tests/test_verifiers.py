@@ -6,13 +6,15 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError
 from pennyweight.records import Message, Sample, Task, Verdict
-from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge, judge_sample
+from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge, judge_sample, math, reasoning_gym
 from pennyweight.verifiers.exact import never_raises
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "real" / "gsm8k"
@@ -265,6 +267,16 @@ def test_math_off_the_main_thread():
     assert "failed" not in found["3"].reason
 
 
+def test_math_has_one_limit_for_the_whole_verdict(monkeypatch):
+    monkeypatch.setattr(math._comparing, "seconds", 1)
+    judge("#### 1/2", Task("t", "math", "0.5"))  # so that it is there
+    began = time.monotonic()
+    found = judge("#### 9^{9^{9^{9}}}", Task("t", "math", "3^{9^{9^{9}}}"))
+    assert (found.correct, found.reason) == (False, "stopped: comparing it took longer than 5 seconds")
+    assert time.monotonic() - began < 60
+    assert judge("#### 1/2", Task("t", "math", "0.5")).correct
+
+
 def test_math_agrees_with_itself_on_fresh_fractions():
     rng = random.Random()
     for _ in range(20):
@@ -293,6 +305,40 @@ def test_programs_are_not_run(answer, tmp_path, monkeypatch):
     assert not verdict.correct
     assert "program" in verdict.reason
     assert not list(tmp_path.iterdir())
+
+
+FOR_EVER = ["9**(9)**9", "(((9**999)**999)**999)", "99999999!", "factorial(10**8)"]
+
+
+@pytest.mark.parametrize("answer", FOR_EVER)
+def test_answers_that_take_for_ever_to_score_are_stopped(answer, monkeypatch):
+    monkeypatch.setattr(reasoning_gym._scorers, "seconds", 1)
+    problem = {"question": "", "answer": "1 + 2", "metadata": {"numbers": [1, 2], "target": 3}}
+    entry = json.dumps({"config": {}, "entry": problem})
+    began = time.monotonic()
+    assert not judge(f"#### {answer}", Task("countdown", "reasoning_gym", "1 + 2", entry)).correct
+    assert time.monotonic() - began < 60
+    assert judge("#### 2 + 1", Task("countdown", "reasoning_gym", "1 + 2", entry)) == Verdict(True, "2 + 1")
+
+
+def test_what_looks_like_a_program_is_found_without_searching_for_long():
+    for text in ("a(" * 50_000, "lambda " * 15_000, "**" + " " * 100_000, "exec" * 25_000, "* * " * 25_000):
+        assert not reasoning_gym.looks_like_a_program(text)
+
+
+def test_scorers_that_only_compare_are_asked_here_and_others_where_they_are_shut_in(monkeypatch):
+    before = reasoning_gym._scorers.asked
+    for name in ("chain_sum", "basic_arithmetic", "gcd"):
+        (sample,) = problems(name, 1, 3, {})
+        assert sample.task and judge(f"#### {sample.task.answer}", sample.task).correct
+        assert not judge("#### what?", sample.task).correct
+    assert reasoning_gym._scorers.asked == before
+    assert judge("#### 1e400", replace(sample.task, name="chain_sum")).correct is False
+    (board,) = problems("n_queens", 1, 3, {})
+    monkeypatch.setattr(reasoning_gym, "looks_like_a_program", lambda answer: False)
+    reads = "[[__import__('os').listdir('/etc')]]"
+    assert board.task and not judge(f"#### {reads}", board.task).correct
+    assert reasoning_gym._scorers.asked == before + 2
 
 
 @pytest.mark.parametrize("verifier", sorted(VERIFIERS))
