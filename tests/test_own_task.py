@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,27 @@ def test_what_goes_wrong_in_it_is_a_verdict(here, monkeypatch):
         "mumbles": "the verifier failed: it gave 'yes', not a Verdict, True or False",
     }
     assert not judge("it is 8", Task("t", "v.py:says", "7")).correct
+
+
+def test_an_edited_verifier_judges_with_its_new_code(here):
+    """At once, in the same process, and where size and second of the file are those of before."""
+    for gold in ("7", "8", "9"):
+        (here / "v.py").write_text(f"def verify(response, task):\n    return response == '{gold}'\n")
+        os.utime(here / "v.py", (1, 1))
+        assert [judge(r, Task("t", "v.py:verify", "")).correct for r in "789"] == [r == gold for r in "789"]
+
+
+def test_the_limit_holds_behind_a_verdict_of_the_packages_own(here, monkeypatch):
+    monkeypatch.setattr(own, "SECONDS", 8)
+    (here / "v.py").write_text(
+        "import time\nfrom pennyweight.verifiers import VERIFIERS\n\n"
+        "def verify(response, task):\n    VERIFIERS['math'](response, task)\n    time.sleep(600)\n    return True\n"
+    )
+    judge("#### 1/2", Task("t", "math", "0.5"))  # its process is there
+    began = time.monotonic()
+    found = judge("#### 2/4", Task("t", "v.py:verify", "1/2"))
+    assert found.reason == "the verifier failed: it took longer than 8 seconds"
+    assert time.monotonic() - began < 300
 
 
 @pytest.mark.parametrize(
