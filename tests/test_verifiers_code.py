@@ -161,6 +161,49 @@ def test_why_a_program_does_not_pass(program, entry, reason):
     assert reason in found.reason
 
 
+FAKES = {
+    "math": "class math: fabs = staticmethod(lambda x: 0.0)\n",
+    "math imported": "import math\nmath.fabs = lambda x: 0.0\n",
+    "isclose": "def isclose(a, b): return True\n",
+}
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("fake", "tests", "entry"),
+    [
+        ("math", "assert math.fabs(f(2) - 4) < 1e-6", {}),
+        ("math imported", "assert math.fabs(f(2) - 4) < 1e-6", {}),
+        ("math", "def check(candidate):\n    assert math.fabs(candidate(2) - 4) < 1e-6", {"entry_point": "f"}),
+        ("isclose", "def check(candidate):\n    assert isclose(candidate(2), 4)", {"entry_point": "f"}),
+    ],
+)
+def test_what_tests_compare_with_is_pythons_own(fake, tests, entry):
+    found = verdict(FAKES[fake] + "def f(x): return 0", tests, **entry)
+    assert not found.correct and "line" in found.reason, found.reason
+    for program in (FAKES[fake] + "def f(x): return x * x", "def f(x): return x * x"):
+        assert verdict(program, tests, **entry).correct
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "tests", "entry"),
+    [
+        ("def select(x): return x * x", "assert select(2) == 4", {}),
+        ("def gcd(a, b): return b", "assert gcd(2, 4) == 4", {}),
+        ("def gcd(a, b): return b", "def check(c):\n    assert c(2, 4) == 4", {"entry_point": "gcd"}),
+        (
+            "def f(x): return g(x)\ndef g(x): return x * x",
+            "def check(c):\n    assert c(2) == g(2)",
+            {"entry_point": "f"},
+        ),
+    ],
+)
+def test_what_is_tested_is_the_programs_whatever_it_is_called(program, tests, entry):
+    found = verdict(program, tests, **entry)
+    assert found.correct, found.reason
+
+
 @needs_isolation
 def test_a_check_of_a_candidate_and_a_list_of_tests():
     check = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == {}\n"
