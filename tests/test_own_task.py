@@ -164,3 +164,23 @@ def test_names_of_verifiers_are_refused_before_anything_is_made(here, typed, whe
     code, _, err = typed("run", tiny, "--out", "run", *given)
     assert code == 2 and name in err and ("math" in err or "no file gone.py" in err) and err.count("\n") == 1
     assert not (here / "run" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "says"),
+    [
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=code"], "verifier: rows.jsonl line 1 has no tests"),
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=reasoning_gym"], "cannot judge rows of a file"),
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=math", "method.reward.verifier=code"],
+         "method.reward.verifier=code needs tests, which the problems of this recipe's data do not have; take rows"),
+        ('{"prompt": "p", "tests": "f()"}', ["data.source.verifier=code", "method.reward.verifier=reasoning_gym"],
+         "method.reward.verifier=reasoning_gym needs the problem of reasoning-gym's that it came from, which"),
+    ],
+)  # fmt: skip
+def test_verifiers_that_need_what_rows_do_not_have_are_refused_before_anything_is_made(here, typed, row, given, says):
+    tiny = Path(__file__).with_name("tiny.toml")
+    (here / "rows.jsonl").write_text(f"{row}\n" * 3)
+    files = ["data.source.kind=files", "data.source.path=rows.jsonl", "method.kind=grpo", *given]
+    code, _, err = typed("run", tiny, "--out", "run", *files)
+    assert code == 2 and says in err and err.count("\n") == 1, err
+    assert not (here / "run").exists()

@@ -322,5 +322,6 @@ def test_gold_programs_are_run():
         )
 
     good, bad = sample("def f(x): return 1", "assert f(0) == 1"), sample("def f(x): return 1", "assert f(0) == 2")
-    ((refused, reason),) = check_golds([good, bad])
+    untried = sample("", "assert f(0) == 1")
+    ((refused, reason),) = check_golds([good, bad, untried])
     assert refused is bad and "line 1 of the tests fails" in reason

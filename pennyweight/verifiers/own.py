@@ -24,8 +24,8 @@ from pennyweight.records import Task, Verdict, Verifier
 SECONDS = 10
 
 
-FILE_VERIFIERS = ("exact", "math", "choice", "regex")
-"""Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
+FILE_VERIFIERS = ("exact", "math", "choice", "regex", "code")
+"""Rows of VERIFIERS that need no more than the columns of a file can give."""
 
 
 class _TookTooLong(BaseException):

@@ -83,7 +83,7 @@ def _comparison(name: str) -> tuple[Callable[..., float], Callable[[str], Any]] 
     from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS
 
-    scorer = DATASETS[name][0].score_answer if name in DATASETS else None
+    scorer: Any = DATASETS[name][0].score_answer if name in DATASETS else None
     if scorer is ProceduralDataset.score_answer:
         return scorer, bool
     if scorer and set(scorer.__code__.co_names) == {"utils", "compute_decimal_reward"}:
