@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,7 +32,7 @@ Judge = Callable[[str, Task], Verdict]
 Counting = Callable[[str, int, str], AbstractContextManager[Any]]
 
 _ALONE_SECONDS = 3.0  # starting processes takes as long as judging most files in one
-_TRUE, _FALSE = ("true", "1", "yes", "correct", "right"), ("false", "0", "no", "incorrect", "wrong")
+_TRUE, _FALSE = ("true", "1", "1.0", "yes", "correct", "right"), ("false", "0", "0.0", "no", "incorrect", "wrong")
 _WORKED = ("math", "exact")
 """Verifiers whose gold may be a worked solution; the others read the gold field in their own way."""
 
@@ -70,7 +71,7 @@ def grade(
 
     Raises:
         DataError: no such verifier (``known`` are those there are), no such file, a line that is not JSON, a field that
-            is not there or holds something else than it should, nothing in the file.
+            is not there or holds something else than it should, nothing in the file, nowhere to write ``out`` to.
     """
     if is_own(verifier):
         own_verifier(verifier)
@@ -88,12 +89,35 @@ def grade(
     if not given:
         raise DataError(f"{path} is empty; it has to hold one JSON object a line")
     asked = [_asked(place, row, verifier, fields) for place, row in given]
+    if out is not None:
+        _can_be_written(out)
     with counting("grading", len(asked), "answers") as counter:
         verdicts = list(judged(judge, [(a.response, a.task) for a in asked], counter.advance))
     graded = [Graded(a.line, v, a.task.answer, a.label) for a, v in zip(asked, verdicts, strict=True)]
     if out is not None:
-        write_whole(out, "".join(_line(row, g) for (_, row), g in zip(given, graded, strict=True)))
+        with _written(out):
+            write_whole(out, "".join(_line(row, g) for (_, row), g in zip(given, graded, strict=True)))
     return {"file": path, "verifier": verifier} | summary(graded)
+
+
+def _can_be_written(out: Path) -> None:
+    """Refuse where nothing can be written, before anything is judged; the folder is made, the file left as it is."""
+    with _written(out):
+        if out.is_dir():
+            raise DataError(f"--out {out} is a folder; name a file in it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise DataError(
+            f"--out {out} cannot be written: {e.strerror or e}; name a file in a folder that you may write to"
+        ) from None
 
 
 _ENTRIES = {

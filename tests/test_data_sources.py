@@ -16,7 +16,7 @@ from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message
 from pennyweight.settings import TaskSource
-from pennyweight.verifiers import VERIFIERS, judge_sample
+from pennyweight.verifiers import VERIFIERS, judge, judge_sample
 from pennyweight.verifiers.own import FILE_VERIFIERS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
@@ -139,9 +139,47 @@ def test_gold_answers(file):
     assert (named.task.answer, named.response) == ("9", "so 9")
 
 
+def entries(file, rows, **given):
+    return [(s.task.answer, json.loads(s.task.entry)) for s in read_rows(file, rows, **given) if s.task]
+
+
+def test_rows_give_code_its_tests_and_choice_its_choices(file):
+    asked = {"prompt": "Square it.", "test": "def check(c):\n    assert c(2) == 4", "entry_point": "f"}
+    mbpp = {"prompt": "p", "test_list": ["assert f(2) == 4"], "code": "#### square\ndef f(x): return x * x"}
+    assert entries(file, [asked, mbpp], verifier="code") == [
+        ("", {"tests": asked["test"], "entry_point": "f"}),
+        (mbpp["code"], {"tests": mbpp["test_list"]}),
+    ]
+    assert all(s.response is None for s in read_rows(file, [asked, mbpp], verifier="code"))
+    listed = {"question": "q", "answer": "B", "choices": ["x", "y"]}
+    labelled = {"question": "q", "answer": "2", "options": {"label": ["1", "2"], "text": ["x", "y"]}}
+    in_text = {"question": "q", "answer": "B", "choices": "A) x  B) y"}
+    assert entries(file, [listed, labelled, in_text], verifier="choice") == [
+        ("B", {"choices": ["x", "y"]}),
+        ("2", {"choices": labelled["options"]}),
+        ("B", {}),
+    ]
+    (sample,) = read_rows(file, [listed], verifier="choice")
+    assert sample.task and judge("#### y", sample.task).correct and not judge("#### x", sample.task).correct
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "p", "answer": "1"}, "line 1 has no tests for the verifier code .its columns: prompt, answer.; "),
+        ({"prompt": "p", "tests": "  "}, "line 1: tests holds '  ', not Python as a text"),
+        ({"prompt": "p", "tests": "f()", "entry_point": 3}, "line 1: entry_point holds 3, not the name of a function"),
+        ({"prompt": "p", "tests": "f()", "seconds": 0}, "line 1: seconds holds 0, not a whole number from 1 to 600"),
+    ],
+)  # fmt: skip
+def test_rows_that_code_cannot_use_are_refused(file, row, says):
+    with pytest.raises(DataError, match=says):
+        read_rows(file, [row], verifier="code")
+
+
 def test_file_verifiers_are_all_but_those_that_need_an_entry():
-    assert set(FILE_VERIFIERS) == set(VERIFIERS) - {"reasoning_gym", "code"}
-    known = "exact, math, choice, regex, or your own as FILE.py:FUNCTION"
+    assert set(FILE_VERIFIERS) == set(VERIFIERS) - {"reasoning_gym"}
+    known = "exact, math, choice, regex, code, or your own as FILE.py:FUNCTION"
     with pytest.raises(DataError, match=f"data.source.verifier='maths'.*{known}"):
         read(FileData(path="x", answer="a", verifier="maths"))
     with pytest.raises(DataError, match="data.source.verifier=None"):

@@ -67,6 +67,19 @@ def test_counts_reasons_and_labels(file, typed):
     assert (second["line"], second["label"], second["verdict"], second["answer"]) == (6, False, True, "7")
 
 
+def test_labels_as_tables_write_them(typed, tmp_path):
+    written = [1.0, "1.0", "True", True, 1, "yes"], [0.0, "0.0", "False", False, 0, "no"]
+    rows = [{"a": "2", "g": "2" if right else "3", "l": label} for right in (1, 0) for label in written[1 - right]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--verifier", "exact", "--answer", "a", "--gold", "g", "--label", "l", "--json")
+    code, said, error = typed("grade", tmp_path / "rows.jsonl", *asked)
+    assert code == 0, error
+    assert json.loads(said)["labels"]["agree"] == 12
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": "2", "g": "2", "l": 0.5}))
+    code, _, error = typed("grade", tmp_path / "rows.jsonl", *asked)
+    assert code == 2 and "it has to be true or false, 1 or 0" in error
+
+
 def test_what_is_printed_is_aligned(file, typed):
     code, said, _ = typed("grade", file, *ASKED, "--label", "a.ok")
     assert code == 0
@@ -116,6 +129,9 @@ def test_limit_show_and_out(file, typed, tmp_path):
         (("FILE", "--verifier", "math", "--answer", "a.text"), "--verifier math needs --gold FIELD"),
         (("FILE", "--verifier", "code", "--answer", "a.text"), "--verifier code needs --entry FIELD"),
         (("FILE", *ASKED, "--out", "FILE"), "is the file that is read; give it another name"),
+        (("FILE", *ASKED, "--out", "."), "--out . is a folder; name a file in it"),
+        (("FILE", *ASKED, "--out", "answers.jsonl/new/graded.jsonl"), "graded.jsonl cannot be written: Not a directory; name"),
+        (("FILE", *ASKED, "--out", "/proc/no/graded.jsonl"), "/proc/no/graded.jsonl cannot be written: No such file"),
         (("FILE", "--verifier", "reasoning_gym", "--answer", "q", "--entry", "q"), "write NAME=q"),
         (("empty.jsonl", *ASKED), "is empty; it has to hold one JSON object a line"),
         (("broken.jsonl", *ASKED), "broken.jsonl line 2 is not valid JSON"),
@@ -133,6 +149,7 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments, said, file, typed, tmp
     Path("list.jsonl").write_text("[1]\n")
     Path("late.jsonl").write_text(f'{row}\n\n{{"a": {{"text": ""}}}}\n')
     Path("bytes.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    monkeypatch.setattr(grading, "judged", lambda *_: pytest.fail("it is refused before anything is judged"))
     code, printed, error = typed("grade", *(str(file) if a == "FILE" else a for a in arguments))
     assert (code, printed, error.count("\n")) == (2, "", 1), error
     assert said in error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,27 @@ def test_what_goes_wrong_in_it_is_a_verdict(here, monkeypatch):
     assert not judge("it is 8", Task("t", "v.py:says", "7")).correct
 
 
+def test_an_edited_verifier_judges_with_its_new_code(here):
+    """At once, in the same process, and where size and second of the file are those of before."""
+    for gold in ("7", "8", "9"):
+        (here / "v.py").write_text(f"def verify(response, task):\n    return response == '{gold}'\n")
+        os.utime(here / "v.py", (1, 1))
+        assert [judge(r, Task("t", "v.py:verify", "")).correct for r in "789"] == [r == gold for r in "789"]
+
+
+def test_the_limit_holds_behind_a_verdict_of_the_packages_own(here, monkeypatch):
+    monkeypatch.setattr(own, "SECONDS", 8)
+    (here / "v.py").write_text(
+        "import time\nfrom pennyweight.verifiers import VERIFIERS\n\n"
+        "def verify(response, task):\n    VERIFIERS['math'](response, task)\n    time.sleep(600)\n    return True\n"
+    )
+    judge("#### 1/2", Task("t", "math", "0.5"))  # its process is there
+    began = time.monotonic()
+    found = judge("#### 2/4", Task("t", "v.py:verify", "1/2"))
+    assert found.reason == "the verifier failed: it took longer than 8 seconds"
+    assert time.monotonic() - began < 300
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -141,3 +164,23 @@ def test_names_of_verifiers_are_refused_before_anything_is_made(here, typed, whe
     code, _, err = typed("run", tiny, "--out", "run", *given)
     assert code == 2 and name in err and ("math" in err or "no file gone.py" in err) and err.count("\n") == 1
     assert not (here / "run" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "says"),
+    [
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=code"], "verifier: rows.jsonl line 1 has no tests"),
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=reasoning_gym"], "cannot judge rows of a file"),
+        ('{"prompt": "p", "answer": "1"}', ["data.source.verifier=math", "method.reward.verifier=code"],
+         "method.reward.verifier=code needs tests, which the problems of this recipe's data do not have; take rows"),
+        ('{"prompt": "p", "tests": "f()"}', ["data.source.verifier=code", "method.reward.verifier=reasoning_gym"],
+         "method.reward.verifier=reasoning_gym needs the problem of reasoning-gym's that it came from, which"),
+    ],
+)  # fmt: skip
+def test_verifiers_that_need_what_rows_do_not_have_are_refused_before_anything_is_made(here, typed, row, given, says):
+    tiny = Path(__file__).with_name("tiny.toml")
+    (here / "rows.jsonl").write_text(f"{row}\n" * 3)
+    files = ["data.source.kind=files", "data.source.path=rows.jsonl", "method.kind=grpo", *given]
+    code, _, err = typed("run", tiny, "--out", "run", *files)
+    assert code == 2 and says in err and err.count("\n") == 1, err
+    assert not (here / "run").exists()

@@ -6,13 +6,15 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pennyweight.data.tasks import problems
 from pennyweight.errors import DataError
 from pennyweight.records import Message, Sample, Task, Verdict
-from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge, judge_sample
+from pennyweight.verifiers import VERIFIERS, check_golds, final_answer, judge, judge_sample, math, reasoning_gym
 from pennyweight.verifiers.exact import never_raises
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "real" / "gsm8k"
@@ -46,6 +48,37 @@ def test_final_answer(response, answer):
     assert final_answer(response) == answer
 
 
+CHOSEN = ("7", "8", "9", "12")
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think>\n5 + 7 = 12\n</think>\n#### 12", "12"),
+        ("5 + 7 = 12\n#### 12", "12"),
+        ("5 + 7 = 12\n</think>\n#### 12", "12"),  # its opening was the prompt's
+        ("<think>first try \\boxed{7}</think>\nThe answer is 8.", "8"),
+        ("<think>#### 7</think>\n<think>#### 8</think>\n9", "9"),
+        ("<think>#### 7", None),
+        ("#### 7\n<think>no, wait", None),
+        ("<think>#### 7</think>\n ", None),
+    ],
+)
+def test_the_answer_stands_behind_the_thought(response, answer):
+    assert final_answer(response) == answer
+    for verifier in ("exact", "math", "regex", "choice"):
+        verdict = judge(response, Task("t", verifier, answer or "7", json.dumps({"choices": {n: n for n in CHOSEN}})))
+        assert (verdict.correct, verdict.answer) == (answer is not None, answer)
+        assert not judge(response, Task("t", verifier, "7")).correct
+
+
+def test_a_thought_without_an_answer_is_told():
+    task = Task("t", "exact", "7")
+    assert judge("<think>#### 7", task).reason == "the thought is not closed"
+    assert judge("<think>#### 7</think>", task).reason == "nothing stands behind the thought"
+    assert judge(" ", task).reason == "the response is empty"
+
+
 def test_final_answer_takes_a_hostile_text_in_its_stride():
     for text in ("<answer>" * 50_000, r"\boxed{" * 50_000, "answer is" * 50_000, "#" * 100_000, "{" * 100_000):
         final_answer(text)
@@ -56,6 +89,9 @@ def test_final_answer_takes_a_hostile_text_in_its_stride():
     [
         ("1,234", "1234", True),
         ("12,34", "1234", False),
+        ("1,234,567.50", "1234567.50", True),
+        ("12345,678", "12345678", False),
+        ("1,234,56", "1234,56", False),
         ("New  YORK", "new york", True),
         ("가나", "가나", True),
         ("0.50", "0.5", False),
@@ -81,6 +117,15 @@ def test_exact(answer, gold, correct):
         ("(2, 1)", "(1,2)", False),
         ("6 apples", "6", True),
         ("-3", "3", False),
+        ("1,234", "1234", True),
+        ("-1,234,567.5", "-1234567.5", True),
+        ("1,2", "12", False),
+        ("12", "1,2", False),
+        ("1,,,,2", "12", False),
+        ("34", "3,4", False),
+        ("12,34", "1234", False),
+        ("2,1", "1,2", True),
+        ("3,2", "1,2", False),
         ("", "3", False),
     ],
 )
@@ -222,6 +267,16 @@ def test_math_off_the_main_thread():
     assert "failed" not in found["3"].reason
 
 
+def test_math_has_one_limit_for_the_whole_verdict(monkeypatch):
+    monkeypatch.setattr(math._comparing, "seconds", 1)
+    judge("#### 1/2", Task("t", "math", "0.5"))  # so that it is there
+    began = time.monotonic()
+    found = judge("#### 9^{9^{9^{9}}}", Task("t", "math", "3^{9^{9^{9}}}"))
+    assert (found.correct, found.reason) == (False, "stopped: comparing it took longer than 5 seconds")
+    assert time.monotonic() - began < 60
+    assert judge("#### 1/2", Task("t", "math", "0.5")).correct
+
+
 def test_math_agrees_with_itself_on_fresh_fractions():
     rng = random.Random()
     for _ in range(20):
@@ -250,6 +305,40 @@ def test_programs_are_not_run(answer, tmp_path, monkeypatch):
     assert not verdict.correct
     assert "program" in verdict.reason
     assert not list(tmp_path.iterdir())
+
+
+FOR_EVER = ["9**(9)**9", "(((9**999)**999)**999)", "99999999!", "factorial(10**8)"]
+
+
+@pytest.mark.parametrize("answer", FOR_EVER)
+def test_answers_that_take_for_ever_to_score_are_stopped(answer, monkeypatch):
+    monkeypatch.setattr(reasoning_gym._scorers, "seconds", 1)
+    problem = {"question": "", "answer": "1 + 2", "metadata": {"numbers": [1, 2], "target": 3}}
+    entry = json.dumps({"config": {}, "entry": problem})
+    began = time.monotonic()
+    assert not judge(f"#### {answer}", Task("countdown", "reasoning_gym", "1 + 2", entry)).correct
+    assert time.monotonic() - began < 60
+    assert judge("#### 2 + 1", Task("countdown", "reasoning_gym", "1 + 2", entry)) == Verdict(True, "2 + 1")
+
+
+def test_what_looks_like_a_program_is_found_without_searching_for_long():
+    for text in ("a(" * 50_000, "lambda " * 15_000, "**" + " " * 100_000, "exec" * 25_000, "* * " * 25_000):
+        assert not reasoning_gym.looks_like_a_program(text)
+
+
+def test_scorers_that_only_compare_are_asked_here_and_others_where_they_are_shut_in(monkeypatch):
+    before = reasoning_gym._scorers.asked
+    for name in ("chain_sum", "basic_arithmetic", "gcd"):
+        (sample,) = problems(name, 1, 3, {})
+        assert sample.task and judge(f"#### {sample.task.answer}", sample.task).correct
+        assert not judge("#### what?", sample.task).correct
+    assert reasoning_gym._scorers.asked == before
+    assert judge("#### 1e400", replace(sample.task, name="chain_sum")).correct is False
+    (board,) = problems("n_queens", 1, 3, {})
+    monkeypatch.setattr(reasoning_gym, "looks_like_a_program", lambda answer: False)
+    reads = "[[__import__('os').listdir('/etc')]]"
+    assert board.task and not judge(f"#### {reads}", board.task).correct
+    assert reasoning_gym._scorers.asked == before + 2
 
 
 @pytest.mark.parametrize("verifier", sorted(VERIFIERS))

@@ -24,6 +24,13 @@ needs_isolation = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _time_by_the_processor(monkeypatch):
+    """A busy machine lets a second of processor time take many by the clock; those of the hostile programs are as they
+    are in use."""
+    monkeypatch.setattr(code, "SLOWEST", 120)
+
+
 def verdict(program, tests="assert f(2) == 4", **entry):
     return judge(program, Task("t", "code", "", json.dumps({"tests": tests, "seconds": 1, **entry})))
 
@@ -79,7 +86,7 @@ def test_hostile_programs_neither_pass_nor_last(attacked, name):
     found, seconds = attacked[0][name]
     assert not found.correct
     assert found.reason and "verifier failed" not in found.reason, found.reason
-    assert seconds < code.SLOWEST + 3, seconds
+    assert seconds < 60, seconds  # each has one of processor time, and three by the clock
 
 
 @needs_isolation
@@ -161,6 +168,49 @@ def test_why_a_program_does_not_pass(program, entry, reason):
     assert reason in found.reason
 
 
+FAKES = {
+    "math": "class math: fabs = staticmethod(lambda x: 0.0)\n",
+    "math imported": "import math\nmath.fabs = lambda x: 0.0\n",
+    "isclose": "def isclose(a, b): return True\n",
+}
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("fake", "tests", "entry"),
+    [
+        ("math", "assert math.fabs(f(2) - 4) < 1e-6", {}),
+        ("math imported", "assert math.fabs(f(2) - 4) < 1e-6", {}),
+        ("math", "def check(candidate):\n    assert math.fabs(candidate(2) - 4) < 1e-6", {"entry_point": "f"}),
+        ("isclose", "def check(candidate):\n    assert isclose(candidate(2), 4)", {"entry_point": "f"}),
+    ],
+)
+def test_what_tests_compare_with_is_pythons_own(fake, tests, entry):
+    found = verdict(FAKES[fake] + "def f(x): return 0", tests, **entry)
+    assert not found.correct and "line" in found.reason, found.reason
+    for program in (FAKES[fake] + "def f(x): return x * x", "def f(x): return x * x"):
+        assert verdict(program, tests, **entry).correct
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("program", "tests", "entry"),
+    [
+        ("def select(x): return x * x", "assert select(2) == 4", {}),
+        ("def gcd(a, b): return b", "assert gcd(2, 4) == 4", {}),
+        ("def gcd(a, b): return b", "def check(c):\n    assert c(2, 4) == 4", {"entry_point": "gcd"}),
+        (
+            "def f(x): return g(x)\ndef g(x): return x * x",
+            "def check(c):\n    assert c(2) == g(2)",
+            {"entry_point": "f"},
+        ),
+    ],
+)
+def test_what_is_tested_is_the_programs_whatever_it_is_called(program, tests, entry):
+    found = verdict(program, tests, **entry)
+    assert found.correct, found.reason
+
+
 @needs_isolation
 def test_a_check_of_a_candidate_and_a_list_of_tests():
     check = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == {}\n"
@@ -200,6 +250,42 @@ def test_where_programs_cannot_be_shut_in_they_are_refused_unless_told(monkeypat
     assert not verdict("a = bytes(1 << 40)").correct
 
 
+def test_that_there_was_no_time_to_find_out_is_not_kept(monkeypatch):
+    said = [None, b"", b'{"passed": false, "reason": "%s"}' % code.STOPPED.encode(), b'{"passed": true}']
+    taken = iter([*said, b'{"passed": false}'])
+    monkeypatch.setattr(code, "_said", lambda *asked: (next(taken), [0.1, 0.1]))
+    code._cannot_shut_in.cache_clear()
+    try:
+        assert [bool(code.cannot_shut_in()) for _ in range(6)] == [True, True, True, False, False, False]
+        code._cannot_shut_in.cache_clear()
+        refused = b'{"passed": false, "refused": "no Landlock"}'
+        taken = iter([refused])
+        assert [code.cannot_shut_in() for _ in range(2)] == ["no Landlock"] * 2
+    finally:
+        code._cannot_shut_in.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("```py\na\n```\n```python\nb\n```\n```py\nc\n```", "c"),
+        ("```python\na\n```\n```py\nb\n```\n```python\nc\n```\n```\nd\n```", "c"),
+        ("```\na\n```\n```bash\nls\n```\n```\nb\n```", "b"),
+        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b"),
+        ("<think>\n```python\na\n```\n</think>\n\nb", "b"),
+        ("<think>a</think>b", "b"),
+        ("```python\na\n```\n</think>\n```\nb\n```", "b"),
+        ("<think>\n```python\na\n```", ""),
+        ("```python\nx = s.split('</think>')[1]\n```", "x = s.split('</think>')[1]"),
+        ("x = s.split('</think>')[1]", "x = s.split('</think>')[1]"),
+    ],
+)
+def test_which_program_is_meant(response, program):
+    assert code.program_in(response).strip() == program
+    if not program:
+        assert verdict(response).reason == "no program stands behind the thought"
+
+
 def test_a_system_that_lacks_something_is_named(tmp_path):
     run = (
         "import platform; from pennyweight.sandbox import jail\nplatform.machine = lambda: 'riscv64'\n"
@@ -216,13 +302,13 @@ def test_a_verifier_that_is_killed_leaves_no_process():
         "verify_code('import time\\ntime.sleep(99)', Task('t', 'code', '', json.dumps({'tests': 'f()', 'seconds': 60})))"
     )
     process = subprocess.Popen([sys.executable, "-c", run], cwd=code._ROOT, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while len(workers()) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.3)
     process.kill()  # what no clean-up outlives: the sandbox goes with its parent
     process.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while workers() and time.monotonic() < until:
         time.sleep(0.05)
     assert not workers()
@@ -236,5 +322,6 @@ def test_gold_programs_are_run():
         )
 
     good, bad = sample("def f(x): return 1", "assert f(0) == 1"), sample("def f(x): return 1", "assert f(0) == 2")
-    ((refused, reason),) = check_golds([good, bad])
+    untried = sample("", "assert f(0) == 1")
+    ((refused, reason),) = check_golds([good, bad, untried])
     assert refused is bad and "line 1 of the tests fails" in reason

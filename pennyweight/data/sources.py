@@ -20,6 +20,7 @@ from pennyweight.errors import DataError
 from pennyweight.recipe import FileData, TaskData
 from pennyweight.records import Message, Sample, Task
 from pennyweight.verifiers.own import check_judge, made_with
+from pennyweight.verifiers.rows import entry_of
 
 Route = Callable[[Mapping[str, Any], str], str]
 """(row, the place it stands at) -> the teacher that it is for"""
@@ -105,9 +106,9 @@ class _Form:
         if not prompt and response is None:
             return None
         task = None
-        if gold_column is not None or self.own:
-            gold = "" if gold_column is None else _gold(row[gold_column], where, gold_column)
-            entry = {"row": row, **self.own} if self.own else {}
+        if gold_column is not None or self.own or self.given.verifier == "code":
+            gold = "" if gold_column is None else self._gold(row[gold_column], where, gold_column)
+            entry = {"row": row, **self.own} if self.own else entry_of(row, self.given.verifier, where)
             task = Task("file", self.given.verifier or "", gold, json.dumps(entry, sort_keys=True, default=str))
         return Sample(prompt, response, self.name, self.given.licence, task=task)
 
@@ -149,6 +150,7 @@ class _Form:
         if column is None:
             others = [c for c in _RESPONSES if c != gold and c in row]
             worked = gold is not None and gold in _RESPONSES and "####" in str(row[gold])
+            worked = worked and self.given.verifier != "code"  # where it is a comment
             column = gold if worked else next(iter(others), None)
         if column is None or row[column] is None:
             return None
@@ -161,10 +163,18 @@ class _Form:
     def _gold_column(self, row: dict[str, Any], where: str) -> str | None:
         if self.given.verifier is None:
             return None
-        column = _named_column(row, self.given.answer, where) or _first(row, _ANSWERS)
+        named = _named_column(row, self.given.answer, where)
+        if self.given.verifier == "code":  # the tests decide, and a program is there to try them
+            return named or _first(row, (*_ANSWERS, "code"))
+        column = named or _first(row, _ANSWERS)
         if column is None and not self.own:
             raise DataError(f"{where} has no answer for the verifier to go by; name the column with data.source.answer")
         return column
+
+    def _gold(self, value: Any, where: str, column: str) -> str:
+        if self.given.verifier != "code":
+            return _gold(value, where, column)
+        return "" if value is None else _text(value, where, column)
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:

@@ -29,6 +29,12 @@ def parted(text: str) -> tuple[str, str] | None:
     return thought.strip(), answer.strip()
 
 
+def behind(text: str) -> str | None:
+    """What stands behind the last thought; all of a text without a thought, None where a thought is not closed."""
+    after = text.rpartition(CLOSE)[2]
+    return None if OPEN in after else after
+
+
 def opened_by(prompt: str) -> str:
     """The opening of a thought that a rendered prompt ends in, with the space behind it; mostly nothing."""
     found = _OPENED.search(prompt)

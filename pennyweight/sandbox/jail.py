@@ -16,6 +16,7 @@ import platform
 import struct
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 NOBODY = 65534
 
@@ -79,14 +80,24 @@ def limit(seconds: int, memory: int) -> None:
                 raise
 
 
-def shut_in(seconds: int, memory: int) -> None:
-    """From here on this process computes, reads the standard library and its open pipes, and nothing else.
+def end_with_parent() -> None:
+    """Have the kernel end this process with the one that started it, where it is Linux's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(*map(ctypes.c_long, (_PR_SET_PDEATHSIG, 9, 0, 0, 0)))
+
+
+def shut_in(seconds: int, memory: int, readable: Sequence[str] = ()) -> None:
+    """From here on this process computes, reads the standard library and its open pipes, and nothing else; or what
+    lies in the folders ``readable`` besides.
 
     Raises:
-        CannotShutIn: not Linux on x86-64 or ARM64, no seccomp, or no Landlock (kernel 5.13).
+        CannotShutIn: not Linux on x86-64 or ARM64, no seccomp, no Landlock (kernel 5.13), or it has other threads,
+            which none of this would hold.
     """
     if sys.platform != "linux" or platform.machine() not in _MACHINES or sys.byteorder != "little":
         raise CannotShutIn(f"it takes Linux on x86-64 or ARM64, and this is {sys.platform} on {platform.machine()}")
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise CannotShutIn("it has other threads")
     libc = ctypes.CDLL(None, use_errno=True)
     os.chdir("/")
     limit(seconds, memory)
@@ -94,7 +105,7 @@ def shut_in(seconds: int, memory: int) -> None:
         _become_nobody(libc)
     _call(libc.prctl, "no_new_privs", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call(libc.prctl, "a signal when the parent dies", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
-    _only_the_library(libc)
+    _only_the_library(libc, readable)
     _filter_calls(libc)
 
 
@@ -125,11 +136,11 @@ def library() -> list[str]:
     return sorted({os.path.realpath(p) for p in wanted if os.path.exists(p)})
 
 
-def _only_the_library(libc: ctypes.CDLL) -> None:
+def _only_the_library(libc: ctypes.CDLL, more: Sequence[str]) -> None:
     version = _call(libc.syscall, "Landlock is not there", _CREATE_RULESET, None, 0, 1)
     handled = (1 << _FILE_RIGHTS.get(version, 16)) - 1
     rules = _call(libc.syscall, "Landlock", _CREATE_RULESET, struct.pack("=Q", handled), 8, 0)
-    for path in library():
+    for path in [*library(), *map(os.path.realpath, more)]:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         allowed = _READ_FILE | _READ_FOLDER if os.path.isdir(path) else _READ_FILE
         _call(libc.syscall, f"Landlock on {path}", _ADD_RULE, rules, 1, struct.pack("=Qi", allowed, place), 0)

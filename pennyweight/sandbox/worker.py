@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -184,7 +186,7 @@ def _reason(task: dict[str, Any], asked: Asked) -> str:
     """Why the program does not pass; empty where it does."""
     tests, entry = task["tests"], task.get("entry_point")
     try:
-        wanted = asked_for(tests) | ({entry, "candidate"} if entry else set())
+        wanted, modules = asked_for(tests, entry)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         return f"the tests cannot be read: {type(e).__name__}: {e}"
     try:
@@ -193,6 +195,7 @@ def _reason(task: dict[str, Any], asked: Asked) -> str:
         return asked.broken or f"the program cannot be loaded: {type(e).__name__}: {e}"
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
+        namespace |= {name: _of_python(name) for name in modules}
         for name in sorted(wanted):
             _fetch(asked, namespace, name, entry if name == "candidate" and entry else name)
         if entry and entry not in namespace:
@@ -212,10 +215,17 @@ def _fetch(asked: Asked, namespace: dict[str, Any], name: str, called: str) -> N
         return  # not defined by the program: the tests will say where they miss it
 
 
-def asked_for(tests: str) -> set[str]:
-    """Names that the tests use and neither they nor Python define: those of the program.
+def _of_python(name: str) -> Any:
+    """A module of the standard library, or else the function of ``math`` that has that name."""
+    return importlib.import_module(name) if name in sys.stdlib_module_names else getattr(math, name)
 
-    Names of Python's own are never the program's, or it could bring its own ``all`` or ``AssertionError``.
+
+def asked_for(tests: str, entry: str | None) -> tuple[set[str], set[str]]:
+    """Names that the tests use and do not define: those of the program, and those of Python that nobody imports.
+
+    Names of Python's own are never the program's, or it could bring its own ``all`` or ``AssertionError``. So it is
+    with the standard library's modules, where the tests use no more of them than what lies in them (``math.fabs``), and
+    with the functions of ``math`` (``isclose``) where another function, ``entry``, is the one that is tested.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     names = [n for n in nodes if isinstance(n, ast.Name)]
@@ -227,7 +237,13 @@ def asked_for(tests: str) -> set[str]:
             defined |= {(a.asname or a.name).partition(".")[0] for a in node.names}
         elif isinstance(node, ast.arg):
             defined.add(node.arg)
-    return {n.id for n in names} - defined
+    missing = {n.id for n in names} - defined - {entry}
+    looked_into = {id(n.value) for n in nodes if isinstance(n, ast.Attribute)}
+    whole = {n.id for n in names if id(n) not in looked_into}
+    of_python = {n for n in missing if n in sys.stdlib_module_names and n not in whole}
+    if entry:
+        of_python |= {n for n in missing & set(dir(math)) if not n.startswith("_")}
+    return (missing - of_python) | ({entry, "candidate"} if entry else set()), of_python
 
 
 def _failed(e: BaseException, tests: str) -> str:

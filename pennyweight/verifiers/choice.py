@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from pennyweight.records import Task, Verdict
-from pennyweight.verifiers.exact import final_answer, never_raises, normalised
+from pennyweight.verifiers.exact import final_answer, never_raises, no_answer, normalised
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKUP = re.compile(r"[*_`$]+|\\(?:text|mathbf|mathrm|textbf|boxed)\b")
@@ -32,7 +32,7 @@ def verify_choice(response: str, task: Task) -> Verdict:
         return Verdict(False, None, f"the gold answer {task.answer!r} is none of the choices")
     answer = final_answer(response)
     if answer is None:
-        return Verdict(False, None, "the response is empty")
+        return no_answer(response)
     found = picked(answer, choices)
     if found is None:
         return Verdict(False, answer, "no one choice in it")

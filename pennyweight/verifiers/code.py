@@ -18,6 +18,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from pennyweight.data.thought import CLOSE, OPEN
 from pennyweight.records import Task, Verdict
 from pennyweight.sandbox.wire import STOPPED
 from pennyweight.verifiers.exact import never_raises
@@ -33,6 +34,7 @@ UNPROTECTED = "PENNYWEIGHT_RUN_CODE"
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append(sys.argv[1]); from pennyweight.sandbox.worker import main; main()"
 _FENCE = re.compile(r"[ \t]*```[ \t]*([\w+-]*)[^`\n]*")
+_CLOSED = re.compile(rf"^[ \t]*{CLOSE}|{CLOSE}[ \t]*$", re.MULTILINE)
 _LONGEST_VERDICT = 100_000
 
 _ESCAPES = """
@@ -72,7 +74,8 @@ def verify_code(response: str, task: Task) -> Verdict:
         return Verdict(False, None, f"the entry's seconds are a whole number from 1 to 600, not {seconds!r}")
     program = program_in(response)
     if not program.strip():
-        return Verdict(False, None, "the response is empty")
+        thought = response.lstrip().startswith(OPEN)
+        return Verdict(False, None, "no program stands behind the thought" if thought else "the response is empty")
     trusted = os.environ.get(UNPROTECTED) == "unprotected"
     refused = "" if trusted else cannot_shut_in()
     if refused:
@@ -85,33 +88,66 @@ def verify_code(response: str, task: Task) -> Verdict:
 def program_in(response: str) -> str:
     """The last block fenced as Python; else the last fenced without a language; else the whole response.
 
-    A block whose end is missing goes to the end of the response.
+    A block whose end is missing goes to the end of the response. What stands in a thought is no part of it, and where
+    the response begins with one that is not closed there is no program.
     """
-    blocks: dict[str, str] = {}
+    response = _behind_the_thought(response)
+    blocks: list[tuple[str, str]] = []
     language, inside = None, []
     for line in response.splitlines():
         fence = _FENCE.fullmatch(line)
         if fence and language is None:
             language, inside = fence[1].lower(), []
         elif fence and not fence[1]:
-            blocks[language or ""] = "\n".join(inside)
+            blocks.append((language or "", "\n".join(inside)))
             language = None
         elif language is not None:
             inside.append(line)
     if language is not None:
-        blocks[language] = "\n".join(inside)
-    python = [text for name, text in blocks.items() if name in ("python", "py", "python3")]
-    return (python or [blocks[""]] if python or "" in blocks else [response])[-1]
+        blocks.append((language, "\n".join(inside)))
+    for wanted in (("python", "py", "python3"), ("",)):
+        for name, text in reversed(blocks):
+            if name in wanted:
+                return text
+    return response
+
+
+def _behind_the_thought(response: str) -> str:
+    """What follows the last closing mark at an end of a line; one inside a line may well be the program's own text,
+    unless the response begins with a thought."""
+    ends = [found.end() for found in _CLOSED.finditer(response)]
+    if ends:
+        return response[ends[-1] :]
+    return response.partition(CLOSE)[2] if response.lstrip().startswith(OPEN) else response
+
+
+def cannot_shut_in() -> str:
+    """Why this machine cannot shut a program in, tried with one that attempts to get out; empty where it can. What was
+    found is kept, unless the time was too short to find it."""
+    try:
+        return _cannot_shut_in()
+    except TimeoutError as e:
+        return str(e)
 
 
 @cache
-def cannot_shut_in() -> str:
-    """Why this machine cannot shut a program in, tried once with one that attempts to get out; empty where it can."""
-    return _run(_ESCAPES, "import json, random\nassert escapes() == [], escapes()", None, SECONDS, True)
+def _cannot_shut_in() -> str:
+    said, taken = _said(_ESCAPES, "import json, random\nassert escapes() == [], escapes()", None, SECONDS, True)
+    reason = _reason(said, taken, SECONDS)
+    if not said or json.loads(said).get("reason") == STOPPED:
+        raise TimeoutError(reason)  # which is not kept
+    return reason
 
 
 def _run(program: str, tests: str, entry_point: str | None, seconds: int, shut_in: bool) -> str:
     """Why the program does not pass; empty where it does. Leaves no process."""
+    return _reason(*_said(program, tests, entry_point, seconds, shut_in), seconds)
+
+
+def _said(
+    program: str, tests: str, entry_point: str | None, seconds: int, shut_in: bool
+) -> tuple[bytes | None, list[float]]:
+    """What the tests say, None where they were stopped, and the processor time of program and tests."""
     task = json.dumps({"program": program, "tests": tests, "entry_point": entry_point}).encode()
     ask_out, ask_in = os.pipe()
     reply_out, reply_in = os.pipe()
@@ -134,7 +170,7 @@ def _run(program: str, tests: str, entry_point: str | None, seconds: int, shut_i
             if end >= 0:
                 os.close(end)
         taken = [_end(process) for process in started]
-    return _reason(said, taken, seconds)
+    return said, taken
 
 
 def _start(*arguments: str, stdin: int, stdout: int) -> subprocess.Popen[bytes]:

@@ -1,27 +1,25 @@
 """Mathematical equality with the gold answer, by math-verify.
 
-math-verify limits its own time with SIGALRM, which exists in the main thread only. In any other thread the
-comparison therefore runs in a process of its own, which can be stopped; that takes about a second, so answers that
-are plainly equal, or two plainly different integers, are told apart here first.
+math-verify may take for ever, and limits its time with a signal that only the main thread has and that others use as
+well. So it runs in a process that is kept for it (``sandbox/kept.py``), with one limit of time for the whole verdict.
+Answers that are plainly equal, or two plainly different integers, are told apart here first, which is quicker.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import re
-import subprocess
-import sys
-import threading
+from collections.abc import Callable
 from fractions import Fraction
 
 from pennyweight.records import Task, Verdict
-from pennyweight.verifiers.exact import final_answer, never_raises, normalised
+from pennyweight.sandbox.kept import Kept, NoAnswer, TookTooLong
+from pennyweight.verifiers.exact import final_answer, never_raises, no_answer, normalised
 
-_SECONDS = 5
-_NUMBER = re.compile(r"[-+]?\$?(\d[\d,]*(?:\.\d+)?)\.?")
+SECONDS = 5
+_NUMBER = re.compile(r"[-+]?\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\.?")  # commas between thousands only
 _PROSE = re.compile(r":|(?<!\\)\b(?!(?:sin|cos|tan|log|exp|sqrt|inf)\b)[A-Za-z]{3,}")
+
+_comparing = Kept("pennyweight.verifiers.math:comparing", SECONDS)
 
 
 @never_raises
@@ -29,12 +27,16 @@ def verify_math(response: str, task: Task) -> Verdict:
     """Correct when the final answer is mathematically equal to the gold answer (``1/2`` is ``0.5``)."""
     answer = final_answer(response)
     if answer is None:
-        return Verdict(False, None, "the response is empty")
-    plain = _plainly_equal(task.answer, answer)
-    if plain is None:
-        in_main = threading.current_thread() is threading.main_thread()
-        plain = equal(task.answer, answer) if in_main else _equal_elsewhere(task.answer, answer)
-    return Verdict(plain, answer, "" if plain else f"not equal to {task.answer!r}")
+        return no_answer(response)
+    same = _plainly_equal(task.answer, answer)
+    if same is None:
+        try:
+            same = _comparing.ask([task.answer, answer])
+        except TookTooLong:
+            return Verdict(False, answer, f"stopped: comparing it took longer than {SECONDS} seconds")
+        except NoAnswer as e:
+            return Verdict(False, answer, f"the verifier failed: {e}")
+    return Verdict(same, answer, "" if same else f"not equal to {task.answer!r}")
 
 
 def _plainly_equal(gold: str, answer: str) -> bool | None:
@@ -58,42 +60,25 @@ def _number(text: str) -> Fraction | None:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds both equal. Main thread only; gives up, with False, after a few seconds."""
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    log = logging.getLogger("math_verify")
-    if not log.handlers:
-        log.addHandler(logging.NullHandler())  # it says aloud when it gives up, into whatever the terminal shows
+    """Whether math-verify finds both equal; False as well where it gives none, or takes longer than five seconds."""
     try:
-        ours, theirs = (parse(_as_latex(t), parsing_timeout=_SECONDS) for t in (gold, answer))
-        return bool(verify(ours, theirs, timeout_seconds=_SECONDS))
-    except TimeoutException:  # not an Exception: math-verify derives it from BaseException
+        return _comparing.ask([gold, answer])
+    except NoAnswer:
         return False
+
+
+def comparing() -> Callable[[list[str]], bool]:
+    """What compares, in a process of its own, which is stopped from outside."""
+    from math_verify import parse, verify
+
+    def compare(both: list[str]) -> bool:
+        ours, theirs = (parse(_as_latex(t), parsing_timeout=None) for t in both)  # type: ignore[arg-type]
+        return bool(verify(ours, theirs, timeout_seconds=None))
+
+    return compare
 
 
 def _as_latex(text: str) -> str:
     """Between dollar signs, so that math-verify reads all of it as LaTeX; prose, or text marked already, as it is."""
     marked = "$" in text or r"\(" in text or r"\[" in text
     return text if marked or _PROSE.search(text) else f"${text}$"
-
-
-def _equal_elsewhere(gold: str, answer: str) -> bool:
-    """``equal`` in the main thread of another process."""
-    command = [sys.executable, "-m", "pennyweight.verifiers.math"]
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    done = subprocess.run(
-        command,
-        input=json.dumps([gold, answer]),
-        capture_output=True,
-        text=True,
-        timeout=6 * _SECONDS,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "math-verify stopped")
-    return json.loads(done.stdout)
-
-
-if __name__ == "__main__":
-    print(json.dumps(equal(*json.load(sys.stdin))))

@@ -1,7 +1,8 @@
 """A verifier of the user's own, named by the file and the function that it is: ``longest.py:verify``.
 
-The file is run once, in this process and with all that this process may do, like any program of the user's. The
-function takes a response and its task, and gives a ``Verdict``, or True or False.
+The file is run once as it stands, in this process and with all that this process may do, like any program of the
+user's; once it is edited, it is run again. The function takes a response and its task, and gives a ``Verdict``, or
+True or False.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pennyweight.records import Task, Verdict, Verifier
 
 SECONDS = 10
 
-FILE_VERIFIERS = ("exact", "math", "choice", "regex")
-"""Rows of VERIFIERS that need nothing but a gold answer, which is all that a file can give."""
+
+FILE_VERIFIERS = ("exact", "math", "choice", "regex", "code")
+"""Rows of VERIFIERS that need no more than the columns of a file can give."""
 
 
 class _TookTooLong(BaseException):
@@ -45,20 +47,17 @@ def check_judge(verifier: str | None, answer: str | None) -> None:
 
 
 def own_verifier(name: str) -> Verifier:
-    """The function of that name, whose failures are verdicts; each file is run once, as it is when first asked for.
+    """The function of that name in the file as it is now, whose failures are verdicts; each content is run once.
 
     Raises:
         DataError: there is no such file or function, or the file cannot be run.
     """
-    return _opened(name, str(_file(name).resolve()))
+    return _opened(name, str(_file(name).resolve()), _content(name))
 
 
 def fingerprint(name: str) -> str:
     """SHA-256 of the file, which decides what its verdicts are; raises as ``own_verifier``."""
-    try:
-        return hashlib.sha256(_file(name).read_bytes()).hexdigest()
-    except OSError as e:
-        raise DataError(f"cannot read the verifier {name}: {e.strerror or e}; check its permissions") from None
+    return hashlib.sha256(_content(name)).hexdigest()
 
 
 def made_with(settings: Any) -> dict[str, str]:
@@ -74,14 +73,22 @@ def _file(name: str) -> Path:
     return file
 
 
+def _content(name: str) -> bytes:
+    try:
+        return _file(name).read_bytes()
+    except OSError as e:
+        raise DataError(f"cannot read the verifier {name}: {e.strerror or e}; check its permissions") from None
+
+
 @lru_cache(maxsize=64)
-def _opened(name: str, file: str) -> Verifier:
+def _opened(name: str, file: str, content: bytes) -> Verifier:
     wanted = name.partition(":")[2]
     spec = importlib.util.spec_from_file_location(f"own_verifier_{hashlib.sha256(file.encode()).hexdigest()[:8]}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        code = compile(content, file, "exec", dont_inherit=True)
+        exec(code, vars(module))  # its loader may take the bytes of before
     except (Exception, SystemExit) as e:
         said = first_line(e) if isinstance(e, Exception) else str(e)
         raise DataError(f"the verifier file {file} cannot be run: {type(e).__name__}: {said}; correct it") from None
@@ -115,7 +122,8 @@ def _guarded(function: Any) -> Verifier:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise ``_TookTooLong`` in what takes longer; in the main thread, which alone has signals, and in Python code."""
+    """Raise ``_TookTooLong`` in what takes longer; in the main thread, which alone has signals, in Python code, and as
+    long as that sets no alarm of its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from pennyweight.records import Task, Verdict
-from pennyweight.verifiers.exact import final_answer, never_raises
+from pennyweight.verifiers.exact import final_answer, never_raises, no_answer
 
 SECONDS = 2
 _LONGEST = 100_000
@@ -36,7 +36,7 @@ def verify_regex(response: str, task: Task) -> Verdict:
     """
     answer = final_answer(response)
     if answer is None:
-        return Verdict(False, None, "the response is empty")
+        return no_answer(response)
     if len(answer) > _LONGEST:
         return Verdict(False, None, f"a final answer of {len(answer):,} characters; at most {_LONGEST:,} are matched")
     found = matches(task.answer, answer)
