@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pennyweight.plan.claim_file import MONEY, SCOPE
-from pennyweight.report.graded import aligned
+from pennyweight.report.graded import aligned, paragraph
+from pennyweight.report.language import ENGLISH, Language
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
 _CONVENTIONS = {"none": "none", "half": "causal", "full": "full", "exact": "exact"}
@@ -19,7 +20,7 @@ _MARKS = {"holds": "holds", "fails": "FAILS", "note": "note "}
 _PARTS = {"blocks": "blocks", "head": "output head", "attention": "attention", "predictions": "multi-token prediction"}
 
 
-def print_claim(found: Mapping[str, Any]) -> None:
+def print_claim(found: Mapping[str, Any], spoken: Language = ENGLISH) -> None:
     """A claim's parts, its shares of the peak, every check, and what its scope leaves out."""
     currency = found["currency"]
     _say(f"{found['name']}: {found['statement']}")
@@ -51,7 +52,7 @@ def print_claim(found: Mapping[str, Any]) -> None:
         _say(source, "sources: " if i == 0 else "         ")
 
 
-def print_claims(claims: Mapping[str, Mapping[str, Any]]) -> None:
+def print_claims(claims: Mapping[str, Mapping[str, Any]], spoken: Language = ENGLISH) -> None:
     """Names of shipped claims, what each says, and whether it adds up."""
     for name, found in claims.items():
         print(f"{name}: {'adds up' if found['adds_up'] else 'DOES NOT ADD UP'}")
@@ -59,54 +60,58 @@ def print_claims(claims: Mapping[str, Mapping[str, Any]]) -> None:
     _say("\nOne of them in full: pennyweight plan --claim NAME; one of your own: --claim FILE.toml")
 
 
-def print_chips(chips: Sequence[Mapping[str, Any]], stale: bool) -> None:
+def print_chips(chips: Sequence[Mapping[str, Any]], stale: bool, spoken: Language = ENGLISH) -> None:
     """The catalogue: peaks, memory, power, and the range of prices."""
     head = ("chip", "bf16", "fp8", "fp4", "GB", "GB/s", "W", "an hour")
     rows = [
         (c["key"], *(_plain(c.get(k)) for k in ("bf16", "fp8", "fp4", "memory", "bandwidth", "power")), _price(c))
         for c in chips
     ]
-    print(*aligned([head, *rows]), sep="\n")
-    _say("\nbf16, fp8, fp4: dense TFLOP/s. GB and GB/s: memory and its bandwidth. W: the maker's limit.")
-    _say("an hour: cheapest and dearest dated price of one device; – where none is known. Sources and dates: --json")
+    print(*aligned([[*map(spoken, head)], *rows]), sep="\n")
+    _say(spoken("\nbf16, fp8, fp4: dense TFLOP/s. GB and GB/s: memory and its bandwidth. W: the maker's limit."))
+    _say(
+        spoken(
+            "an hour: cheapest and dearest dated price of one device; – where none is known. Sources and dates: --json"
+        )
+    )
     if stale:
-        _say("Prices older than 90 days are marked *; give newer ones with --catalogue FILE.toml.")
+        _say(spoken("Prices older than 90 days are marked *; give newer ones with --catalogue FILE.toml."))
 
 
-def print_outlook(found: Mapping[str, Any]) -> None:
+def print_outlook(found: Mapping[str, Any], spoken: Language = ENGLISH) -> None:
     """Hours, energy and money of each part as ranges, with their reasons; what fits, and what is cheaper."""
-    _say(_lead(found))
+    _say(spoken(_lead(found)))
     for note in found["assumed"]:
-        _say(f"assumed: {note}")
+        _say(spoken(f"assumed: {note}"))
     names = {"device_hours": "device-hours", "hours": f"hours on {found['devices']:,}", "kwh": "kWh"}
     if found["currency"]:
         names["money"] = found["currency"]
     together = [found["total"] | {"part": "together"}] if len(found["parts"]) > 1 else []
     for p in [*found["parts"], *together]:
-        print(f"\n{p['part']}, {p['flops']:.3g} FLOPs")
+        print(f"\n{spoken(p['part'])}, {p['flops']:.3g} FLOPs")
         rows = [
-            (label, *(_rounded(p[name][end], 3) for end in ("low", "middle", "high")))
+            (spoken(label), *(_rounded(p[name][end], 3) for end in ("low", "middle", "high")))
             for name, label in names.items()
             if name in p
         ]
-        print(*(f"  {line}" for line in aligned([("", "low", "middle", "high"), *rows])), sep="\n")
+        print(*(f"  {line}" for line in aligned([("", *map(spoken, ("low", "middle", "high"))), *rows])), sep="\n")
     print()
     for p in found["parts"]:
         token = ", ".join(f"{_PARTS[k]} {_flops(v)}" for k, v in p["token"].items() if k in _PARTS)
-        _say(f"{p['part']}: {_flops(p['token']['total'])} a token ({token}); attention is causal")
-        _say(f"device-hours: {p['device_hours']['reason']}", "  ")
+        _say(spoken(f"{p['part']}: {_flops(p['token']['total'])} a token ({token}); attention is causal"))
+        _say(spoken(f"device-hours: {p['device_hours']['reason']}"), "  ")
     for name in ("kwh", "money"):
         if name in p:
-            _say(f"{names[name]}: {p[name]['reason']}")
-    _say(f"ranges: meant to hold {100 * found['covers']:.0f} % of runs; docs/bill.md has how often they did")
+            _say(spoken(f"{names[name]}: {p[name]['reason']}"))
+    _say(spoken(f"ranges: meant to hold {100 * found['covers']:.0f} % of runs; docs/bill.md has how often they did"))
     if not found["currency"]:
-        _say("no price is known, so no money: give one with --price, or --catalogue FILE.toml")
+        _say(spoken("no price is known, so no money: give one with --price, or --catalogue FILE.toml"))
     if found["stale"]:
-        _say("the newest price is more than 90 days old: give one with --price, or --catalogue FILE.toml")
-    _fits(found)
+        _say(spoken("the newest price is more than 90 days old: give one with --price, or --catalogue FILE.toml"))
+    _fits(found, spoken)
     if found["cheaper"]:
         each = [f"{c['chip']} {found['currency']} {_rounded(c['money']['middle'], 3)}" for c in found["cheaper"]]
-        _say(f"cheapest of the catalogue on which it fits, {found['devices']:,} of them: {'; '.join(each)}")
+        _say(spoken(f"cheapest of the catalogue on which it fits, {found['devices']:,} of them: {'; '.join(each)}"))
 
 
 def _lead(found: Mapping[str, Any]) -> str:
@@ -120,7 +125,7 @@ def _lead(found: Mapping[str, Any]) -> str:
     return f"{text}. Counted as {found['class']}."
 
 
-def _fits(found: Mapping[str, Any]) -> None:
+def _fits(found: Mapping[str, Any], spoken: Language) -> None:
     ways = found["memory"]
     if not ways:
         return
@@ -128,14 +133,15 @@ def _fits(found: Mapping[str, Any]) -> None:
     first = f"{size(ways[0]['bytes'])} a device with {ways[0]['settings']}"
     if good is None:
         least = size(min(w["bytes"] for w in ways))
-        _say(
+        said = (
             f"memory: a row does not fit, {least} a device at the least with weights cut over all of them; recompute "
             "activations, cut layers over devices as well, or take larger ones"
         )
     elif good is ways[0]:
-        _say(f"memory: fits, {first}, cut over all of them, a row at a time")
+        said = f"memory: fits, {first}, cut over all of them, a row at a time"
     else:
-        _say(f"memory: {first} does not fit; {good['settings']} does, with {size(good['bytes'])}, a row at a time")
+        said = f"memory: {first} does not fit; {good['settings']} does, with {size(good['bytes'])}, a row at a time"
+    _say(spoken(said))
 
 
 def _parts(found: Mapping[str, Any], currency: str) -> list[tuple[str, ...]]:
@@ -178,7 +184,7 @@ def _say(text: str, before: str = "") -> None:
     """A paragraph in the terminal's width, 120 columns at most."""
     width = min(shutil.get_terminal_size().columns, 120)
     lead = "\n" if text.startswith("\n") else ""
-    print(lead + textwrap.fill(text.strip(), width, initial_indent=before, subsequent_indent=" " * max(2, len(before))))
+    print(lead + paragraph(text.strip(), width, before, " " * max(2, len(before))))
 
 
 def _plain(value: float | None) -> str:
