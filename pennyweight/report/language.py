@@ -1,10 +1,11 @@
 """English texts of a report or a plan -> another language, by a table of phrases in ``LANGUAGE.toml``.
 
-The English text stays in the code and is the key. A phrase may have places: a single small letter, ``{a}``, stands for
-a figure; a word, ``{time}``, for a text that is translated in its turn; a word in capitals, ``{NAME}``, for what is kept
-as it is. ``{time:이}`` puts the Korean particle behind it that its last sound asks for. ``"<dt>teacher"`` is a phrase
-that counts in that element alone. What no phrase is known of is looked for sentence by sentence, then part by part, and
-stays English where nothing is found; so do code, links, and what models and users wrote.
+The English text stays in the code and is the key. A phrase may have places. ``{a}``, a small letter, stands for a
+figure, and ``{A}``, a capital, for a single word; ``{time}`` for a text that is translated in its turn, and ``{NAME}``
+for one that is kept as it is. ``{time:이}`` puts the Korean particle behind it that its last sound asks for.
+``"<dt>teacher"`` is a phrase that counts in that element alone. What no phrase is known of is looked for sentence by
+sentence, then part by part, and stays English where nothing is found; so do code, links, and what models and users
+wrote.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ _NUMBER = r"[<+\u2212-]?\d[\d.,/]*(?:e[+\u2212-]?\d+)?"
 _FIGURE = rf"{_NUMBER}(?:–{_NUMBER})?(?:[ \u00a0]?%)?"
 """``93.1 %``, ``1/42``, ``2.6–39``."""
 
+_WORD = r"[^\s,;:]+"
+
 _PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
 _ENGLISH = re.compile(r"\b[A-Za-z]?[a-z]{2,}\b")
 _PARTS = (re.compile(r"(?<=[.?])( )"), re.compile("(; )"), re.compile("(: )"), re.compile("(, )"))
 _KEPT = {"style", "pre", "code", "a"}
 """Elements whose text is nobody's to translate."""
+
+_THEIRS = {"Data", "Licence of the data", "Teacher", "Licence of the teacher", "recipe"}
+"""Facts whose values are the user's words."""
 
 _SHOWN = re.compile(r'(?<= )(aria-label|title|content)="([^"]*)"')
 _PARTICLES = {"은": "는", "이": "가", "을": "를", "과": "와", "으로": "로"}
@@ -44,7 +50,9 @@ class Language:
         self.code = code
         self._phrases = {k: v for k, v in phrases.items() if not _PLACE.search(k)}
         placed = sorted((k for k in phrases if _PLACE.search(k)), key=lambda k: -len(_PLACE.sub("", k)))
-        self._patterns = [(_pattern(k), phrases[k]) for k in placed]
+        self._patterns: dict[bool, list[tuple[re.Pattern[str], str]]] = {False: [], True: []}
+        for k in placed:
+            self._patterns[k.startswith("<")].append((_pattern(k), phrases[k]))
         self._found: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
@@ -61,17 +69,19 @@ class Language:
         return "".join(self._walked(text)) if self.code != "en" else text
 
     def _walked(self, text: str) -> Iterator[str]:
-        inside: list[str] = []
+        inside, fact = [""], ""
         for i, piece in enumerate(re.split(r"(<[^>]*>)", text)):
             if i % 2 == 0:
-                yield piece if _KEPT & set(inside) else self._node(piece, inside[-1] if inside else "")
+                fact = html.unescape(piece) if inside[-1] == "dt" else fact
+                kept = _KEPT & set(inside) or ("dd" in inside and fact in _THEIRS)
+                yield piece if kept else self._node(piece, inside[-1])
                 continue
             tag = re.match(r"<(/?)([a-zA-Z0-9]+)", piece)
             if tag is None:
                 yield piece
                 continue
             if tag[1]:
-                while inside and inside.pop() != tag[2]:
+                while len(inside) > 1 and inside.pop() != tag[2]:
                     continue
             elif not piece.endswith("/>"):
                 inside.append(tag[2])
@@ -82,40 +92,40 @@ class Language:
 
     def _node(self, piece: str, tag: str) -> str:
         plain = html.unescape(piece)
-        own = self._phrases.get(f"<{tag}>{plain}")
+        own, _ = self._whole(f"<{tag}>{plain}")
         return html.escape(own or self(plain)) if plain.strip() else piece
 
     def _translated(self, text: str) -> str:
         """Sentence by sentence where each has a phrase; or as a whole, unless its parts leave less in English."""
         sentences = _PARTS[0].split(text)
-        each = [self._whole(s) for s in sentences[::2]] if len(sentences) > 1 else [None]
+        each = [self._whole(s)[0] for s in sentences[::2]] if len(sentences) > 1 else [None]
         if None not in each:
             return " ".join(filter(None, each))
-        whole = self._whole(text)
-        if whole is not None and not english_words(whole):
+        whole, left = self._whole(text)
+        if whole is not None and not left:
             return whole
         parts = self._by_parts(text)
-        return parts if whole is None or len(english_words(parts)) < len(english_words(whole)) else whole
+        return parts if whole is None or len(english_words(parts)) < left else whole
 
-    def _whole(self, text: str) -> str | None:
-        """By one phrase: by the one that leaves the least in English of those that fit."""
+    def _whole(self, text: str) -> tuple[str | None, int]:
+        """By one phrase, the one that leaves the least in English of those that fit; and how many words it leaves."""
         exact = self._phrases.get(text.replace("\u00a0", " "))
         if exact is not None:
-            return exact
-        best, left = None, 0
-        for pattern, phrase in self._patterns:
+            return exact, 0
+        best, least = None, 0
+        for pattern, phrase in self._patterns[text.startswith("<")]:
             if (found := pattern.fullmatch(text)) is None:
                 continue
-            values = {k: v if k.isupper() or len(k) == 1 else self(v) for k, v in found.groupdict().items()}
-            english = sum(len(english_words(v)) for v in values.values())
-            if best is None or english < left:
-                best, left = _filled(phrase, values), english
-            if not english:
+            values = {k: self(v) if k.islower() and len(k) > 1 else v for k, v in found.groupdict().items()}
+            left = sum(len(english_words(v)) for k, v in values.items() if k.islower())
+            if best is None or left < least:
+                best, least = _filled(phrase, values), left
+            if not left:
                 break
         if best is None and text.endswith("."):
-            best = self._whole(text[:-1])
-            return best and f"{best}."
-        return best
+            best, least = self._whole(text[:-1])
+            return best and f"{best}.", least
+        return best, least
 
     def _by_parts(self, text: str) -> str:
         for between in _PARTS:
@@ -155,7 +165,8 @@ def _pattern(key: str) -> re.Pattern[str]:
     out, at = "", 0
     for place in _PLACE.finditer(key):
         name = place[1]
-        out += f"{re.escape(key[at : place.start()])}(?P<{name}>{_FIGURE if len(name) == 1 else '.+?'})"
+        stands = ".+?" if len(name) > 1 else _FIGURE if name.islower() else _WORD
+        out += f"{re.escape(key[at : place.start()])}(?P<{name}>{stands})"
         at = place.end()
     return re.compile((out + re.escape(key[at:])).replace("\\ ", "[ \u00a0]"), re.DOTALL)
 
