@@ -34,6 +34,7 @@ SHOWN = [
     *(PACKAGE / "report" / f"{n}.py" for n in ("page", "quality", "sections", "origin", "rollouts", "scatter", "view")),
     *(PACKAGE / "report" / f"{n}.py" for n in ("chain_page", "run_bill", "recipe_plan", "markup", "bill")),
     *(PACKAGE / "plan" / f"{n}.py" for n in ("reckon", "pace", "work", "subjects", "assumed", "outlook", "forecast")),
+    PACKAGE / "plan" / "claim.py",
     *(PACKAGE / n for n in ("records.py", "evaluate/intervals.py", "meter/rates.py", "meter/bill.py")),
 ]
 """Files whose texts are shown on a page or by a plan."""
@@ -128,18 +129,30 @@ def test_sentences_on_a_chain(found):
     assert left_in_english([KO(t) for t in said], "") == []
 
 
-@pytest.mark.parametrize("arguments", [["recipes/quickstart.toml"], ["recipes/r1.toml", "--on", "h100x8"], ["--chips"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recipes/quickstart.toml"],
+        ["recipes/r1.toml", "--on", "h100x8"],
+        ["--chips"],
+        ["--claim", "deepseek-v3"],
+        ["--claim", "llama-3.2"],
+    ],
+)
 def test_a_plan_on_the_terminal_is_aligned_and_of_80_columns(arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "80")
-    more = ["--out", str(tmp_path / "plan.html")] if "--chips" not in arguments else []
+    more = ["--out", str(tmp_path / "plan.html")] if "recipes" in arguments[0] else []
     monkeypatch.setattr("sys.argv", ["pennyweight", "plan", *arguments, "--lang", "ko", *more])
     with pytest.raises(SystemExit) as left:
         main()
     lines = capsys.readouterr().out.splitlines()
     assert left.value.code == 0 and max(map(cell_len, lines)) <= 80
     theirs = "evaluate teacher students kd sft threads of an AMD EPYC data.context budget.usd_per_hour config.json"
-    assert left_in_english(lines, theirs + " catalogue FILE.toml json dense Mercatus Nebius Silicon") == []
+    if "--claim" not in arguments:  # which has its file's words, in the language of that file
+        assert left_in_english(lines, theirs + " catalogue FILE.toml json dense Mercatus Nebius Silicon") == []
+    else:
+        assert not {"checks", "holds", "covers", "peak", "device-hours"} & set(" ".join(lines).split())
     if more:
         page = (tmp_path / "plan.html").read_text()
         assert left_in_english(texts(page), theirs + " Mercatus Silicon Nebius AWS Pennyweight") == []

@@ -10,54 +10,62 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
+
 from pennyweight.plan.claim_file import MONEY, SCOPE
 from pennyweight.report.graded import aligned, paragraph
 from pennyweight.report.language import ENGLISH, Language
 from pennyweight.report.wording import MISSING, count, parameters, plural, size
 
 _CONVENTIONS = {"none": "none", "half": "causal", "full": "full", "exact": "exact"}
-_MARKS = {"holds": "holds", "fails": "FAILS", "note": "note "}
+_CONVENTIONS_SAID = (
+    "none: 6 N D (forward only: 2 N D); causal: half of a row's tokens, as in FLOPs above; full: all of them"
+)
+_MARKS = {"holds": "holds", "fails": "FAILS", "note": "note"}
 _PARTS = {"blocks": "blocks", "head": "output head", "attention": "attention", "predictions": "multi-token prediction"}
 
 
 def print_claim(found: Mapping[str, Any], spoken: Language = ENGLISH) -> None:
     """A claim's parts, its shares of the peak, every check, and what its scope leaves out."""
-    currency = found["currency"]
     _say(f"{found['name']}: {found['statement']}")
     print()
-    print(*aligned(_parts(found, currency)), sep="\n")
+    print(*aligned(_parts(found, spoken)), sep="\n")
     if any(p["shares"] for p in found["parts"]):
         chips = {p["chip"] for p in found["parts"] if p["shares"]}
         whose = f"the {chips.pop()}'s" if len(chips) == 1 else "the chips'"
-        _say(f"\nshare of {whose} peak that the hours imply, by how attention is counted")
-        print(*aligned(_shares(found["parts"])), sep="\n")
-        _say("none: 6 N D (forward only: 2 N D); causal: half of a row's tokens, as in FLOPs above; full: all of them")
-    print("\nchecks")
+        _say(spoken(f"\nshare of {whose} peak that the hours imply, by how attention is counted"))
+        print(*aligned(_shares(found["parts"], spoken)), sep="\n")
+        _say(spoken(_CONVENTIONS_SAID))
+    print(spoken("\nchecks"))
+    marks = aligned([[spoken(mark), "|"] for mark in _MARKS.values()])
     for f in found["findings"]:
-        _say(f"{f['of']}, {f['check']}: {f['text']}", f"  {_MARKS[f['verdict']]}  ")
+        of = spoken("total") if f["of"] == "total" else f["of"]
+        mark = marks[list(_MARKS).index(f["verdict"])].rstrip("|")
+        _say(f"{of}, {spoken(f['check'])}: {spoken(f['text'])}", f"  {mark}")
     if not found["findings"]:
-        print("  nothing in it can be checked")
+        print(spoken("  nothing in it can be checked"))
     print()
-    _say(_verdict(found))
+    _say(spoken(_verdict(found)))
     print()
     if found["money_is"]:
-        _say(f"the money is {found['money_is']}: {MONEY[found['money_is']]}")
+        _say(spoken(f"the money is {found['money_is']}: {MONEY[found['money_is']]}"))
     for title, words in (("covers", "covers"), ("leaves out", "leaves_out")):
         if found[words]:
-            _say(f"{title}: {'; '.join(SCOPE[w] for w in found[words])}")
-    _say(f"does not say whether it covers: {', '.join(found['not_said'])}")
+            _say(f"{spoken(title)}: {'; '.join(spoken(SCOPE[w]) for w in found[words])}")
+    _say(f"{spoken('does not say whether it covers')}: {', '.join(map(spoken, found['not_said']))}")
     for note in found["notes"]:
-        _say(f"note: {note}")
-    for i, source in enumerate(found["sources"] or ["none named"]):
-        _say(source, "sources: " if i == 0 else "         ")
+        _say(f"{spoken('note')}: {note}")
+    lead = f"{spoken('sources')}: "
+    for i, source in enumerate(found["sources"] or [spoken("none named")]):
+        _say(source, lead if i == 0 else " " * cell_len(lead))
 
 
 def print_claims(claims: Mapping[str, Mapping[str, Any]], spoken: Language = ENGLISH) -> None:
     """Names of shipped claims, what each says, and whether it adds up."""
     for name, found in claims.items():
-        print(f"{name}: {'adds up' if found['adds_up'] else 'DOES NOT ADD UP'}")
+        print(f"{name}: {spoken('adds up' if found['adds_up'] else 'DOES NOT ADD UP')}")
         _say(found["statement"], "  ")
-    _say("\nOne of them in full: pennyweight plan --claim NAME; one of your own: --claim FILE.toml")
+    _say(spoken("\nOne of them in full: pennyweight plan --claim NAME; one of your own: --claim FILE.toml"))
 
 
 def print_chips(chips: Sequence[Mapping[str, Any]], stale: bool, spoken: Language = ENGLISH) -> None:
@@ -144,26 +152,26 @@ def _fits(found: Mapping[str, Any], spoken: Language) -> None:
     _say(spoken(said))
 
 
-def _parts(found: Mapping[str, Any], currency: str) -> list[tuple[str, ...]]:
+def _parts(found: Mapping[str, Any], spoken: Language) -> list[tuple[str, ...]]:
     """A table of parts: what is known of none is left out."""
     known = {
         "device_hours": ("device-hours", _plain),
-        "money": (currency, _plain),
+        "money": (found["currency"], _plain),
         "tokens": ("tokens", _tokens),
         "flops": ("FLOPs", lambda v: f"{v:.2e}".replace("e+", "e")),
     }
     lines = [dict(p, flops=p["flops"].get("half", p["flops"].get("none"))) for p in found["parts"]]
-    lines += [{"name": "total", **found["totals"]}] if found["totals"] else []
+    lines += [{"name": spoken("total"), **found["totals"]}] if found["totals"] else []
     shown = [k for k in known if any(line.get(k) for line in lines)]
-    rows = [("", *(known[k][0] for k in shown))]
+    rows = [("", *(spoken(known[k][0]) for k in shown))]
     for line in lines:
         name = textwrap.shorten(line["name"], 40, placeholder="…")
         rows.append((name, *(known[k][1](line[k]) if line.get(k) else MISSING for k in shown)))
     return rows
 
 
-def _shares(parts: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows = [("", "peak", *_CONVENTIONS.values())]
+def _shares(parts: Iterable[Mapping[str, Any]], spoken: Language) -> list[tuple[str, ...]]:
+    rows = [("", *map(spoken, ("peak", *_CONVENTIONS.values())))]
     for part in parts:
         for kind, shares in part["shares"].items():
             cells = (f"{100 * shares[c]:.1f} %" if c in shares else MISSING for c in _CONVENTIONS)
@@ -184,7 +192,7 @@ def _say(text: str, before: str = "") -> None:
     """A paragraph in the terminal's width, 120 columns at most."""
     width = min(shutil.get_terminal_size().columns, 120)
     lead = "\n" if text.startswith("\n") else ""
-    print(lead + paragraph(text.strip(), width, before, " " * max(2, len(before))))
+    print(lead + paragraph(text.strip(), width, before, " " * max(2, cell_len(before))))
 
 
 def _plain(value: float | None) -> str:

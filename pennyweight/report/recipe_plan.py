@@ -175,4 +175,5 @@ def _sizes(ends: Ends | None) -> str:
     if not ends:
         return MISSING
     low, high = size(ends["low"]), size(ends["high"])
-    return low if low == high else f"{low}–{high}"
+    (least, _, unit), (_, _, other) = low.partition("\u00a0"), high.partition("\u00a0")
+    return low if low == high else f"{least if unit == other else low}–{high}"
