@@ -12,6 +12,7 @@ import pytest
 from rich.cells import cell_len
 from test_bill import SPENT, made
 from test_chain import told_of
+from test_plan_recipe import LLAMA
 from test_report_page import metrics, samples, summary
 from test_report_rollouts import metrics as rollouts
 from test_report_rollouts import responses
@@ -20,7 +21,7 @@ from test_report_scatter import with_copies
 from pennyweight.cli import main
 from pennyweight.errors import RecipeError
 from pennyweight.meter.bill import per_point
-from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, to_be_run
+from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, render_chain, to_be_run
 from pennyweight.report.graded import aligned, paragraph
 from pennyweight.report.language import ENGLISH, LANGUAGES, english_words, in_language
 from pennyweight.report.page import render
@@ -41,7 +42,7 @@ SHOWN = [
 
 NAMES = {
     "evaluate teacher", "evaluate students", "pennyweight ledger verify RUN", "git dirty", "dense, new",
-    "outputs pairs", "light dark", "a thread of an AMD EPYC", "the chips'", "devices at once",
+    "outputs pairs", "light dark", "a thread of an AMD EPYC", "the chips'", "devices at once", "config of",
     "measured on a virtual machine with two cores of an AMD EPYC",
 }  # fmt: skip
 """What stays as it is: names of stages, commands and chips; keys; and what is shown nowhere."""
@@ -127,6 +128,31 @@ def test_sentences_on_a_chain(found):
     metric = leading(done)
     said = [chain_headline(found), (metric and compared_on(done, metric)) or "", to_be_run(found) or ""]
     assert left_in_english([KO(t) for t in said], "") == []
+
+
+def test_the_page_of_a_chain(no_charts):
+    found = told_of(0.1, 0.2, 0.5, needs=["b"])
+    for name, s in found["stages"].items():
+        s |= {"seconds": 75.0, "tokens_trained": 5000, "tokens_generated": 700, "peak_memory_bytes": 1e9}
+        s |= {"report": f"{name}/report.html", "ledger": "0" * 64}
+    found["stages"]["d"] = {"state": "unfinished", "needs": ["c"]}
+    found |= {k: found["stages"]["a"][k] for k in ("seconds", "tokens_trained", "tokens_generated")}
+    found |= {"version": "0.1.0", "peak_memory_bytes": 1e9}
+    page = KO.page(render_chain(found))
+    assert left_in_english(texts(page), "Pennyweight sft") == [] and 'href="a/report.html">a</a>' in page
+
+
+def test_what_a_model_will_take(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setenv("COLUMNS", "80")
+    for more in (["--on", "h100x8"], ["--on", "h100", "--teacher", str(tmp_path), "--precision", "fp8"]):
+        asked = ["plan", str(tmp_path), "--tokens", "10B", "--length", "64", *more, "--lang", "ko"]
+        monkeypatch.setattr("sys.argv", ["pennyweight", *asked])
+        with pytest.raises(SystemExit):
+            main()
+        lines = capsys.readouterr().out.splitlines()
+        theirs = f"{tmp_path.name} kWh docs bill Nebius RunPod train moments compute dtype bfloat16"
+        assert left_in_english(lines, theirs) == [] and max(map(cell_len, lines)) <= 80
 
 
 @pytest.mark.parametrize(

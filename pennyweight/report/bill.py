@@ -106,11 +106,12 @@ def print_outlook(found: Mapping[str, Any], spoken: Language = ENGLISH) -> None:
     print()
     for p in found["parts"]:
         token = ", ".join(f"{_PARTS[k]} {_flops(v)}" for k, v in p["token"].items() if k in _PARTS)
-        _say(spoken(f"{p['part']}: {_flops(p['token']['total'])} a token ({token}); attention is causal"))
-        _say(spoken(f"device-hours: {p['device_hours']['reason']}"), "  ")
+        each = f"{_flops(p['token']['total'])} a token ({token}); attention is causal"
+        _say(f"{spoken(p['part'])}: {spoken(each)}")
+        _say(f"{spoken('device-hours')}: {spoken(p['device_hours']['reason'])}", "  ")
     for name in ("kwh", "money"):
         if name in p:
-            _say(spoken(f"{names[name]}: {p[name]['reason']}"))
+            _say(f"{names[name]}: {spoken(p[name]['reason'])}")
     _say(spoken(f"ranges: meant to hold {100 * found['covers']:.0f} % of runs; docs/bill.md has how often they did"))
     if not found["currency"]:
         _say(spoken("no price is known, so no money: give one with --price, or --catalogue FILE.toml"))
