@@ -81,10 +81,7 @@ def plan(
     else:
         found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision, lora, price)
         shown = bill.print_outlook
-    if as_json:
-        typer.echo(readable_json(found))
-    else:
-        shown(found, spoken)
+    typer.echo(readable_json(found)) if as_json else shown(found, spoken)
     if claim is not None and not found["adds_up"]:
         raise typer.Exit(1)
 

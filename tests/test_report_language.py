@@ -25,6 +25,7 @@ from pennyweight.report.chain_page import chain_headline, compared_on, finished,
 from pennyweight.report.graded import aligned, paragraph
 from pennyweight.report.language import ENGLISH, LANGUAGES, english_words, in_language
 from pennyweight.report.page import render
+from pennyweight.train.rollout_watch import CURES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pennyweight"
@@ -36,6 +37,7 @@ SHOWN = [
     *(PACKAGE / "report" / f"{n}.py" for n in ("chain_page", "run_bill", "recipe_plan", "markup", "bill")),
     *(PACKAGE / "plan" / f"{n}.py" for n in ("reckon", "pace", "work", "subjects", "assumed", "outlook", "forecast")),
     PACKAGE / "plan" / "claim.py",
+    *(PACKAGE / n for n in ("train/tripwire.py", "train/rollout_watch.py", "model/lineage.py")),
     *(PACKAGE / n for n in ("records.py", "evaluate/intervals.py", "meter/rates.py", "meter/bill.py")),
 ]
 """Files whose texts are shown on a page or by a plan."""
@@ -70,6 +72,13 @@ def whole_run() -> dict:
     return s
 
 
+TRIPPED = (
+    "entropy collapsed: 0.1, and 0.5 at the start, nats a token",
+    "90% of responses are cut off; 3% at the start",
+    "the KL to the start stayed above 0.5 nats a token: it is 0.7",
+    "the reward is being hacked: what is credited as right rose from 30% (25% to 35%) to 80% (75% to 85%), while "
+    "accuracy on 100 held-out problems, by their tasks' own verifier, went from 30% (20% to 40%) to 25% (15% to 35%)",
+)
 THEIRS = "evaluate students the teacher chain_sum torch int8 int4 kd sft grpo cpu kB kWh Wh pennyweight Pennyweight nat"
 
 
@@ -83,6 +92,8 @@ def test_no_text_of_a_report_is_left_in_english(kind):
         lines = metrics(1)
     if kind == "unfinished":
         s |= {"unfinished": True, "arms": {}, "quantized": {}, "gap_recovered": {}}
+        cure = f"{CURES['stuck']}; or loosen [tripwires.rollouts] if this is right"
+        lines = [{"arm": "sft", "seed": 0, "step": 9, "tripped": t, "cure": cure} for t in TRIPPED]
     if kind == "rollouts":
         s["arms"]["grpo"] = s["arms"].pop("kd")
         lines, shown = rollouts(seeds=2), responses()

@@ -42,13 +42,13 @@ def paragraph(text: str, width: int, first: str = "", others: str = "  ") -> str
     """A text in lines of at most ``width`` columns, of which a Korean syllable takes two."""
     if cell_len(text) == len(text):
         return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others)
-    lines = [first]
+    lines, begun = [first], False
     for word in text.split():
-        begun = lines[-1].strip() != first.strip() or (len(lines) > 1 and lines[-1].strip())
         if begun and cell_len(lines[-1]) + 1 + cell_len(word) > width:
             lines.append(others)
             begun = False
         lines[-1] += f" {word}" if begun else word
+        begun = True
     return "\n".join(lines)
 
 

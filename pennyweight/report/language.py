@@ -40,6 +40,7 @@ _SHOWN = re.compile(r'(?<= )(aria-label|title|content)="([^"]*)"')
 _PARTICLES = {"은": "는", "이": "가", "을": "를", "과": "와", "으로": "로"}
 """Behind a last sound that is a consonant: what stands behind a vowel."""
 
+_LONGEST = 1200  # characters of a sentence of ours; what is longer is somebody else's
 _CONSONANTS, _LIKE_L = set("013678LMNRlmnr"), set("178LRlr")  # as digits and letters are read
 
 
@@ -98,6 +99,8 @@ class Language:
     def _translated(self, text: str) -> str:
         """Sentence by sentence where each has a phrase; or as a whole, unless its parts leave less in English."""
         sentences = _PARTS[0].split(text)
+        if len(text) > _LONGEST:
+            return "".join(s if len(s) > _LONGEST else self(s) for s in sentences)
         each = [self._whole(s)[0] for s in sentences[::2]] if len(sentences) > 1 else [None]
         if None not in each:
             return " ".join(filter(None, each))
