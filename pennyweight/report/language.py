@@ -25,7 +25,7 @@ _NUMBER = r"[<+\u2212-]?\d[\d.,/]*(?:e[+\u2212-]?\d+)?"
 _FIGURE = rf"{_NUMBER}(?:–{_NUMBER})?(?:[ \u00a0]?%)?"
 """``93.1 %``, ``1/42``, ``2.6–39``."""
 
-_WORD = r"[^\s,;:]+"
+_WORD = r"[^\s,;:]*[^\s,;:.]"
 
 _PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
 _ENGLISH = re.compile(r"\b[A-Za-z]?[a-z]{2,}\b")
@@ -101,9 +101,9 @@ class Language:
         sentences = _PARTS[0].split(text)
         if len(text) > _LONGEST:
             return "".join(s if len(s) > _LONGEST else self(s) for s in sentences)
-        each = [self._whole(s)[0] for s in sentences[::2]] if len(sentences) > 1 else [None]
-        if None not in each:
-            return " ".join(filter(None, each))
+        each = [self._whole(s) for s in sentences[::2]] if len(sentences) > 1 else []
+        if each and all(said is not None and not left for said, left in each):
+            return " ".join(said for said, _ in each if said)
         whole, left = self._whole(text)
         if whole is not None and not left:
             return whole
