@@ -1,7 +1,7 @@
 """What a training takes, foretold: FLOPs beside published ones, claims checked, hours of published runs foretold from
 others.
 
-    python -m benchmarks.forecast [flops|claims|published ...]
+    python -m benchmarks.forecast [flops|claims|published|runs ...]
 
 ``flops``: FLOPs of a token in training, from a model's shapes, beside what Megatron-Bridge and NeMo publish: model
 TFLOP/s over tokens/s of a device, both to whole numbers, which leaves "rounded" open. Megatron-Bridge counts half of
@@ -12,6 +12,8 @@ routers.
 
 ``published``: device-hours of the 17 runs of the table, each foretold from runs without it; then without its whole
 family (the same makers, often the same machines). Bars are on the former; classes were drawn with the runs in view.
+
+``runs``: recipes planned, run and metered on this machine (``benchmarks/forecast_runs.py``).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable, Hashable
 from statistics import median
 
 from benchmarks.bars import Bars, run_parts
+from benchmarks.forecast_runs import runs
 from pennyweight.plan.claim import check
 from pennyweight.plan.claim_file import read_claim, shipped
 from pennyweight.plan.flops import Training, gating, training
@@ -124,4 +127,4 @@ def _shown(title: str, rows: tuple[Published, ...], group: Callable[[Published],
 
 
 if __name__ == "__main__":
-    run_parts({"flops": flops, "claims": claims, "published": foretold}, sys.argv[1:])
+    run_parts({"flops": flops, "claims": claims, "published": foretold, "runs": runs}, sys.argv[1:])

@@ -5,13 +5,15 @@
 ``r1`` runs recipes/r1.toml: reinforcement has to lift its base by 15 points with intervals apart, and the small student
 that learns from traces has to be better than the same small model under reinforcement alone. ``ways`` runs
 recipes/four_ways.toml: fine-tuning on a teacher's verified traces, reinforcement, on-policy distillation live and
-offline, all from one start. What each cost is the time of the stages that make its student: prompts or traces,
-targets, training; not the start, the teacher and the evaluation, which are the same for all. With ``out`` the runs are
-kept there, and go on from where they stopped.
+offline, all from one start; reinforcement has to end above it. What each cost is the time of the stages that make its
+student: prompts or traces, targets, training; not the start, the teacher and the evaluation, the same for all.
+``metered`` is the same by the run's meter, which counts what a stage took in all tries. With ``out`` the runs are kept
+there, and go on from where they stopped. Bars on an interval over seeds are short where there is one seed alone.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -53,10 +55,41 @@ def points(summary: dict[str, Any], metric: str, before: bool = False) -> float:
     return 100 * arm(summary, before)["metrics"][metric]["mean"]
 
 
+def work(summary: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    """Of the stages that make a stage's student (prompts or traces, targets, training), those so named; else all."""
+    own = names or ("data", "targets", f"{view(summary).method}-")
+    return [s for name, s in summary["stages"].items() if name.startswith(own)]
+
+
 def cost(summary: dict[str, Any]) -> float:
     """Seconds of the stages that make a stage's student."""
-    own = ("data", "targets", f"{view(summary).method}-")
-    return sum(s["seconds"] for name, s in summary["stages"].items() if name.startswith(own))
+    return sum(s["seconds"] for s in work(summary))
+
+
+def metered(summary: dict[str, Any]) -> float:
+    """Seconds of the same, by the run's meter."""
+    return sum((s.get("metered") or {}).get("seconds", 0.0) for s in work(summary))
+
+
+def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """Lines of a run's metrics, of one stage of them."""
+    read = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in read if line.get("stage") == stage]
+
+
+def reached(folder: Path, summary: dict[str, Any], score: float) -> float | None:
+    """Seconds that a way has cost when a held-out check first finds ``score`` with weights that have learnt; None where
+    none does."""
+    steps = [x["step"] - 1 for x in lines(folder, "held_out") if x["held_out_accuracy"] >= score and x["step"] > 1]
+    if not steps:
+        return None
+    behind = [x["seconds"] for x in lines(folder, "train") if x["step"] <= steps[0]]
+    return sum(s["seconds"] for s in work(summary, "data", "targets")) + max(behind, default=0.0)
+
+
+def surely_above(values: list[float]) -> bool:
+    """Whether the interval over seeds lies above 0; never of one seed."""
+    return len(values) > 1 and over_seeds(values).low > 0
 
 
 def spread(values: list[float]) -> str:
@@ -90,7 +123,7 @@ def r1(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
     bars.check("r1.lift", min(lifts), ">=15, intervals apart", min(lifts) >= 15 and apart)
     better = [points(m["small"], "accuracy") - points(m["small_zero"], "accuracy") for m in found]
     print(f"distilled less reinforced, points: {', '.join(f'{b:+.1f}' for b in better)}")
-    sure = min(better) > 0 and (len(better) < 2 or over_seeds(better).low > 0)
+    sure = min(better) > 0 and surely_above(better)
     bars.check("r1.distilled_over_reinforced", sum(better) / len(better), ">0, interval over seeds", sure)
     bars.check("r1.minutes", max(seconds) / 60, f"<={MINUTES}", max(seconds) <= 60 * MINUTES)
 
@@ -99,11 +132,17 @@ def ways(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
     found, _ = made("four_ways", seeds, out, threads)
     told(found, [("start", "sft", True), *((w, w, False) for w in WAYS)])
     for way in WAYS:
-        work = [m[way]["stages"] for m in found]
-        trained = sum(
-            s["tokens"] for w in work for n, s in w.items() if n.startswith(("sft-", "grpo-", "on_policy-", "off"))
+        of = [m[way] for m in found]
+        trained = [sum(w["tokens"] for w in work(s, f"{view(s).method}-")) for s in of]
+        wrote = [sum(x["generated"] for x in lines(out / f"four_ways-{n}" / way, "rollout")) for n in seeds]
+        print(
+            f"{way}: tokens trained {sum(trained) / len(of):,.0f}, written by the student {sum(wrote) / len(of):,.0f}; "
+            f"metered seconds {spread([metered(s) for s in of])}"
         )
-        print(f"{way}: {trained / len(work):,.0f} tokens trained")
+    lift = [points(m["rl"], "accuracy") - points(m["rl"], "accuracy", True) for m in found]
+    print(f"rl less its start, points: {', '.join(f'{d:+.1f}' for d in lift)}")
+    bars.check("ways.rl_over_start", sum(lift) / len(lift), ">0, interval over seeds", surely_above(lift))
+    matched(bars, found, seeds, out)
     mean = {w: sum(points(m[w], "accuracy") for m in found) / len(found) for w in WAYS}
     paid = {w: sum(cost(m[w]) for m in found) / len(found) for w in WAYS}
     on_rl = [points(m["on_policy"], "accuracy") - points(m["rl"], "accuracy") for m in found]
@@ -119,6 +158,21 @@ def ways(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
         over = [points(m[way], "accuracy") - points(m["sft"], "accuracy") for m in found]
         print(f"{way} less sft, points: {', '.join(f'{d:+.1f}' for d in over)}")
         bars.check(f"ways.{way}_over_sft", min(over), ">0 in each seed", min(over) > 0)
+
+
+def matched(bars: Bars, found: list[Made], seeds: list[int], out: Path) -> None:
+    """What live on-policy distillation has cost where it first does as well on the held-out problems of its checks as
+    reinforcement did at its last one, beside what that had cost when it first did. The others have no such checks."""
+    shares = []
+    for seed, m in zip(seeds, found, strict=True):
+        of = {way: out / f"four_ways-{seed}" / way for way in ("rl", "on_policy")}
+        score = lines(of["rl"], "held_out")[-1]["held_out_accuracy"]
+        took = {way: reached(folder, m[way], score) for way, folder in of.items()}
+        told = ", ".join(f"{way} {'never' if t is None else f'after {t:.1f} s'}" for way, t in took.items())
+        print(f"seed {seed}: {100 * score:.1f} % on held-out checks is reached by {told}")
+        rl, mine = took["rl"], took["on_policy"]
+        shares.append(mine / rl if rl and mine is not None else float("inf"))
+    bars.check("ways.on_policy_cost_at_rl_score", max(shares), "<=0.333 in each seed", max(shares) <= 1 / 3)
 
 
 PARTS = {"r1": r1, "ways": ways}

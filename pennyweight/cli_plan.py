@@ -161,6 +161,7 @@ def _recipe(
     from pennyweight.chain_file import load
     from pennyweight.plan.assumed import read_or_assume
     from pennyweight.plan.reckon import reckon, together
+    from pennyweight.plan.seen import seen_pace, seen_rows
     from pennyweight.plan.subjects import subjects_of
     from pennyweight.plan.work import rows_of
     from pennyweight.recipe import Recipe
@@ -169,12 +170,46 @@ def _recipe(
     place = Path("runs") / read.name
     recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
     found, made, machine = {}, {}, _machine(known, on)
+    tried = _tried(read) if machine.measured else {}
     for stage, recipe in recipes.items():
-        of = subjects_of(recipe, made, read_or_assume)
-        pace, rented = machine(recipe, precision), _price_of(known, machine.chip, recipe, price)
-        found[stage] = reckon(recipe, of, rows_of(recipe, length), pace, rented)
+        seen = tried.get(stage, {})
+        of = subjects_of(recipe, made, read_or_assume, seen.get("vocabulary"))
+        rows, rented = rows_of(recipe, length), _price_of(known, machine.chip, recipe, price)
+        rows = rows if length else seen_rows(rows, seen)
+        found[stage] = reckon(recipe, of, rows, seen_pace(machine(recipe, precision), of, seen), rented)
         made |= of.made_in(str(place / stage))
     return found[""] if "" in found else together(read.name, found)
+
+
+def _tried(read: Any) -> dict[str, Any]:
+    """What a rehearsal sees of a recipe, or of each of a chain, in a process of its own; models wait in a folder that
+    goes away.
+
+    Raises:
+        RecipeError: the recipe cannot be run: what its run would say.
+    """
+    import json
+    import subprocess
+    import sys
+    from tempfile import TemporaryDirectory
+
+    from pennyweight.progress import say
+    from pennyweight.recipe import Recipe
+
+    with TemporaryDirectory() as place:
+        recipes = {"": read} if isinstance(read, Recipe) else read.recipes(Path(place))
+        asked = {"place": place, "recipes": {k: r.model_dump(mode="json") for k, r in recipes.items()}}
+        say("plan: some steps of each kind are tried on this machine ...")
+        done = subprocess.run(
+            [sys.executable, "-m", "pennyweight.rehearsal"], input=json.dumps(asked).encode(), capture_output=True
+        )
+    if done.returncode:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
+        raise RecipeError(f"trying the recipe failed: {last[0]}; leave out --on this to plan without trying")
+    reply = json.loads(done.stdout)
+    if "refused" in reply:
+        raise RecipeError(f"the recipe was tried, and stopped: {reply['refused']}")
+    return reply["seen"]
 
 
 class _machine:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pennyweight.data.lengths import lengths
 from pennyweight.errors import Overspent, Stopped
 from pennyweight.ledger.environment import environment
 from pennyweight.meter.bill import bill, per_point
 from pennyweight.meter.meter import BETWEEN
+from pennyweight.meter.peak import peak_memory
 from pennyweight.meter.rates import allowance_of
 from pennyweight.progress import Counter, counting, say
 from pennyweight.report.trackers import trackers
@@ -21,10 +23,15 @@ _STEPS, _SECONDS = 20, 60.0  # of a training, after which its length is foretold
 
 
 class Line:
-    """What the stages of a run are handed. ``foretold``: what it was reckoned to take, if that could be."""
+    """What the stages of a run are handed.
 
-    def __init__(self, run: Any, bench: Any, foretold: dict[str, Any] | None = None):
-        self.foretold = foretold
+    Args:
+        foretold: ``plan.reckon``'s, of this run, if that could be.
+        retold: ``plan.seen``'s, which tells the rest of it anew.
+    """
+
+    def __init__(self, run: Any, bench: Any, foretold: Any = None, retold: Any = None):
+        self.foretold, self._retold = foretold, retold
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
         self.bench, self.compute = bench, bench.compute
         settings = self.recipe.model_dump(mode="json")
@@ -38,7 +45,7 @@ class Line:
             )
             self.allowance.check()
         bench.counting = self.counting
-        reckoned = foretold and foretold["total"]
+        reckoned = foretold and foretold.found["total"]
         run.ledger.append("run", {"recipe": settings, "version": __version__, "foretold": reckoned})
         run.ledger.append("environment", environment(self.compute.hardware, bench.threads))
 
@@ -48,13 +55,20 @@ class Line:
     def __exit__(self, *exc: object) -> None:
         self.trackers.close()
 
+    def account(self) -> dict[str, Any]:
+        """Where and in which stages the run was made, and what its ledger comes to."""
+        return {"environment": environment(self.compute.hardware, self.bench.threads), **self.run.account()}
+
     def bill(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """What the run took, beside what was foretold, and for what."""
         meter, spent = self.run.meter, self.allowance.spent() if self.allowance else {}
-        found = bill(self.foretold, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN)
+        found = bill(
+            self.foretold and self.foretold.found, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN
+        )
         arms = summary["arms"]
         gained = [arms.get(a, {}).get("metrics", {}).get("accuracy") for a in ("base", self.recipe.method.kind)]
-        return found | {"per_point": per_point(spent, *(g and g["mean"] for g in gained))}
+        anew = [f for f in self.run.ledger.told("forecast") if "whole_seconds" in f]
+        return found | {"per_point": per_point(spent, *(g and g["mean"] for g in gained)), "anew": anew}
 
     def over(self) -> bool:
         """Whether the budget lets the run go on no longer."""
@@ -76,9 +90,21 @@ class Line:
             left = (steps - step) * took / done
             say(f"{stage}: {took / done:,.3g} s a step, {left:,.0f} s to go")
             entry = {"stage": stage, "step": step, "seconds": round(left, 3), "step_seconds": round(took / done, 6)}
-            self.run.ledger.append("forecast", entry)
+            self.run.ledger.append("forecast", entry | self._whole(stage, left, steps * took / done))
 
         return reached
+
+    def _whole(self, stage: str, left: float, whole: float) -> dict[str, float]:
+        """``whole_seconds`` of the run, told anew while a student trains: what was metered, what is left of its stage,
+        and what then comes."""
+        over = self.run.stages()
+        if self.foretold is None or "targets" not in over or not self.bench.group.first:
+            return {}  # a teacher from nothing trains, and how long rows are is not known
+        come = self._retold(*self.foretold.parts, lengths(self.bench.encoded, self.recipe.train), stage, whole, over)
+        seconds = self.run.meter.whole().seconds + left + come
+        say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
+        peaks = (s.get("peak_memory_bytes") or 0 for s in over.values())
+        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": max(peak_memory(), *peaks)}
 
     @contextmanager
     def counting(self, label: str, total: int, unit: str) -> Iterator[Counter]:

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pennyweight.bench import Bench
+from pennyweight.data.lengths import lengths, mean_row, padding
 from pennyweight.data.pack import Batch, packer
 from pennyweight.data.prepare import Writer, both_sides, gather, problems_of
 from pennyweight.data.render import encode_all, prompt_ids
@@ -45,7 +46,7 @@ from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
-_ROWS, _OWN, _HELD_OUT = 512, 48, 48  # that are looked at; of the teacher's own samples; to be scored
+_ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are looked at; of the teacher's own samples; to be scored
 _WRITTEN = 64  # rows written at once
 _SECONDS, _LEAST, _MOST = 1.5, 4, 60  # of a training that is timed, and its steps
 
@@ -66,7 +67,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if isinstance(some.teacher, TrainedTeacher):
         by.teacher(some.teacher, recipe.data.eval_fraction)
         _mark(folder / "teacher")
-    by.data(writes=not made)
+    kept = by.data(writes=not made)
     student = by.start()
     told = by.targets() if recipe.method.kind not in TEXT_ONLY and recipe.targets.kind != "dense" else None
     for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
@@ -78,7 +79,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     elif recipe.data.responses.by == "teacher" or recipe.evaluate.problems:
         by.written("teacher", bench.teacher)
     return {
-        "rows": _rows(bench.encoded, recipe.train),
+        "rows": lengths(bench.encoded, recipe.train) | {"kept": kept},
         "timed": timed,
         "bytes_per_token": None if made else told,
         "vocabulary": len(bench.language.tokenizer),
@@ -92,7 +93,7 @@ class _Timing:
         self.bench, self.folder, self.timed = bench, folder, timed
 
     def note(self, what: str, seconds: float, **of: Any) -> None:
-        """``seconds`` for rows of ``length`` tokens and ``new`` ones, ``steps`` times ``rows``."""
+        """``seconds`` for so many ``rows`` of ``length`` tokens and ``new`` ones."""
         self.timed.append({"what": what, "seconds": seconds, "memory": peak_memory(), **of})
         start_peak()
 
@@ -106,10 +107,11 @@ class _Timing:
         self.trained("teacher", model, t.schedule, next_batch, encoded)
         save(model, tokenizer, self.folder / "teacher")
 
-    def data(self, writes: bool) -> None:
+    def data(self, writes: bool) -> float:
+        """The share of samples that is kept: those that are too long are not."""
         bench, d = self.bench, self.bench.recipe.data
 
-        def writer(member: str | None, source: TeacherSamples | None = None) -> Writer:
+        def writer(member: str | None, source: Any = None) -> Writer:
             speaker = bench.sampling(source) if source else bench.answering
             place = (speaker, speaker.tokenizer, self.folder / "parts")
             return Writer(*place, bench.recipe.seed, bench.counting, bench.asked_in, d.too_long)
@@ -125,7 +127,8 @@ class _Timing:
             encoded = [*bench.encoded, *bench.held_out.encoded]
             new = fmean(len(e.loss_positions) for e in encoded)
             length = max(1.0, fmean(len(e.ids) for e in encoded) - new)
-            self.note("data", took, steps=1, rows=rows, length=length, new=new)
+            self.note("data", took, rows=rows, length=length, new=new)
+        return found["train"] / (found["train"] + found["train_left_out"])
 
     def start(self) -> Loaded:
         """The student as it would begin, saved and opened again: how long that takes is what opening takes."""
@@ -143,7 +146,7 @@ class _Timing:
         """Bytes a token."""
         began, encoded = time.perf_counter(), self.bench.encoded
         facts, _ = self.bench.label()
-        self.note("targets", time.perf_counter() - began, steps=1, **_mean(encoded))
+        self.note("targets", time.perf_counter() - began, **mean_row(encoded))
         return facts["bytes_per_token"]
 
     def arm(self, arm: str) -> None:
@@ -179,8 +182,8 @@ class _Timing:
                     should_stop=enough,
                 )
         steps = [b - a for a, b in itertools.pairwise(stamps[1:])] or [stamps[-1] - stamps[0]]
-        mean = _mean(encoded)
-        self.note(f"train {what}", median(steps), steps=1, **mean | {"rows": s.batch, **_padding(encoded, s)})
+        how = {"rows": s.batch, "rank": s.lora.rank if s.lora else 0, "recompute": s.gradient_checkpointing}
+        self.note(f"train {what}", median(steps), **mean_row(encoded) | how | padding(encoded, s))
 
     def scored(self, student: Loaded) -> None:
         bench, compute = self.bench, self.bench.compute.measuring
@@ -188,7 +191,7 @@ class _Timing:
         reference = as_scorer(bench.teacher, compute) if bench.reference else None
         began = time.perf_counter()
         score(encoded, learnt_bytes(encoded, student.tokenizer), as_scorer(student, compute), reference, student.pad_id)
-        self.note("score", time.perf_counter() - began, steps=1, both=bool(reference), **_mean(encoded))
+        self.note("score", time.perf_counter() - began, both=bool(reference), **mean_row(encoded))
 
     def written(self, who: str, model: Loaded) -> None:
         """Rows written from the prompts there are, as many tokens as their responses have."""
@@ -202,7 +205,7 @@ class _Timing:
         how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
         generate(model.model, prompts, max_tokens=max(1, new), **how)
         length = fmean(map(len, prompts))
-        self.note(f"write {who}", time.perf_counter() - began, steps=1, rows=_WRITTEN, length=length, new=new)
+        self.note(f"write {who}", time.perf_counter() - began, rows=_WRITTEN, length=length, new=new)
 
 
 def _some_of(recipe: Recipe, made: bool) -> Recipe:
@@ -229,26 +232,6 @@ def _some_of(recipe: Recipe, made: bool) -> Recipe:
 
 def _fewer(task: dict[str, Any]) -> dict[str, Any]:
     return task | {"size": min(task["size"], _ROWS)}
-
-
-def _mean(encoded: Sequence[Encoded]) -> dict[str, float]:
-    """Rows, their mean length, and the share of tokens that is learnt."""
-    tokens = sum(len(e.ids) for e in encoded)
-    learnt = sum(len(e.loss_positions) for e in encoded) / max(1, tokens)
-    return {"rows": len(encoded), "length": tokens / max(1, len(encoded)), "learnt": learnt}
-
-
-def _padding(encoded: Sequence[Encoded], s: Schedule) -> dict[str, float]:
-    """How many times the tokens of a training are computed, rows being filled up to the longest beside them."""
-    if s.pack or not encoded:
-        return {"padded": 1.0}
-    batches = packer(list(encoded), s, 0, PAD_ID, max(len(e.ids) for e in encoded))
-    some = [b for step in range(max(4, min(50, 512 // s.batch))) for b in batches(step)]
-    return {"padded": sum(b.ids.numel() for b in some) / max(1, sum(b.tokens for b in some))}
-
-
-def _rows(encoded: Sequence[Encoded], s: Schedule) -> dict[str, float]:
-    return _mean(encoded) | _padding(encoded, s) | {"samples": float(len({e.id.partition(":")[0] for e in encoded}))}
 
 
 def _mark(folder: Path) -> None:

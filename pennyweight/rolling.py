@@ -17,13 +17,13 @@ from pennyweight.errors import DataError, RecipeError
 from pennyweight.loss.chunked import label_logprobs
 from pennyweight.model.device import Compute
 from pennyweight.model.loaded import Loaded
-from pennyweight.progress import counting
+from pennyweight.progress import Counter, say
 from pennyweight.records import Sample, Task, Verdict
 from pennyweight.settings import GrpoMethod, OfflineMethod, Schedule
 from pennyweight.teacher.cache import TargetCache
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.targets import Keep
-from pennyweight.train.rollout import Judge, Roller, Rollout
+from pennyweight.train.rollout import Judge, Roller, Rollout, Round
 from pennyweight.train.tripwire import UNWATCHED, Watch
 
 
@@ -80,9 +80,14 @@ def steps(
     write = lambda line: journal.write({"arm": arm, "seed": seed, **line})  # noqa: E731
     if isinstance(method, OfflineMethod):
         return _offline(bench, roller, row.apply, lambda line: write({"stage": "rollout", **line})), UNWATCHED
+    if row.asks and bench.recipe.targets.kind in ("top_k", "hidden"):
+        say(
+            f"{arm}: the teacher is asked live for its whole distribution, and nothing of it is kept, so that "
+            f"targets.kind={bench.recipe.targets.kind} changes nothing; method.kind=offline goes by kept targets"
+        )
     asked = Asked(reference_of(begin, method, bench.compute), *_teacher_of(bench, row))
-    given = getattr(method, "given", 0.0)
-    others = replace(bench.batches(schedule, seed), batch=max(1, round(schedule.batch * given))) if given else None
+    given = given_of(schedule, method)
+    others = replace(bench.batches(schedule, seed), batch=given) if given else None
     held_out, limits = read_samples(bench.folder / "data" / "eval.jsonl"), bench.recipe.tripwires.rollouts
     rounds = -(-schedule.steps // method.updates)
     watch = lookout(roller, limits, rounds, held_out, judge, write, bench.folder, f"{arm}-{seed}")
@@ -118,30 +123,44 @@ def steps_of(
             log({"step": step + 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
         mine = whole.part(part, method.updates).first(getattr(method, "first", 1.0))
         signal = Written(mine.groups, mine.of, **vars(asked))
-        batches = mine.batches(schedule.micro_batch or schedule.batch, roller.pad_id)
+        micro, all_of_them = schedule.micro_batch or schedule.batch, getattr(method, "cut_off", "learnt") == "learnt"
+        batches = mine.batches(micro, roller.pad_id, all_of_them)
         return [apply(b, method, signal) for b in (*batches, *(others(step) if others else ()))]
 
     return next_batch
 
 
 def _offline(bench: Any, roller: Roller, apply: Any, log: Callable[[dict[str, Any]], None]) -> Any:
-    """Steps over rollouts that the start writes now, with targets that the teacher gives them now."""
+    """Steps over rollouts that the start writes once, with targets that the teacher gives them once: when the first
+    step asks for its batches, so that the loop's clock has both. Both are kept for a run that goes on."""
+    made: list[tuple[Callable[[int], list[Batch]], Callable[[Batch], Any]]] = []
+
+    def next_batch(step: int) -> list[Batch]:
+        if not made:
+            whole = roller(0, may_write=step == 0)  # later than that the weights are no longer the start's
+            if step == 0:
+                log({"step": 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
+            made.append(_scored(bench, roller, whole))
+        packed, signal = made[0]
+        return [apply(b, roller.method, signal) for b in packed(step)]
+
+    return next_batch
+
+
+def _scored(bench: Any, roller: Roller, whole: Round) -> tuple[Callable[[int], list[Batch]], Callable[[Batch], Any]]:
+    """step -> micro-batches of a round's rollouts; and the teacher at their loss positions."""
     method, schedule, t = roller.method, bench.recipe.train, bench.recipe.targets
-    whole = roller(0, may_write=True)
-    log({"step": 1, **{k: round(v, 6) for k, v in whole.facts().items()}})
     rollouts = [r.encoded for group in whole.first(method.first).groups for r in group]  # type: ignore[union-attr]
-    packed = replace(packer(rollouts, schedule, roller.seed, roller.pad_id, bench.context), pack=schedule.pack)
+    packed = packer(rollouts, schedule, roller.seed, roller.pad_id, bench.context)
     if t.kind == "dense":
-        return lambda step: [apply(b, method, bench.labelling.dense) for b in packed(step)]
+        return packed, bench.labelling.dense
     temperature = 1.0 if t.kind == "hidden" else method.temperature  # type: ignore[union-attr]
     keep = Keep(t.kind, getattr(t, "threshold", 0.0), getattr(t, "k", 0), temperature, t.precision)
     made_by = f"{bench.labelling.fingerprint} on {bench.compute.name}"
     place, label = roller.folder / "targets", lambda some, keep: bench.labelling.targets(some, keep)
     cache = TargetCache(place, made_by, keep, bench.language.vocabulary, t.shard, label)
-    with counting("targets of rollouts", len(rollouts), "rollouts") as c:
-        cache.fill(rollouts, c.advance)
-    signal = lambda batch: cache.signal(batch, bench.compute.device, lambda: bench.local.head)  # noqa: E731
-    return lambda step: [apply(b, method, signal) for b in packed(step)]
+    cache.fill(rollouts, Counter("targets of rollouts", len(rollouts), "rollouts").advance)
+    return packed, lambda batch: cache.signal(batch, bench.compute.device, lambda: bench.local.head)
 
 
 def _teacher_of(bench: Any, row: Any) -> tuple[Callable[[Batch], Tensor], Callable[[Batch], Any]]:
@@ -165,17 +184,32 @@ def reference_of(start: Loaded, method: Any, compute: Compute) -> Callable[[Batc
     return lambda batch: _logprobs(model, batch)
 
 
+def given_of(schedule: Schedule, method: Any) -> int:
+    """Of a step's samples those that are the data's: at least one where any are asked for, and never all.
+
+    Raises:
+        RecipeError: a step has one sample alone.
+    """
+    share = getattr(method, "given", 0.0)
+    if share and schedule.batch < 2:
+        raise RecipeError(
+            f"method.given={share:g} asks for samples of the data beside the student's own, and train.batch=1 has room "
+            "for one sample; set train.batch=2 or more, or method.given=0"
+        )
+    return min(schedule.batch - 1, max(1, round(schedule.batch * share))) if share else 0
+
+
 def groups_of(schedule: Schedule, method: Any) -> int:
     """Prompts of a round; of a step's responses those are left out that are to be samples of the data.
 
     Raises:
-        RecipeError: they are not a whole number of groups.
+        RecipeError: they are not a whole number of groups, or there is no room for them.
     """
     if isinstance(method, OfflineMethod):
         what, count, rounds = "method.rollouts", method.rollouts, 1
     else:
-        given = round(schedule.batch * getattr(method, "given", 0.0))
-        what, count, rounds = "train.batch", schedule.batch - given, method.updates
+        count, rounds = schedule.batch - given_of(schedule, method), method.updates
+        what = "train.batch less method.given" if count < schedule.batch else "train.batch"
     if count % method.group:
         raise RecipeError(
             f"{count} responses ({what}) are not a whole number of groups of method.group={method.group}; make the one "

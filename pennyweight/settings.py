@@ -261,7 +261,7 @@ class RolloutTripwires(Settings):
     repeated: float = Field(default=0.8, gt=0, le=1, description="share of runs of 4 tokens that were there before")
     cut_off: float = Field(default=0.95, gt=0, le=1, description="share of responses that filled max_tokens")
     stuck: float = Field(
-        default=0.98, gt=0, le=1, description="share of groups that are all alike, and not because all are right"
+        default=0.98, gt=0, le=1, description="grpo: share of groups all alike, and not because all are right; 1: never"
     )
     reward_low: float = Field(
         default=0.5, ge=0, lt=1, description="running mean of the reward below this share of its best"

@@ -19,7 +19,6 @@ from pennyweight.data.render import dropped_thoughts, encode_all
 from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
-from pennyweight.ledger.environment import environment
 from pennyweight.ledger.hashing import content_hash
 from pennyweight.line import Line
 from pennyweight.methods import METHODS, check
@@ -31,6 +30,7 @@ from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.plan.published import published
 from pennyweight.plan.reckon import within_budget
+from pennyweight.plan.seen import retold
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
@@ -65,7 +65,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     bench = Bench(recipe, out)
     device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
     opened = open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device))
-    with opened as run, Line(run, bench, foretold) as line:
+    with opened as run, Line(run, bench, foretold, retold) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)
@@ -234,9 +234,10 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
     depends: dict[str, Any] = {"train": recipe.hash_of("train"), "method": method.model_dump(mode="json"), "seed": seed}
     depends |= {"compute": line.compute.name, "start": start.outputs, "data": data.facts["train_stream"]}
     if METHODS[arm].asks or METHODS[arm].signals(method):
-        depends |= {"targets": targets.outputs, "kind": recipe.targets.kind, "teacher": teacher.facts["fingerprint"]}
-    if METHODS[arm].rolls:  # what it writes to, and is judged by
-        depends |= {"samples": data.outputs, **made_with(getattr(method, "reward", None))}
+        kind = recipe.hash_of("targets") if METHODS[arm].asks else recipe.targets.kind
+        depends |= {"targets": targets.outputs, "kind": kind, "teacher": teacher.facts["fingerprint"]}
+    if METHODS[arm].rolls:  # what it writes to, in how many tokens, and is judged by
+        depends |= {"samples": [data.outputs, recipe.data.context], **made_with(getattr(method, "reward", None))}
 
     def make(work: Path) -> Made:
         begin, place = line.bench.to_train(line.folder / next(iter(start.outputs)), seed), f"arms/{arm}-{seed}"
@@ -248,8 +249,7 @@ def an_arm(line: Line, arm: str, seed: int, start: Done, teacher: Done, data: Do
             by = (teacher.facts, data.facts, recipe.name, recipe.teacher.kind == "endpoint")
             lineage = tuned_further(begin.taught_by, method, *by)
             save(begin.model, begin.tokenizer, line.folder / place, line.bench.student_dtype, lineage)
-        facts = {"steps": outcome.steps, "tokens": outcome.tokens}
-        return Made(facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
+        return Made(outcome.facts, outcome.tokens, [place, *watch.shown()], outcome.seconds)
 
     return line.run.stage(f"{arm}-{seed}", depends, make, shared=True)
 
@@ -297,9 +297,9 @@ def the_evaluations(line: Line, made: Finished) -> dict[str, dict[str, Any]]:
     for by_seed in made.arms.values():
         models |= {d.name: (line.folder / "arms" / d.name, d.outputs) for d in by_seed.values()}
     models |= {fmt: (line.folder / f"student-{fmt}", d.outputs) for fmt, d in made.copies.items()}
-    text = [content_hash(t), line.recipe.data.context] if (t := line.recipe.evaluate.text) else None
+    text = content_hash(t) if (t := line.recipe.evaluate.text) else None
     shared = {"evaluate": line.recipe.hash_of("evaluate", "seed"), "text": text, "teacher": teacher}
-    shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"]]}
+    shared |= {"data": [made.data.outputs, made.data.facts["eval_stream"], line.recipe.data.context]}
     parents = dict.fromkeys(made.copies, made.student.outputs)
     depends = {n: {**shared, "model": outputs, "parent": parents.get(n)} for n, (_, outputs) in models.items()}
     return {name: an_evaluation(line, name, path, depends[name]) for name, (path, _) in models.items()}
@@ -342,7 +342,7 @@ def the_report(line: Line, made: Finished, evaluations: dict[str, dict[str, Any]
     )
     overlap = text_overlap(recipe.evaluate.text, line.folder / "data" / "train.jsonl")
     summary |= {"targets": made.targets.facts, "data": {**made.data.facts, **overlap}}
-    summary |= {"environment": environment(line.compute.hardware, line.bench.threads), **line.run.account()}
+    summary |= line.account()
     summary["bill"] = line.bill(summary)
     write_json(line.folder / "evaluation" / "shown.json", shown_samples(evaluations, recipe.evaluate.shown))
     write_json(line.folder / "summary.json", summary)

@@ -47,6 +47,7 @@ class Lookout(Watch):
     name: str
     early: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
+    passed: int | None = None
 
     @property
     def armed(self) -> bool:  # type: ignore[override]
@@ -78,7 +79,7 @@ class Lookout(Watch):
             self.shown()
 
     def _check(self) -> None:
-        """Most likely answers to the held-out problems."""
+        """Most likely answers to the held-out problems, by the weights before this step."""
         roller, tokenizer = self.roller, self.roller.loaded.tokenizer
         made = roller.write([prompt_ids(s, tokenizer) for s in self.problems], 0.0, roller.seed)
         texts = [text_of(tokenizer, g.ids) for g in made]
@@ -88,6 +89,8 @@ class Lookout(Watch):
         counts = {"held_out_accuracy": round(found.mean, 6), **bounds, "held_out_problems": len(right)}
         self.write({"stage": "held_out", "step": self.step, **counts})
         self.watch.compare(right)
+        if not self.armed:
+            self.passed = self.step - 1
 
     def _right(self, text: str, sample: Sample) -> bool:
         assert sample.task is not None
@@ -138,9 +141,10 @@ def lookout(
         held_out: samples, of which those that have a task and leave room for a response are asked, up to a limit.
         judge, write, root, name: see ``Lookout``.
     """
-    reward = getattr(roller.method, "reward", None)
+    reward, beside = getattr(roller.method, "reward", None), getattr(roller.method, "rewarded", None)
     room = lambda s: len(prompt_ids(s, roller.loaded.tokenizer)) < roller.context  # noqa: E731
     problems = [s for s in held_out if s.task and s.prompt and room(s)][: limits.held_out_problems]
     every = max(1, rounds // 10) if limits.held_out_every is None else limits.held_out_every
-    watch = RolloutWatch(limits, reward.most if reward else 0.0, bool(reward and reward.accuracy))
+    of_reward = reward.most if reward else 0.0, bool(reward and reward.accuracy)
+    watch = RolloutWatch(limits, *of_reward, pulls=beside != 0, taught=beside is not None)
     return Lookout(watch, roller, problems, every, judge, write, root, name)

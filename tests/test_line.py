@@ -160,7 +160,7 @@ def test_a_second_call_runs_nothing(copy):
         ("evaluate.problems=4", {"evaluate-teacher", "evaluate-kd-1"}, {"kd-0", "int4", "data"}),
         ("seeds=[0,1,2]", {"sft-2", "kd-2", "evaluate-kd-2"}, {"kd-0", "kd-1", "data", "evaluate-kd-0"}),
         ("seed=5", {"data", "evaluate-teacher", "evaluate-int4"}, {"kd-0", "targets", "int4"}),
-        ("data.context=40", {"data", "start-0"}, {"targets", "kd-0"}),  # every sample fits in both
+        ("data.context=40", {"data", "start-0", "evaluate-kd-0"}, {"targets", "kd-0"}),  # every sample fits in both
         ("compute.dtype=bfloat16", {"teacher", "kd-0"}, set()),
         ("tripwires.loss_spike=9.0", set(), {"teacher", "kd-0", "data", "evaluate-kd-0"}),
         ("train.checkpoint_every=3", set(), {"kd-0", "data", "evaluate-kd-0"}),

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_line import stages
 
 from pennyweight.errors import MethodError, ModelError
 from pennyweight.model.lineage import TAUGHT_BY, check_start, read_lineage, tuned_further
@@ -17,6 +18,7 @@ from pennyweight.settings import GrpoMethod, KdMethod, OfflineMethod, OnPolicyMe
 
 A = {"name": "a", "fingerprint": "aa" * 32}
 B = {"name": "b", "fingerprint": "bb" * 32}
+NAMED_GIVEN = {"name": "given", "fingerprint": "dd" * 32}
 BOTH = {"name": "a, b", "fingerprint": "cc" * 32, "members": {"x": A, "y": B}}
 OF_A, OF_B = (Taught(t["name"], t["fingerprint"], "sft", "run") for t in (A, B))
 UNKNOWN = Taught("r1.jsonl", None, "sft", "run")
@@ -32,6 +34,7 @@ def data(*authors):
         (None, SftMethod(), A, ["a"], (OF_A,)),
         ((), SftMethod(), A, ["given"], (UNKNOWN,)),
         ((OF_B,), SftMethod(), A, ["a", "given"], (OF_B, OF_A, UNKNOWN)),
+        ((), SftMethod(), NAMED_GIVEN, ["given"], (UNKNOWN,)),  # which may as well have come with the data
         ((OF_A,), SftMethod(), A, ["a"], (OF_A,)),
         ((), SftMethod(), BOTH, ["a", "b"], (OF_A, OF_B)),
         ((), KdMethod(), A, ["given"], (Taught("a", A["fingerprint"], "kd", "run"),)),
@@ -104,7 +107,18 @@ def test_offline_goes_by_it(tiny_run, tmp_path, typed, monkeypatch):
     code, _, err = typed(*asked, "--teacher", "teacher", "--out", "sound")
     assert code == 0 and "sound for a start" not in err, err
     assert taught_by("sound/student") == taught_by("student")
-    assert json.loads((tmp_path / "sound" / "summary.json").read_text())["start"] == {"unsure": None}
+    summary = json.loads((tmp_path / "sound" / "summary.json").read_text())
+    assert summary["start"] == {"unsure": None}
+    lines = [json.loads(x) for x in (tmp_path / "sound" / "metrics.jsonl").read_text().splitlines()]
+    (written,) = [x for x in lines if x["stage"] == "rollout"]  # which the summary of a chain counts tokens by
+    assert (written["arm"], written["seed"], written["step"]) == ("offline", 0, 1) and written["generated"] > 0
+    for changes, reruns in (
+        (("targets.k=5",), {"targets", "offline-0"}),
+        (("targets.k=5", "data.context=48"), {"data", "offline-0", "evaluate-offline-0", "evaluate-base-0"}),
+    ):
+        more, before = [x for s in changes for x in ("--set", s)], len(stages(tmp_path / "sound"))
+        assert typed(*asked, *more, "--teacher", "teacher", "--out", "sound")[0] == 0
+        assert reruns <= set(stages(tmp_path / "sound")[before:]), changes
 
     (tmp_path / "student" / TAUGHT_BY).unlink()  # as one that was downloaded
     code, _, err = typed(*asked, "--teacher", "other", "--out", "unsure")

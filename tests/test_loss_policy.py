@@ -84,6 +84,20 @@ def test_k3_is_never_negative_and_its_mean_is_the_kl():
     assert float((q * value).sum()) == pytest.approx(float((q * (q / p).log()).sum()), rel=1e-12), f"seed {seed}"
 
 
+def test_the_kl_to_what_wrote_is_the_exact_one_in_the_mean():
+    """Over all tokens, each as often as the old weights write it: KL(old || new), not what comes of the other way."""
+    seed = fresh()
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        old, new = torch.log_softmax(1.5 * torch.randn(2, 6, generator=g, dtype=torch.float64), -1)
+        zero, row = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+        of_each = [
+            policy_terms(new[i : i + 1], Policy(zero, zero, row, old[i : i + 1])).sums["kl_old"] for i in range(6)
+        ]
+        mean = float((old.exp() * torch.tensor(of_each, dtype=torch.float64)).sum())
+        assert mean == pytest.approx(float((old.exp() * (old - new)).sum()), rel=1e-10), f"seed {seed}"
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kl", [0.0, 0.04])

@@ -3,7 +3,9 @@ and a student that comes nearer to its teacher at what it writes itself."""
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,19 +19,20 @@ from truth import fresh
 from pennyweight.data.pack import Packer
 from pennyweight.data.render import encode_all
 from pennyweight.data.store import write_samples
-from pennyweight.errors import MethodError, RecipeError
+from pennyweight.errors import DataError, MethodError, RecipeError
 from pennyweight.methods import METHODS
 from pennyweight.methods.on_policy import on_policy
 from pennyweight.model.head import forward_hidden, head_of
 from pennyweight.recipe import DenseTargets, HiddenTargets, TopKTargets
 from pennyweight.recipe_file import parse
-from pennyweight.rolling import Asked, Written, _logprobs, groups_of, steps, steps_of
+from pennyweight.records import Verdict
+from pennyweight.rolling import Asked, Written, _logprobs, given_of, groups_of, steps, steps_of
 from pennyweight.settings import OfflineMethod, OnPolicyMethod, Schedule, Tripwires
 from pennyweight.teacher.local import LocalTeacher
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train import loop
 from pennyweight.train.checkpoint import Checkpoints
-from pennyweight.train.loop import train
+from pennyweight.train.loop import batch_loss, train
 from pennyweight.watching import lookout
 
 WAYS = [{}, {"signal": "token"}, {"divergence": "jsd", "group": 4, "rewarded": 0.3}, {"signal": "token", "updates": 2}]
@@ -105,6 +108,42 @@ def test_only_the_first_tokens_are_learnt(tmp_path):
         before = whole.of[name]
         assert len(r.logprobs) == -(-len(before.logprobs) // 2) == len(r.encoded.loss_positions)
         assert r.encoded.ids == before.encoded.ids[: len(r.encoded.ids)]
+
+
+@pytest.mark.parametrize(("batch", "given"), [(16, 0.02), (16, 0.25), (9, 0.5), (3, 0.99), (2, 0.1)])
+def test_given_samples_and_rollouts_make_one_step_together(batch, given):
+    method, schedule = OnPolicyMethod(given=given), Schedule(batch=batch)
+    assert given_of(schedule, method) >= 1 and groups_of(schedule, method) >= 1
+    assert given_of(schedule, method) + groups_of(schedule, method) == batch
+    assert given_of(schedule, OnPolicyMethod()) == 0
+    with pytest.raises(RecipeError, match="train.batch=1 has room for one sample; set train.batch=2"):
+        groups_of(Schedule(batch=1), method)
+
+
+def test_given_samples_were_written_by_nobody_and_say_nothing_of_the_kl(tmp_path):
+    """In the second step of a round: what is measured of rollouts is theirs, with given samples beside them or not."""
+    seed = fresh()
+    loaded, teacher = student(seed), student(seed + 1)
+    method = OnPolicyMethod(max_tokens=8, group=2, rewarded=0.5, updates=2, given=0.5)
+    rolls = replace(roller(tmp_path, loaded), method=method, groups=6)
+    made = rolls(0, True)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.2)
+    signal = Written(made.groups, made.of, **vars(asks(teacher)))
+    texts = [s.answered(f"now: {i}", "given", True) for i, s in enumerate(asked())]
+    given = on_policy(Packer(encode_all(texts, tokenizer(), CONTEXT, "refuse"), 6, 6, 0, 0)(0)[0], method, signal)
+    mine = [on_policy(b, method, signal) for b in made.batches(5, 0)]
+    assert given.policy is None and given.kd_weight.sum() == given.count
+
+    def measured(batches):
+        copied = copy.deepcopy(loaded.model).train()
+        forward = lambda b, m: batch_loss(copied, head_of(copied), b, FLOAT32, m)  # noqa: E731
+        return loop._step(copied, torch.optim.SGD(copied.parameters(), 0.0), batches, forward, 1.0, True, loop.ALONE)[0]
+
+    alone, beside = measured(mine), measured([given, *mine])
+    assert alone["kl_old"] > 0
+    for name in ("kl_old", "clipped"):
+        assert beside[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-7), f"seed {seed}"
 
 
 def fit(folder, loaded, next_batch, steps_in_all=30):
@@ -183,14 +222,19 @@ def test_offline_asks_the_teacher_once_and_comes_nearer(tmp_path, targets):
         bench, METHODS["offline"], method, who, "offline", 5, tmp_path / "work", ledger, written, judge, None
     )[0]
     next_batch = make(loaded)
-    assert len(told) == 48 and [x["step"] for x in lines] == [1]
+    assert not told and not lines  # the loop's clock has what is written, and its targets
     fit(tmp_path, loaded, next_batch, 40)
+    assert len(told) == 48 and [x["step"] for x in lines] == [1]
     assert kl_at_its_own_text(tmp_path / "after", loaded, teacher) < 0.7 * before
     if targets.kind != "dense":  # gone on with, nobody is asked again
         bench.labelling = SimpleNamespace(fingerprint=local.fingerprint, targets=None)
         again = make(student(9))
         for a, b in zip(next_batch(3), again(3), strict=True):
             assert torch.equal(a.ids, b.ids) and len(told) == 48
+    assert [x["step"] for x in lines] == [1]
+    shutil.rmtree(tmp_path / "work")
+    with pytest.raises(DataError, match="are gone"):  # the weights are no longer those that were to write
+        make(loaded)(3)
 
 
 def test_what_does_not_go_together_is_refused():
@@ -224,3 +268,20 @@ def test_prompts_that_nobody_can_judge_are_looked_at_all_the_same(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / watch.shown()[0]).read_text().splitlines()]
     assert {row["when"] for row in rows} == {"early", "late"} and [x["stage"] for x in lines] == ["rollout"]
     assert all(answer["correct"] is None for row in rows for answer in row["responses"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"group": 2}, {"group": 2, "rewarded": 0.3}])
+@pytest.mark.parametrize("tasks", [True, False])
+def test_a_student_that_is_never_right_is_taught_all_the_same(tmp_path, settings, tasks):
+    """Nothing is earned in any of ten rounds, so every group is all alike; the teacher has its say at every token."""
+    loaded, teacher = student(3), student(4)
+    method, schedule = OnPolicyMethod(max_tokens=8, **settings), Schedule(steps=10, batch=12)
+    never = lambda response, task: Verdict(False, None)  # noqa: E731
+    prompts = asked() if tasks else [replace(s, task=None) for s in asked()]
+    groups, limits = groups_of(schedule, method), Tripwires().rollouts
+    rolls = replace(roller(tmp_path, loaded), samples=prompts, method=method, groups=groups, judge=never)
+    watch = lookout(rolls, limits, 10, prompts, never, lambda line: None, tmp_path, "on_policy-0")
+    next_batch = steps_of(rolls, on_policy, schedule, asks(teacher), watch.look)
+    for step in range(10):
+        assert next_batch(step) and watch.tripped is None, step
+        assert not any(watch.watch.seen["bad"].get(rule) for rule in ("stuck", "reward", "hacking")), step

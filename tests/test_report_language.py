@@ -35,17 +35,17 @@ KEYS = [k for t in tomllib.loads((PACKAGE / "report" / "ko.toml").read_text()).v
 SHOWN = [
     *(PACKAGE / "report" / f"{n}.py" for n in ("page", "quality", "sections", "origin", "rollouts", "scatter", "view")),
     *(PACKAGE / "report" / f"{n}.py" for n in ("chain_page", "run_bill", "recipe_plan", "markup", "bill")),
-    *(PACKAGE / "plan" / f"{n}.py" for n in ("reckon", "pace", "work", "subjects", "assumed", "outlook", "forecast")),
-    PACKAGE / "plan" / "claim.py",
+    *(PACKAGE / "plan" / f"{n}.py" for n in ("reckon", "pace", "seen", "work", "subjects", "assumed", "outlook")),
+    *(PACKAGE / "plan" / f"{n}.py" for n in ("forecast", "claim")),
     *(PACKAGE / n for n in ("train/tripwire.py", "train/rollout_watch.py", "model/lineage.py")),
     *(PACKAGE / n for n in ("records.py", "evaluate/intervals.py", "meter/rates.py", "meter/bill.py")),
 ]
 """Files whose texts are shown on a page or by a plan."""
 
 NAMES = {
-    "evaluate teacher", "evaluate students", "pennyweight ledger verify RUN", "git dirty", "dense, new",
-    "outputs pairs", "light dark", "a thread of an AMD EPYC", "the chips'", "devices at once", "config of",
-    "measured on a virtual machine with two cores of an AMD EPYC",
+    "evaluate teacher", "evaluate students", "train teacher", "write student", "write teacher", "config of",
+    "pennyweight ledger verify RUN", "git dirty", "dense, new", "outputs pairs", "light dark", "the chips'",
+    "a thread of an AMD EPYC", "measured on a virtual machine with two cores of an AMD EPYC", "devices at once",
 }  # fmt: skip
 """What stays as it is: names of stages, commands and chips; keys; and what is shown nowhere."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pennyweight.data.pack import IGNORE, Packer, collate, first_fit
+from pennyweight.data.pack import IGNORE, Packer, collate, first_fit, round_width
 from pennyweight.errors import LedgerError, Tripped
 from pennyweight.loss.divergence import DIVERGENCES, Divergence
 from pennyweight.loss.signals import Dense
@@ -206,3 +206,11 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_a_loss_spike_stops_the_run(tmp_path):
     with pytest.raises(Tripped, match="running mean"):
         fit(tmp_path, steps=60, lr=30.0, wires=Tripwires(loss_spike=1.5, patience=3))
+
+
+def test_rows_are_filled_up_to_few_widths_and_by_little():
+    widths = [round_width(n) for n in range(1, 5000)]
+    assert all(0 <= w - n <= n / 16 for n, w in enumerate(widths, 1))
+    for low in (16, 64, 1024):
+        assert len({w for w in widths if low < w <= 2 * low}) == 16
+    assert [round_width(w) for w in widths] == widths

@@ -155,7 +155,7 @@ def nobody(reference) -> Asked:
 def weighed(loaded, made, micro, **settings):
     method = GrpoMethod(**{"group": 4, "max_tokens": 8, **settings})
     signal = Written(made.groups, made.of, **vars(nobody(reference_of(loaded, method, FLOAT32))))
-    return [grpo(b, method, signal) for b in made.batches(micro, 0)]
+    return [grpo(b, method, signal) for b in made.batches(micro, 0, method.cut_off == "learnt")]
 
 
 def gradient(loaded, batches):
@@ -169,11 +169,17 @@ def gradient(loaded, batches):
     return loss, torch.cat([p.grad.flatten().double() for p in loaded.model.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"over": "response", "scaled": False}, {"level": "sequence", "updates": 2}])
+LEFT_OUT = [{"cut_off": "left_out", "over": over} for over in ("token", "response", "constant")]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"over": "response", "scaled": False}, {"level": "sequence", "updates": 2}, *LEFT_OUT]
+)
 def test_any_split_gives_the_same_gradient_and_it_is_reinforces(tmp_path, settings):
     seed = fresh()
     loaded = student(seed)
     made = roller(tmp_path, loaded, **settings)(0, True)
+    made = replace(made, groups=[[replace(r, cut_off=i % 3 == 1) for i, r in enumerate(g)] for g in made.groups])
     loss, whole = gradient(loaded, weighed(loaded, made, 16, **settings))
     for micro in (1, 3, 7):
         again, parts = gradient(loaded, weighed(loaded, made, micro, **settings))
@@ -183,9 +189,13 @@ def test_any_split_gives_the_same_gradient_and_it_is_reinforces(tmp_path, settin
     total = torch.zeros(())
     earned = torch.tensor([[r.reward for r in g] for g in made.groups], dtype=torch.float64)
     above = advantages(earned, settings.get("scaled", True)).flatten()
-    rollouts = [r for g in made.groups for r in g]
+    worth = list(zip((r for g in made.groups for r in g), above, strict=True))
+    if "cut_off" in settings:  # as if they were not there, once the groups' means are taken
+        worth = [(r, a) for r, a in worth if not r.cut_off]
+        assert len(worth) == 12
+    rollouts = [r for r, _ in worth]
     weights = response_weights([len(r.logprobs) for r in rollouts], settings.get("over", "token"), 8)
-    for r, a, w in zip(rollouts, above, weights, strict=True):
+    for (r, a), w in zip(worth, weights, strict=True):
         ids = torch.tensor([r.encoded.ids])
         logp = torch.log_softmax(loaded.model(input_ids=ids[:, :-1]).logits[0], -1)
         start = len(r.encoded.ids) - len(r.logprobs)
@@ -195,14 +205,19 @@ def test_any_split_gives_the_same_gradient_and_it_is_reinforces(tmp_path, settin
     torch.testing.assert_close(whole, want, atol=2e-5 * float(want.norm()), rtol=0, msg=f"seed {seed}")
 
 
-def test_responses_that_were_cut_off_can_be_left_out(tmp_path):
+@pytest.mark.parametrize("over", ["token", "response", "constant"])
+def test_responses_that_were_cut_off_can_be_left_out(tmp_path, over):
     loaded = student(1)
     made = roller(tmp_path, loaded)(0, True)
-    assert any(r.cut_off for r in made.of.values()) and not all(r.cut_off for r in made.of.values())
-    (batch,) = weighed(loaded, made, 64, cut_off="left_out")
-    lengths = [len(made.of[e.id].logprobs) for e in batch.placed]
-    for e, part in zip(batch.placed, batch.policy.weight.split(lengths), strict=True):
-        assert bool((part == 0).all()) == made.of[e.id].cut_off
+    kept = {name for name, r in made.of.items() if not r.cut_off}
+    assert 0 < len(kept) < len(made.of)
+    (batch,) = weighed(loaded, made, 64, cut_off="left_out", over=over)
+    assert {e.id for e in batch.placed} == kept and batch.count == sum(len(made.of[n].logprobs) for n in kept)
+    none = replace(made, groups=[[replace(r, cut_off=True) for r in g] for g in made.groups])
+    (batch,) = weighed(loaded, none, 64, cut_off="left_out", over=over)  # a step is a step
+    assert len(batch.placed) == len(made.of) and not batch.policy.weight.any()
+    loss, slope = gradient(loaded, [batch])
+    assert loss == 0 and not slope.any()
 
 
 def test_the_reference_is_the_model_as_it_was(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from test_train_loop import FLOAT32
 from test_train_rollout import CONTEXT, asked, nobody, student
 
@@ -43,8 +44,8 @@ BEYOND = {
 """What trips, what just does not, and what is said."""
 
 
-def seen(*rounds, limits=LIMITS, most=1.0):
-    watch = RolloutWatch(limits, most)
+def seen(*rounds, limits=LIMITS, most=1.0, **how):
+    watch = RolloutWatch(limits, most, **how)
     for facts in rounds:
         watch.see({**HEALTHY, **facts})
     return watch
@@ -91,9 +92,21 @@ def test_a_reward_that_falls_trips_and_one_that_is_noisy_does_not():
     assert not seen(*risen, *[{"reward": 1.0, "reward_accuracy": 1.0}] * 20).tripped
 
 
-def hacked(rewards, right, judged=True, most=1.0, accuracy=None, **limits):
+def test_nothing_is_held_against_a_reward_that_nothing_is_learnt_from():
+    """Of on-policy distillation: with a teacher nothing is stuck, and without a pull no fall is a fall."""
+    stuck, fallen = [{"stuck": 1.0}] * 20, [*[{"reward": 0.6}] * 9, *[{"reward": 0.0}] * 20]
+    assert seen(*stuck).tripped and not seen(*stuck, limits=LIMITS.model_copy(update={"stuck": 1.0})).tripped
+    assert not seen(*stuck, taught=True).tripped and not seen(*stuck, taught=True, pulls=False).tripped
+    assert seen(*fallen).tripped and seen(*fallen, taught=True).tripped
+    assert not seen(*fallen, taught=True, pulls=False).tripped
+    thin = [{"entropy": 0.001}] * 5
+    assert seen(*[{}] * 6, *thin, taught=True, pulls=False).tripped  # as it is watched without any reward
+    assert not hacked([0.3, 0.3, 0.5, 0.8, 0.9, 0.9], [0.3] * 6, pulls=False)
+
+
+def hacked(rewards, right, judged=True, most=1.0, accuracy=None, pulls=True, **limits):
     """What is said after a held-out check at every third round."""
-    watch = RolloutWatch(RolloutTripwires(**limits), most, judged)
+    watch = RolloutWatch(RolloutTripwires(**limits), most, judged, pulls)
     for i, (reward, share) in enumerate(zip(rewards, right, strict=True)):
         for _ in range(3):
             watch.see({**HEALTHY, "reward": reward, "reward_accuracy": reward if accuracy is None else accuracy})
@@ -154,10 +167,10 @@ def loophole(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "digit", starts_with_a_digit)
 
 
-def fit(folder, steps=40, verifier=None, task="exact", stop_at=None, limits=None, form=0.0):
+def fit(folder, steps=40, verifier=None, task="exact", stop_at=None, limits=None, form=0.0, every=1):
     loaded, lines = student(7), []
     method = GrpoMethod(group=4, max_tokens=8, reward=Reward(verifier=verifier, format=form))
-    schedule = Schedule(steps=steps, batch=32, lr=1e-2, checkpoint_every=1, warmup=0.0)
+    schedule = Schedule(steps=steps, batch=32, lr=1e-2, checkpoint_every=every, warmup=0.0)
     samples = [replace(s, task=Task("say", task, "a")) for s in asked(40)]
     groups, by = groups_of(schedule, method), trained_by(method, judge)
     roller = Roller(loaded, samples[8:], groups, method, by, 5, CONTEXT, folder, lambda told: None)
@@ -188,6 +201,36 @@ def test_a_loophole_is_named_and_the_report_shows_it(tmp_path, loophole):
     assert [r["prompt"] for r in rows[:3]] == [r["prompt"] for r in rows[3:]]
     late = [x for r in rows[3:] for x in r["responses"]]
     assert any(x["reward"] == 1 and not x["correct"] for x in late)
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_the_last_good_checkpoint_is_the_last_that_a_held_out_check_passed(tmp_path, loophole, every):
+    """However often checkpoints are written: those between the onset and the check that saw it do not count."""
+    with pytest.raises(Tripped, match="the reward is being hacked") as stopped:
+        fit(tmp_path, verifier="digit", every=every)
+    at = int(str(stopped.value).split("step ")[1].split(":")[0])
+    kept = Checkpoints(tmp_path / "checkpoints")
+    good = kept.newest()
+    assert good is not None and f"the last good checkpoint is {good};" in str(stopped.value)
+    loose = RolloutTripwires(
+        hacking=1.0
+    )  # checks at every fourth round: two of them failed, and the one before did not
+    assert good.name == f"step-{at - 1 - 2 * 4:08d}" and kept.back_to_good() == good
+    shown, lines = fit(tmp_path, verifier="digit", every=every, limits=loose)  # goes on from there
+    assert shown and min(x["step"] for x in lines if x.get("stage") == "rollout") == at - 2 * 4
+    never, whole = fit(tmp_path / "never", verifier="digit", every=every, limits=loose)
+    assert [x for x in whole if "reward" in x][at - 1 - 2 * 4 :] == [x for x in lines if "reward" in x]
+    assert never == shown
+
+
+def test_checkpoints_that_are_good_are_not_pruned(tmp_path):
+    model, kept = student(1).model, Checkpoints(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, good in ((0, True), (4, False), (5, True), (8, False), (12, False), (16, False)):
+        kept.save(step, model, optimizer, {}, good=good)
+    assert [p.name[-2:] for p in sorted(tmp_path.iterdir())] == ["05", "12", "16"]
+    assert kept.newest() == tmp_path / "step-00000016"
+    assert kept.back_to_good() == kept.newest() == tmp_path / "step-00000005"
 
 
 def test_the_same_reward_that_is_also_what_is_asked_for_is_no_hack(tmp_path, loophole):

@@ -168,6 +168,12 @@ class Ledger:
         with self._reading(row[0]):
             return json.loads(row[1])
 
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """Bodies of all entries of a kind, in order."""
+        with clearly(self.path):
+            rows = self._db.execute("SELECT body FROM entries WHERE kind = ? ORDER BY seq", (kind,)).fetchall()
+        return [json.loads(body) for (body,) in rows]
+
     def finished_stages(self) -> list[str]:
         """Names of the stages that have finished, in the order of their first finish."""
         with clearly(self.path):

@@ -61,8 +61,9 @@ class Policy:
 @dataclass(frozen=True)
 class PolicyTerms:
     """``value`` (N,): the weighted terms; ``pull`` (N,): minus their sum's derivative with respect to each token's
-    log-probability. ``sums`` over tokens are for the log: ``clipped`` ones, and k3 estimates of the KL of the model to
-    what wrote the tokens (``kl_old``) and to the reference if there is one (``kl_reference``), in nats."""
+    log-probability. ``sums`` over tokens are for the log: ``clipped`` ones, and k3 estimates, in nats, of ``kl_old``,
+    KL(what wrote the tokens || the model), and, with a reference, of ``kl_reference``, KL(the model || the reference).
+    """
 
     value: Tensor
     pull: Tensor
@@ -86,7 +87,7 @@ def policy_terms(logp: Tensor | None, p: Policy) -> PolicyTerms:
     free = ratio * p.advantage <= bounded * p.advantage
     value = -p.weight * torch.where(free, ratio, bounded) * p.advantage
     pull = torch.where(free, ratio * share, 0.0)
-    sums = {"clipped": float((~free).sum()), "kl_old": float(k3(-gap)[0].sum())}
+    sums = {"clipped": float((~free).sum()), "kl_old": float(k3(gap)[0].sum())}
     if p.reference is not None and logp is not None:
         value_kl, slope = k3(p.reference - logp)
         sums["kl_reference"] = float(value_kl.sum())
@@ -97,7 +98,10 @@ def policy_terms(logp: Tensor | None, p: Policy) -> PolicyTerms:
 
 def k3(gap: Tensor) -> tuple[Tensor, Tensor]:
     """exp(gap) - gap - 1, never below 0, where ``gap`` is reference minus model in log-probability: its mean over the
-    model's own tokens is KL(model || reference) (Schulman, 2020). And its derivative with respect to the model's."""
+    model's own tokens is KL(model || reference) (Schulman, 2020). And its derivative with respect to the model's.
+
+    The tokens are those of the side that is subtracted: of ``kl_old`` that is what wrote them, the other one the model.
+    """
     return torch.expm1(gap) - gap, -torch.expm1(gap)
 
 

@@ -35,18 +35,31 @@ def bill(
     known = {s["stage"]: s for s in foretold["stages"]} if foretold else {}
     rows = [_row(line, names, stages, of_stage, known.get(line)) for line, names in groups.items()]
     now, aside = sum(of_stage.values()), sum(t.seconds for (stage, _), t in taken.items() if stage == between)
-    every = sum(t.seconds for t in taken.values())
+    earlier = max(0.0, sum(t.seconds for t in taken.values()) - now - aside)
     return {
         "stages": rows,
         "between": round(aside, 3),
-        "earlier": round(max(0.0, every - now - aside), 3),
+        "earlier": round(earlier, 3),
         "whole": round(whole.seconds, 3),
+        "goodput": _goodput(stages, of_stage, whole.seconds, earlier),
         "again": sum(max(0, (s.get("metered") or {}).get("stretches", 1) - 1) for s in stages.values()),
         "spent": {k: round(v, 9) if isinstance(v, float) else v for k, v in spent.items()},
         "currency": "USD",
         "foretold": foretold and {k: foretold["total"][k] for k in ("hours", "kwh", "money") if k in foretold["total"]},
         "reasons": foretold["reasons"] if foretold else {},
     }
+
+
+def _goodput(stages: Stages, of_stage: Mapping[str, float], whole: float, earlier: float) -> dict[str, float]:
+    """Seconds by what they were good for: ``work`` that was kept (steps, labels, texts, copies), ``evaluation``, and
+    ``lost`` to stops and failures; the rest is opening, saving and what is between stages. ``share`` is the first's."""
+    measured = [n for n in stages if n.startswith("evaluate-")]
+    work = {n: min(float(stages[n].get("seconds") or 0.0), of_stage[n]) for n in stages if n not in measured}
+    tried_again = [n for n in work if (stages[n].get("metered") or {}).get("stretches", 1) > 1]
+    lost = sum(of_stage[n] - work[n] for n in tried_again) + earlier
+    evaluation = sum(of_stage[n] for n in measured)
+    found = {"work": sum(work.values()), "evaluation": evaluation, "lost": lost}
+    return {k: round(v, 3) for k, v in found.items()} | {"share": round(found["work"] / whole, 4) if whole else 0.0}
 
 
 def per_point(spent: Mapping[str, Any], before: float | None, after: float | None) -> dict[str, float] | None:

@@ -34,7 +34,7 @@ def response_weights(lengths: Sequence[int], over: str, longest: int) -> Tensor:
     size = torch.tensor(lengths, dtype=torch.float32)
     if over == "token":
         return torch.ones_like(size)
-    tokens, count = float(size.sum()), len(size)
+    tokens, count = float(size.sum()), max(1, len(size))
     return tokens / (count * size) if over == "response" else torch.full_like(size, tokens / (count * longest))
 
 
@@ -42,6 +42,8 @@ def grpo(batch: Batch, settings: GrpoMethod, signal: Any) -> Batch:
     """Every token of a response pulls by what the response earned above its group's mean.
 
     Args:
+        batch: rollouts of the step, without those that are left out (``cut_off``), which no mean counts; where all of a
+            step are, it has them, and they pull nothing.
         signal: the rollouts of the whole step, ``.groups`` and by the ids of their samples ``.of``; where there is a
             KL term, ``.reference(batch)`` gives (N,) log-probabilities under the start.
     """
@@ -57,13 +59,15 @@ def grpo(batch: Batch, settings: GrpoMethod, signal: Any) -> Batch:
 
 
 def _worth(groups: Any, s: GrpoMethod) -> dict[str, tuple[float, float]]:
-    """Advantage and weight of each response of a step."""
+    """Advantage and weight of each response of a step. One that is left out counts in its group and nowhere else: the
+    weights are those of a step without it."""
     rollouts = [r for group in groups for r in group]
     earned = torch.tensor([[r.reward for r in group] for group in groups], dtype=torch.float64)
     above = advantages(earned, s.scaled).flatten().tolist()
-    weights = response_weights([len(r.logprobs) for r in rollouts], s.over, s.max_tokens).tolist()
-    keeps = lambda r: s.cut_off == "learnt" or not r.cut_off  # noqa: E731
-    return {r.encoded.id: (a, w * keeps(r)) for r, a, w in zip(rollouts, above, weights, strict=True)}
+    kept = [r for r in rollouts if s.cut_off == "learnt" or not r.cut_off]
+    weights = response_weights([len(r.logprobs) for r in kept], s.over, s.max_tokens).tolist()
+    weight = dict(zip((r.encoded.id for r in kept), weights, strict=True))
+    return {r.encoded.id: (a, weight.get(r.encoded.id, 0.0)) for r, a in zip(rollouts, above, strict=True)}
 
 
 def signals(settings: GrpoMethod) -> frozenset[str]:

@@ -26,8 +26,8 @@ def on_policy(batch: Batch, settings: OnPolicyMethod, signal: Any) -> Batch:
 
     Args:
         signal: the rollouts of the step, as for ``grpo``; ``.teacher(batch)`` gives the teacher at the loss positions,
-            ``.told(batch)`` (N,) log-probabilities of their labels under it. Samples of the batch that are no rollouts
-            are matched whole.
+            ``.told(batch)`` (N,) log-probabilities of their labels under it. A batch of the data's own samples, which
+            nobody here wrote, is matched whole and has no policy.
     """
     s = settings
     spec = Divergence(s.divergence, s.beta, s.temperature, s.alpha)
@@ -35,20 +35,12 @@ def on_policy(batch: Batch, settings: OnPolicyMethod, signal: Any) -> Batch:
         made = batch.weighted(ce=0.0, kd=1.0, divergence=spec, target=signal.teacher(batch))
     else:
         made = batch.weighted(ce=0.0, kd=0.0, divergence=spec, target=None)
-    if s.signal == "whole" and not s.rewarded:
+    if (s.signal == "whole" and not s.rewarded) or not any(e.id in signal.of for e in batch.placed):
         return made
-    rollouts = [signal.of.get(e.id) for e in batch.placed]
-    row = torch.repeat_interleave(
-        torch.arange(len(rollouts)), torch.tensor([len(e.loss_positions) for e in batch.placed])
-    )
-    worth = _worth(signal.groups, s)
-    advantage = torch.tensor([0.0 if r is None else worth[r.encoded.id] for r in rollouts])[row]
-    wrote = torch.cat(
-        [
-            torch.zeros(len(e.loss_positions)) if r is None else torch.tensor(r.logprobs)
-            for r, e in zip(rollouts, batch.placed, strict=True)
-        ]
-    )
+    rollouts, worth = [signal.of[e.id] for e in batch.placed], _worth(signal.groups, s)
+    row = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor([len(r.logprobs) for r in rollouts]))
+    advantage = torch.tensor([worth[r.encoded.id] for r in rollouts])[row]
+    wrote = torch.tensor([p for r in rollouts for p in r.logprobs])
     if s.signal == "token":
         advantage = advantage + signal.told(batch).cpu() - wrote
     policy = Policy(

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.model.cache import cache_argument
+from pennyweight.model.trunk import trunk_of
 
 _ENTRIES = 8192  # of the head multiplied at once: a CPU's product of all is up to a tenth slower
 
@@ -93,12 +94,6 @@ def forward_hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, cache: Any 
         given["position_ids"] = positions_BT
     with nullcontext() if getattr(model, "plain_attention", False) else _attention_for(ids_BT):
         return trunk(**given).last_hidden_state
-
-
-def trunk_of(model: Any) -> Any:
-    """The model without its head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if decoder is None else decoder
 
 
 def check_packing(model: Any) -> None:

@@ -16,6 +16,7 @@ from pennyweight.errors import MethodError, ModelError
 from pennyweight.records import Lineage, Taught
 
 TAUGHT_BY = "taught_by.json"
+_GIVEN = "given"  # author of a response that came with the data; a teacher of that name cannot be told from it
 
 
 def read_lineage(folder: Path) -> Lineage:
@@ -48,6 +49,8 @@ def tuned_further(
 
     Fine-tuning adds those who wrote the responses, distillation whose distribution was learnt. Who learns from what it
     wrote itself is tuned on nobody's traces: on-policy methods and reinforcement add none, but for ``given`` samples.
+    A response has its author's name, which within a run is one teacher's alone; the fingerprint is then that teacher's.
+    What might have come with the data is never taken for a teacher's.
 
     Args:
         teacher, data: facts of the run's teacher and of its training samples.
@@ -58,9 +61,9 @@ def tuned_further(
     if method.kind == "kd":
         added = [as_one(t) for t in teachers]
     elif method.kind == "sft" or getattr(method, "given", 0):
-        authors = data["authors"]
-        added = [as_one(t) for t in teachers if t["name"] in authors]
-        if set(authors) - {t["name"] for t in teachers}:
+        wrote, authors = {t["name"] for t in teachers} - {_GIVEN}, set(data["authors"])
+        added = [as_one(t) for t in teachers if t["name"] in wrote & authors]
+        if authors - wrote:
             added.append(Taught(data["source"], None, method.kind, run))
     if not added:
         return before

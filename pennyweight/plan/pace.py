@@ -12,7 +12,7 @@ besides is assumed.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pennyweight.plan.flops import Training, forward, generation, training
@@ -45,7 +45,9 @@ SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so."""
+    """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
+    ``factors``: how many times what the formulas have was taken when it was tried, by what was done
+    (``train kd``, ``targets``, ``score``, ``write student``, ``data``); ``peak`` is the most bytes that this took."""
 
     chip: Chip
     devices: int
@@ -54,6 +56,8 @@ class Pace:
     spread: tuple[float, float]
     reason: str
     share: float = 1.0  # of a catalogue's peak, in FLOP/s
+    factors: dict[str, float] = field(default_factory=dict)
+    peak: float | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -92,10 +96,21 @@ class Pace:
             return busy + steps * p.new[end] * once / self.devices
         return busy + steps * layers * _GPU_LAYER * (1 if p.kind == "train" else 1 / 3)
 
+    def factor(self, stage: str, p: Pass) -> float:
+        """Of a stage's pass; where just this was not tried, that of what is nearest to it."""
+        arm = stage.rpartition("-")[0] or stage
+        wanted = {
+            "train": [f"train {arm}", *(k for k in reversed(self.factors) if k.startswith("train "))],
+            "forward": ["targets" if stage == "targets" else "score", "score", "targets"],
+            "write": ["data" if stage == "data" else f"write {p.who}", f"write {p.who}", "write student"],
+        }[p.kind]
+        return next((self.factors[k] for k in wanted if k in self.factors), 1.0)
+
     def ends(self, work: Work) -> Ends:
         """Hours by the clock of a stage: low, middle, high. A server takes its own, which nobody here knows."""
         low, middle, high = (
-            _OPENING * work.opens + sum(self.seconds(p, end) for p in work.passes) for end in (0, 1, 2)
+            _OPENING * work.opens + sum(self.factor(work.stage, p) * self.seconds(p, end) for p in work.passes)
+            for end in (0, 1, 2)
         )
         return self.spread[0] * low / 3600, middle / 3600, self.spread[1] * high / 3600
 

@@ -7,6 +7,7 @@ are as short, and as long, as they may be, and the machine as fast, and as slow,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -33,6 +34,22 @@ SCOPE = (
 )
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """A run as it was reckoned (``found``), and what from: to reckon it again with what is known later."""
+
+    found: dict[str, Any]
+    recipe: Recipe
+    of: Subjects
+    rows: Rows
+    pace: Pace
+
+    @property
+    def parts(self) -> tuple[Recipe, Subjects, Rows, Pace]:
+        """As ``plan.seen.retold`` takes them."""
+        return self.recipe, self.of, self.rows, self.pace
+
+
 def pace_on(chip: Chip, devices: int, precision: str, rows: Sequence[Published]) -> Pace:
     """Devices of the catalogue, by what published runs had of such; the ends are those of ``forecast.forecast``."""
     spread, found = ratios(rows), fit(rows)
@@ -48,6 +65,8 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
     known = [name for name in _SUMS if all(name in s for s in stages)]
     total: dict[str, Any] = {name: _added([s[name] for s in stages if s[name]]) for name in known}
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
+    if pace.peak is not None:  # what the process takes was seen, which no formula knows better
+        total["memory"] = _ends((0.9 * pace.peak, pace.peak, 1.25 * pace.peak))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,
@@ -67,27 +86,28 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
 
 
 def foretell(
-    recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, rows: Callable[[], Sequence[Published]]
-) -> dict[str, Any]:
+    recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, runs: Callable[[], Sequence[Published]]
+) -> Foretold:
     """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made.
 
     Args:
-        rows: gives published runs, where there is a GPU of the catalogue.
+        runs: gives published ones, where there is a GPU of the catalogue.
 
     Raises:
         ModelError: the models cannot be read.
     """
     known = catalogue()
     chip = known.called(hardware)
-    pace = on_this(None, threads, autocast) if chip is None else pace_on(chip, devices, "bf16", rows())
+    pace = on_this(None, threads, autocast) if chip is None else pace_on(chip, devices, "bf16", runs())
     own = recipe.budget.usd_per_hour
     price = own_price(own) if own is not None else None
     if price is None and chip is not None and known.is_priced(chip):
         price = price_range(known.prices_of(chip), date.today())
-    return reckon(recipe, subjects_of(recipe, None, read_or_assume), rows_of(recipe), pace, price)
+    of, rows = subjects_of(recipe, None, read_or_assume), rows_of(recipe)
+    return Foretold(reckon(recipe, of, rows, pace, price), recipe, of, rows, pace)
 
 
-def within_budget(recipe: Recipe, *where: Any) -> dict[str, Any] | None:
+def within_budget(recipe: Recipe, *where: Any) -> Foretold | None:
     """``foretell``, held against the recipe's budget; None where its models are not known before they are there.
 
     Raises:
@@ -97,7 +117,7 @@ def within_budget(recipe: Recipe, *where: Any) -> dict[str, Any] | None:
         found = foretell(recipe, *where)
     except ModelError:
         found = None
-    if warning := check_forecast(recipe.budget, found and found["total"]):
+    if warning := check_forecast(recipe.budget, found and found.found["total"]):
         say(warning)
     return found
 

@@ -27,6 +27,7 @@ class _Folders:
     read: Read
     known: Known
     notes: list[str]
+    vocabulary: int | None = None
 
 
 def only_known(path: str) -> tuple[Shapes, str | None]:
@@ -34,14 +35,16 @@ def only_known(path: str) -> tuple[Shapes, str | None]:
     return read_shapes(path), None
 
 
-def subjects_of(recipe: Recipe, known: Known | None = None, read: Read = only_known) -> Subjects:
-    """The shapes of a recipe's models.
+def subjects_of(
+    recipe: Recipe, known: Known | None = None, read: Read = only_known, vocabulary: int | None = None
+) -> Subjects:
+    """The shapes of a recipe's models. ``vocabulary`` is that of a teacher from nothing, where it was seen.
 
     Raises:
         ModelError: a folder's config.json cannot be read, or says too little; or nothing is known of a student's
             vocabulary.
     """
-    folders = _Folders(read, known or {}, [])
+    folders = _Folders(read, known or {}, [], vocabulary)
     teacher = _teacher(recipe.teacher, folders)
     s = recipe.student
     if s.kind == "folder":
@@ -65,8 +68,9 @@ def _teacher(t: object, folders: _Folders) -> Shapes | None:
     if isinstance(t, EndpointTeacher):
         return None
     if isinstance(t, TrainedTeacher):
-        folders.notes.append(f"the teacher's vocabulary is taken to be {t.vocabulary:,}, the most that it may be")
-        return _made(t.shape, t.vocabulary, t.context)
+        if folders.vocabulary is None:
+            folders.notes.append(f"the teacher's vocabulary is taken to be {t.vocabulary:,}, the most that it may be")
+        return _made(t.shape, folders.vocabulary or t.vocabulary, t.context)
     if isinstance(t, SeveralTeachers):
         each = [s for m in t.members.values() if (s := _teacher(m, folders)) is not None]
         if each:

@@ -35,7 +35,8 @@ class Rows:
 
     ``learnt`` is the share of tokens whose logits are made, where prompts are not learnt; ``padded`` how many times the
     tokens of training are computed, rows being filled up to the longest of their batch; ``response`` the tokens of a
-    mean one, where some were looked at; ``teacher`` the length of those that a teacher from nothing learns.
+    mean one, where some were looked at; ``teacher`` the length of those that a teacher from nothing learns;
+    ``bytes_of_a_token`` what targets of some were found to take.
     """
 
     train: float
@@ -46,6 +47,7 @@ class Rows:
     padded: float = PADDED
     response: float | None = None
     teacher: Ends | None = None
+    bytes_of_a_token: float | None = None
 
     @property
     def prompt(self) -> Ends:
@@ -164,7 +166,7 @@ def _targets(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         return None
     learnt = rows.learnt
     tokens = [learnt * rows.train * n for n in rows.length]
-    each = _bytes_of_a_token(t, of)
+    each = _bytes_of_a_token(t, of) if rows.bytes_of_a_token is None else _always(rows.bytes_of_a_token)
     kept: Any = tuple(n * b for n, b in zip(tokens, each, strict=True))
     if of.teacher is None:
         return Work("targets", "a server labels", bytes=kept, sent=tuple(rows.train * n for n in rows.length))  # type: ignore[arg-type]

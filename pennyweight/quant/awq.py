@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.model.trunk import trunk_of
 from pennyweight.quant.blocks import adding_to, first_of, inputs_of
 from pennyweight.quant.formats import Format, decode, encode
 
@@ -48,7 +49,7 @@ def scale_for_rounding(
 
     A scaling that would change what a block computes, say because something else reads the same norm, is undone.
     """
-    inputs, others = inputs_of(model, blocks, batches)
+    inputs, others = inputs_of(trunk_of(model), blocks, batches)
     names = {module: name for name, module in model.named_modules()}
     scaled = 0
     for i, block in enumerate(blocks):

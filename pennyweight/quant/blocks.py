@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 
 def inputs_of(
-    model: nn.Module, blocks: nn.ModuleList, batches: Iterable[dict[str, Any]]
+    trunk: nn.Module, blocks: nn.ModuleList, batches: Iterable[dict[str, Any]]
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """What comes into the first block for each batch, and, for each block, what else it is given."""
+    """What comes into the first block for each batch, and, for each block, what else it is given.
+
+    ``trunk`` is the model without its head: the logits of a batch would be the most that is there.
+    """
     inputs: list[Tensor] = []
     others: list[list[dict[str, Any]]] = [[] for _ in blocks]
     with ExitStack() as hooks:
@@ -25,7 +28,7 @@ def inputs_of(
 
             hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
         for batch in batches:
-            model(**batch, use_cache=False)
+            trunk(**batch, use_cache=False)
     return inputs, others
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.model.trunk import trunk_of
 from pennyweight.quant.blocks import adding_to, first_of, inputs_of
 from pennyweight.quant.formats import Coded, Format, codes_of, decode, elements, encode, spread
 
@@ -73,7 +74,7 @@ def calibrated(
         blocks: the decoder's.
         batches: keyword arguments of the model's forward, few and without labels.
     """
-    inputs, others = inputs_of(model, blocks, batches)
+    inputs, others = inputs_of(trunk_of(model), blocks, batches)
     names = {module: name for name, module in model.named_modules()}
     coded: dict[str, Coded] = {}
     rounded_from: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.report.markup import Html, element, facts, section, table
@@ -67,7 +67,34 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     share = finite(spent["estimated"]) or 0.0
     counted = "by counters" if not share else f"{100 * share:.0f} % of it an estimate: {spent['energy']}"
     tries = f"{plural(again, 'stage was', 'stages were')} begun again after a stop or a failure" if again else None
-    return [("device-hours", number(spent["device_hours"])), ("energy", counted), ("tries", tries)]
+    return [
+        ("device-hours", number(spent["device_hours"])),
+        ("energy", counted),
+        ("goodput", _goodput(found.get("goodput"), found["whole"])),
+        ("forecast anew", _anew(found.get("anew"), found["whole"])),
+        ("tries", tries),
+    ]
+
+
+def _goodput(found: Mapping[str, Any] | None, whole: float) -> str | None:
+    """How much of the time was work that was kept, and where the rest went."""
+    if not found or not whole:
+        return None
+    rest = max(0.0, whole - found["work"] - found["evaluation"] - found["lost"])
+    parts = [f"{duration(found['evaluation'])} of evaluation", f"{duration(rest)} of opening, saving and waiting"]
+    parts += (
+        [f"{duration(found['lost'])} lost to stops, failures and earlier settings"] if found["lost"] >= 0.05 else []
+    )
+    return f"{100 * found['share']:.0f} % of the time was work that was kept; besides it {', '.join(parts)}"
+
+
+def _anew(found: Sequence[Mapping[str, Any]] | None, whole: float) -> str | None:
+    """What the run told of its length once its first student trained."""
+    if not found or not whole:
+        return None
+    first = found[0]
+    error = _error(first["whole_seconds"] / whole - 1)
+    return f"{duration(first['whole_seconds'])} in all, told by the first steps of {first['stage']}; {error} beside it"
 
 
 def _span(ends: Mapping[str, Any] | None) -> str:

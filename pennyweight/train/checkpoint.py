@@ -25,19 +25,27 @@ from torch import Tensor, nn
 from pennyweight.train.group import ALONE, Group
 
 _ONE_FILE = "tensors.safetensors"
+_GOOD = "good"  # empty file in a checkpoint whose weights were looked at and found good
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training run, in ``folder``; the newest ``keep`` are kept."""
+    """The checkpoints of one training run, in ``folder``; the newest ``keep`` are kept, and the newest that is good."""
 
     folder: Path
     keep: int = 2
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict, group: Group = ALONE
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        facts: dict,
+        group: Group = ALONE,
+        good: bool = False,
     ) -> Path:
-        """Write the state after ``step`` finished steps; ``facts`` is whatever else is needed to go on.
+        """Write the state after ``step`` finished steps; ``facts`` is whatever else is needed to go on. ``good``: these
+        weights were looked at and found so.
 
         Where the model is cut over a group, all its processes call this, and each writes what it holds.
         """
@@ -54,13 +62,16 @@ class Checkpoints:
             save_file(tensors, making / _ONE_FILE)
         if group.first:
             (making / "state.json").write_text(json.dumps({"step": step, **facts}))
+            if good:
+                (making / _GOOD).touch()
             for file in making.iterdir():
                 _sync(file)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(making, place)
             _sync(self.folder)
             for old in self._steps()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                if old != self._good():
+                    shutil.rmtree(old, ignore_errors=True)
         group.wait()
         return place
 
@@ -83,6 +94,17 @@ class Checkpoints:
         """Folder of the newest checkpoint."""
         steps = self._steps()
         return steps[-1] if steps else None
+
+    def back_to_good(self) -> Path | None:
+        """Folder of the newest checkpoint that was found good, with all later ones removed, so that training goes on
+        from it; where none was looked at, of the newest."""
+        good = self._good()
+        for later in [p for p in self._steps() if good and p > good]:
+            shutil.rmtree(later, ignore_errors=True)
+        return good or self.newest()
+
+    def _good(self) -> Path | None:
+        return next((p for p in reversed(self._steps()) if (p / _GOOD).exists()), None)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []

@@ -39,6 +39,11 @@ class Outcome:
     tokens: int
     seconds: float
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What the ledger keeps of it, beside the time it took."""
+        return {"steps": self.steps, "tokens": self.tokens}
+
 
 def train(
     model: nn.Module,
@@ -68,7 +73,7 @@ def train(
         rewind: called with the step from which training goes on, to drop log lines written after it.
         progress: called with the number of finished steps and a note.
         should_stop: asked after each step; when True in any process a checkpoint is written and ``Stopped`` raised.
-        watch: over what batches are made from; a checkpoint keeps its state.
+        watch: over what batches are made from; a checkpoint keeps its state, and is written of weights that passed.
 
     Raises:
         Tripped, Stopped: a tripwire held, or the user asked; the last good checkpoint is kept.
@@ -79,8 +84,9 @@ def train(
     log, rewind = (log, rewind) if group.first else (_silent, _silent)
     rewind(start)
     for step in range(start, schedule.steps):
-        batches = next_batch(step)
-        _halt(watch.tripped, step + 1, checkpoints, log)
+        before, batches = _state(tokens, began, wire, watch), next_batch(step)
+        if _passed(watch, wire, step, checkpoints, log):  # who goes on from here looks at these batches again
+            checkpoints.save(step, trained, optimizer, before | {"seconds": time.monotonic() - began}, group, good=True)
         admit(sample.id for batch in batches for sample in batch.placed)
         last = step + 1 == schedule.steps
         measured = step == 0 or last or (step + 1) % max(1, schedule.steps // 100) == 0
@@ -92,8 +98,7 @@ def train(
             log({"step": step + 1, **line, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": round(seconds, 3)})
         stop = group.any(should_stop())  # the signal reaches some a step sooner than others
         if last or stop or ((step + 1) % schedule.checkpoint_every == 0 and not (wire.armed or watch.armed)):
-            watched = {**wire.state(), "watch": watch.state()}
-            checkpoints.save(step + 1, trained, optimizer, {"tokens": tokens, "seconds": seconds, **watched}, group)
+            checkpoints.save(step + 1, trained, optimizer, _state(tokens, began, wire, watch), group)
         progress(step + 1, f"loss {line['loss']:.4f}")
         if stop:
             raise Stopped(step + 1)
@@ -124,7 +129,8 @@ def _step(
     """One optimizer step over its micro-batches; per-token means, the gradient norm before clipping, and tokens."""
     optimizer.zero_grad(set_to_none=True)
     mine = [b for b in batches if not b.spare]
-    count, tokens = map(int, group.sum(sum(b.count for b in mine), sum(b.tokens for b in mine)))
+    written = sum(b.count for b in mine if b.policy is not None)  # by the model, where some samples are the data's
+    count, tokens, written = map(int, group.sum(sum(b.count for b in mine), sum(b.tokens for b in mine), written))
     count = max(1, count)
     sums = []
     for batch in batches:
@@ -134,7 +140,7 @@ def _step(
         sums.append(totals)
     norm = clip(model, largest)
     optimizer.step()
-    return _means(sums, count, group), norm, tokens
+    return _means(sums, count, max(1, written), group), norm, tokens
 
 
 def batch_loss(model: nn.Module, head: Head, batch: Batch, compute: Compute, measured: bool = False) -> Totals:
@@ -181,19 +187,22 @@ def _set_lr(optimizer: torch.optim.Optimizer, step: int, s: Schedule) -> float:
     return lr
 
 
-def _means(sums: list[Totals], count: int, group: Group) -> dict[str, float | None]:
-    """Per-token means over the step and the processes, for the log; None of what was not measured."""
+def _means(sums: list[Totals], count: int, written: int, group: Group) -> dict[str, float | None]:
+    """Per-token means over the step and the processes, for the log, those of a policy over the tokens that the model
+    wrote; None of what was not measured."""
+    policy = dict.fromkeys(name for t in sums for name in t.policy)
     here = {
         "loss": [float(t.loss.detach()) for t in sums],
         "cross_entropy": [t.cross_entropy for t in sums],
         "divergence": [t.divergence for t in sums],
         "entropy": [t.entropy for t in sums],
         **({"hidden_error": [t.hidden for t in sums]} if sums[0].hidden is not None else {}),
-        **{name: [t.policy[name] for t in sums] for name in sums[0].policy},
+        **{name: [t.policy.get(name, 0.0) for t in sums] for name in policy},
     }
     known = {name: sum(v for v in values if v is not None) for name, values in here.items() if None not in values}
     everywhere = dict(zip(known, group.sum(*known.values()), strict=True))
-    return {name: everywhere[name] / count if name in everywhere else None for name in here}
+    over = {name: written if name in policy else count for name in here}
+    return {name: everywhere[name] / over[name] if name in everywhere else None for name in here}
 
 
 def _restored(
@@ -211,6 +220,11 @@ def _restored(
     return facts, Tripwire(**alone, mean_loss=facts.get("mean_loss"), bad=facts.get("bad", {}))
 
 
+def _state(tokens: int, began: float, wire: Tripwire, watch: Watch) -> dict[str, Any]:
+    """What a checkpoint keeps beside the tensors."""
+    return {"tokens": tokens, "seconds": time.monotonic() - began, **wire.state(), "watch": watch.state()}
+
+
 def _tripped(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool) -> tuple[str, str] | None:
     """The reason to stop and what to do; entropy is watched from the end of the warm-up on."""
     watched = (line["cross_entropy"], line["entropy"]) if warm else (None, None)
@@ -220,15 +234,23 @@ def _tripped(wire: Tripwire, line: dict[str, Any], norm: float, warm: bool) -> t
     return (reason, "lower train.lr, or loosen [tripwires] if this is right") if reason else None
 
 
+def _passed(
+    watch: Watch, wire: Tripwire, step: int, checkpoints: Checkpoints, log: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Whether the weights after ``step`` steps were looked at just now and found good; raises as ``_halt`` does."""
+    _halt(watch.tripped, step + 1, checkpoints, log)
+    return watch.passed == step and not wire.armed
+
+
 def _halt(
     tripped: tuple[str, str] | None, step: int, checkpoints: Checkpoints, log: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Raise Tripped where there is a reason to; the log has it, too."""
+    """Raise Tripped where there is a reason to; the log has it, too. Of checkpoints the last good one is the newest."""
     if not tripped:
         return
     reason, cure = tripped
-    newest = checkpoints.newest()
-    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
+    good = checkpoints.back_to_good()
+    kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
     log({"step": step, "tripped": reason, "cure": cure})
     raise Tripped(f"training stopped at step {step}: {reason}; {kept}; {cure}")
 

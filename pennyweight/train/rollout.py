@@ -107,9 +107,12 @@ class Round:
         """The groups of one of ``parts`` steps."""
         return replace(self, groups=self.groups[number::parts])
 
-    def batches(self, micro: int, pad_id: int) -> list[Batch]:
-        """Micro-batches of at most ``micro`` rows, those of like length together."""
-        rows = sorted((r.encoded for group in self.groups for r in group), key=lambda e: len(e.ids))
+    def batches(self, micro: int, pad_id: int, cut_off: bool = True) -> list[Batch]:
+        """Micro-batches of at most ``micro`` rows, those of like length together; of responses that were ``cut_off``
+        only where that is True, or there are no others."""
+        every = [r for group in self.groups for r in group]
+        kept = [r for r in every if cut_off or not r.cut_off] or every
+        rows = sorted((r.encoded for r in kept), key=lambda e: len(e.ids))
         return [collate([[e] for e in rows[a : a + micro]], pad_id) for a in range(0, len(rows), micro)]
 
     def facts(self) -> dict[str, float]:

@@ -52,11 +52,15 @@ class RolloutWatch(Watch):
         limits: see ``RolloutTripwires``.
         most: what a response can earn at most; 0 where nothing is rewarded, so that no rule asks for the reward.
         judged: whether the verdict is part of the reward; what is credited as right is then that part alone.
+        pulls: whether the reward is learnt from; one that is only looked at can neither fall short nor be hacked.
+        taught: whether a teacher's word is learnt from, so that groups that are all alike teach something, too.
     """
 
     limits: RolloutTripwires
     most: float = 0.0
     judged: bool = True
+    pulls: bool = True
+    taught: bool = False
     seen: dict[str, Any] = field(default_factory=lambda: asdict(_Seen()))
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -91,7 +95,7 @@ class RolloutWatch(Watch):
         seen = self.seen
         if len(seen["right"]) != len(right):  # the first check, or one of other problems
             seen["right"] = [bool(r) for r in right]
-        elif self.most and seen["now"]["groups"] and seen["rounds"] > _START:
+        elif self.pulls and self.most and seen["now"]["groups"] and seen["rounds"] > _START:
             pairs = {k: (_share(seen["begun"], k), _share(seen["now"], k)) for k in ("credited", "earned")}
             held_out = _HeldOut(seen["right"], right)
             self._count(_hacked(pairs, held_out, self.limits.hacking), ("hacking",), _CHECKS)
@@ -109,7 +113,7 @@ class RolloutWatch(Watch):
     def _wrong(self, facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What is beyond its limit in this round, in words."""
         known, start, s = self.seen["rounds"] > _START, self.seen["start"], self.limits
-        if facts["stuck"] >= s.stuck:
+        if not self.taught and facts["stuck"] >= s.stuck < 1:
             yield "stuck", f"{facts['stuck']:.0%} of the groups are all alike without being right"
         if not known:
             return
@@ -128,7 +132,7 @@ class RolloutWatch(Watch):
 
     def _fall(self, facts: Mapping[str, float]) -> str | None:
         """In words, how far the reward's running mean is below its best, where that is too far to be noise."""
-        if not self.most:
+        if not self.pulls or not self.most:
             return None
         seen, share = self.seen, facts["reward"] / self.most
         mean = share if seen["mean"] is None else _KEPT * seen["mean"] + (1 - _KEPT) * share

@@ -18,10 +18,13 @@ class Watch:
     Attributes:
         armed: something is wrong but has not yet held long enough; no checkpoint counts as good meanwhile.
         tripped: the reason to stop and what to do next, or None. Asked once the batches of a step are there.
+        passed: how many steps the weights had behind them that were looked at last and found good; None of none yet.
+            A checkpoint of them is kept beside the newest, and it is the last good one.
     """
 
     armed: bool = False
     tripped: tuple[str, str] | None = None
+    passed: int | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain JSON."""
