@@ -100,7 +100,11 @@ class Line:
         over = self.run.stages()
         if self.foretold is None or "targets" not in over or not self.bench.group.first:
             return {}  # a teacher from nothing trains, and how long rows are is not known
-        come = self._retold(*self.foretold.parts, lengths(self.bench.encoded, self.recipe.train), stage, whole, over)
+        rows, took = (
+            lengths(self.bench.encoded, self.recipe.train),
+            {n: s["metered"]["seconds"] for n, s in over.items() if s["metered"]},
+        )
+        come = self._retold(*self.foretold.parts, rows, stage, whole, took)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
         peaks = (s.get("peak_memory_bytes") or 0 for s in over.values())

@@ -192,6 +192,10 @@ class _Timing:
         began = time.perf_counter()
         score(encoded, learnt_bytes(encoded, student.tokenizer), as_scorer(student, compute), reference, student.pad_id)
         self.note("score", time.perf_counter() - began, both=bool(reference), **mean_row(encoded))
+        if reference:
+            began = time.perf_counter()
+            score(encoded, learnt_bytes(encoded, student.tokenizer), reference, None, student.pad_id)
+            self.note("score teacher", time.perf_counter() - began, **mean_row(encoded))
 
     def written(self, who: str, model: Loaded) -> None:
         """Rows written from the prompts there are, as many tokens as their responses have."""

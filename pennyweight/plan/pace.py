@@ -101,7 +101,11 @@ class Pace:
         arm = stage.rpartition("-")[0] or stage
         wanted = {
             "train": [f"train {arm}", *(k for k in reversed(self.factors) if k.startswith("train "))],
-            "forward": ["targets" if stage == "targets" else "score", "score", "targets"],
+            "forward": [
+                {"targets": stage, "evaluate teacher": "score teacher"}.get(stage, "score"),
+                "score",
+                "targets",
+            ],
             "write": ["data" if stage == "data" else f"write {p.who}", f"write {p.who}", "write student"],
         }[p.kind]
         return next((self.factors[k] for k in wanted if k in self.factors), 1.0)

@@ -3,7 +3,7 @@ formulas have each kind of work takes. Arithmetic, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from pennyweight.recipe import Recipe
 
 Seen = Mapping[str, Any]
 """``rehearsal.rehearse``'s, of one recipe"""
+
+_TELLING = 0.5  # seconds of a stage that tell how long others of its kind take
 
 TRIED = (0.8, 1.3)
 """Ends of a time, as times the middle, where the recipe's own steps were timed."""
@@ -48,7 +50,7 @@ def retold(
     lengths: Mapping[str, float],
     stage: str,
     seconds: float,
-    over: Collection[str],
+    over: Mapping[str, float],
 ) -> float:
     """Seconds of the stages that are still to come after ``stage``, told by what is known once it trains: how long rows
     are, and what its training takes.
@@ -57,14 +59,16 @@ def retold(
         recipe, of, rows, pace: as they were taken before the run.
         lengths: ``data.lengths``'s, of the samples to train on.
         seconds: of the stage's whole training, by the rate of its first steps.
-        over: stages that are finished.
+        over: seconds of the stages that are finished.
     """
     known = {"rows": lengths, "timed": [], "bytes_per_token": None}
     each = works(recipe, of, seen_rows(rows, known))
-    said = sum(pace.seconds(p, 1) for w in each if w.stage == stage for p in w.passes)
-    factor = seconds / said if said else 1.0
-    arm = stage.rpartition("-")[0] or stage
-    pace = replace(pace, factors=dict.fromkeys((f"train {arm}", "score", "write student", "write teacher"), factor))
+    said = {w.stage: sum(pace.seconds(p, 1) for p in w.passes) for w in each}
+    factor = seconds / said[stage] if said.get(stage) else 1.0
+    times = {s: over[s] / said[s] for s in ("data", "targets") if said.get(s) and over.get(s, 0.0) > _TELLING}
+    labels, writes = times.get("targets", factor), times.get("data", factor)
+    factors = {f"train {stage.rpartition('-')[0]}": factor, "score": labels, "write student": writes}
+    pace = replace(pace, factors=factors | {"write teacher": writes})
     return sum(3600 * pace.ends(w)[1] for w in each if w.stage != stage and w.stage not in over)
 
 
@@ -84,7 +88,7 @@ def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
     what = timed["what"]
     student = [("student", of.student)]
     teacher = [("teacher", of.teacher)] if of.teacher else []
-    whose = teacher if what in ("train teacher", "write teacher", "data", "targets") else student
+    whose = teacher if what in ("train teacher", "write teacher", "score teacher", "data", "targets") else student
     if what == "score" and timed["both"]:
         whose = student + teacher
     return sum(pace.seconds(_pass(timed, who, shapes), 1) for who, shapes in whose if what != "opening")
