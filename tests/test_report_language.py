@@ -43,9 +43,10 @@ SHOWN = [
 """Files whose texts are shown on a page or by a plan."""
 
 NAMES = {
-    "evaluate teacher", "evaluate students", "train teacher", "write student", "write teacher", "config of",
+    "evaluate teacher", "evaluate students", "train teacher", "write student", "write teacher", "score teacher",
     "pennyweight ledger verify RUN", "git dirty", "dense, new", "outputs pairs", "light dark", "the chips'",
     "a thread of an AMD EPYC", "measured on a virtual machine with two cores of an AMD EPYC", "devices at once",
+    "config of",
 }  # fmt: skip
 """What stays as it is: names of stages, commands and chips; keys; and what is shown nowhere."""
 
