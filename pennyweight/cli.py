@@ -242,11 +242,11 @@ def chat(
 
 
 @app.command()
-def report(folder: Annotated[str, typer.Argument(metavar="RUN")]) -> None:
+def report(folder: Annotated[str, typer.Argument(metavar="RUN")], lang: opt.Lang = "en") -> None:
     """Draw report.html of a finished run again, and say where it is."""
     import pennyweight.commands as commands
 
-    typer.echo(str(commands.redraw(folder)))
+    typer.echo(str(commands.redraw(folder, lang)))
 
 
 @app.command()

@@ -51,6 +51,7 @@ def logged(log: list[str] | None) -> list[str]:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")]
+Lang = Annotated[str, typer.Option(help="Language: en, or ko for Korean.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that train together: one a GPU, or each a share of the cores.")

@@ -44,6 +44,7 @@ def plan(
     claim: Claim = None,
     claims: Annotated[bool, typer.Option("--claims", help="List the claims that come with Pennyweight.")] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write, of a recipe.")] = None,
+    lang: opt.Lang = "en",
     as_json: opt.Json = False,
 ) -> None:
     """FLOPs, hours, energy and money before anything runs, as ranges; or a published claim, checked.
@@ -63,29 +64,27 @@ def plan(
     """
     import pennyweight.report.bill as bill
     from pennyweight.plan.hardware import catalogue as read_catalogue
+    from pennyweight.report.language import in_language
 
-    known, out = read_catalogue(catalogue), opt.a_page(out)
+    spoken, known, out = in_language(lang), read_catalogue(catalogue), opt.a_page(out)
     _one_thing(sum((claims, chips, claim is not None, model is not None)), model, settings, out)
     if claims or claim is not None:
         found: Any = _claims(known, claim)
         shown = bill.print_claims if claim is None else bill.print_claim
     elif chips:
         found = _chips(known)
-        shown = lambda rows: bill.print_chips(rows, any((r["price"] or {}).get("stale") for r in rows))  # noqa: E731
+        shown = lambda rows, spoken: bill.print_chips(rows, any((r["price"] or {}).get("stale") for r in rows), spoken)  # noqa: E731
     elif _is_recipe(model):
         from pennyweight.report.recipe_plan import print_recipe_plan as shown
 
         if tokens is not None or teacher is not None or lora:
             raise RecipeError("--tokens, --teacher and --lora are said by the recipe; leave them out, or set a.b=c")
         found = _recipe(known, str(model), settings or [], on, length, precision, price)
-        _write(out, found)
+        _write(out, found, spoken)
     else:
         found = _outlook(known, str(model), tokens, on or "h100", length, teacher, precision or "bf16", lora, price)
         shown = bill.print_outlook
-    if as_json:
-        typer.echo(readable_json(found))
-    else:
-        shown(found)
+    typer.echo(readable_json(found)) if as_json else shown(found, spoken)
     if claim is not None and found["adds_up"] is False:
         raise typer.Exit(1)
 
@@ -108,12 +107,12 @@ def _is_recipe(model: str | None) -> bool:
     return model is not None and is_recipe(model)
 
 
-def _write(out: Path | None, found: Any) -> None:
+def _write(out: Path | None, found: Any, spoken: Any) -> None:
     from pennyweight.atomic import write_whole
     from pennyweight.report.recipe_plan import recipe_plan_page
 
     if out is not None:
-        write_whole(out, recipe_plan_page(found))
+        write_whole(out, spoken.page(recipe_plan_page(found)))
 
 
 def _claims(known: Any, name: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pennyweight.recipe_file import task_of
 from pennyweight.records import Encoded, Message, Sample
 from pennyweight.report.chain_summary import is_chain, stages_of, summarise_chain, write_chain
 from pennyweight.report.draw import draw, draw_unfinished
+from pennyweight.report.language import in_language
 from pennyweight.report.rollouts import stopped
 from pennyweight.run_folder import a_run, read_object, recipe_of
 from pennyweight.settings import TEXT_ONLY
@@ -243,22 +244,24 @@ def _encoded(sample: Sample, recipe: Recipe, root: Path, student: Language, cont
     return encode_all([sample], student.tokenizer, context, recipe.data.too_long)
 
 
-def redraw(folder: str) -> Path:
+def redraw(folder: str, lang: str = "en") -> Path:
     """Draw report.html again from what the run has measured, of an unfinished one from what it has so far; of a chain
-    its own, from its runs as they are now.
+    its own, from its runs as they are now. ``lang``: en or ko.
 
     Raises:
         RunError: the folder is neither, or nothing of the run is finished.
+        RecipeError: there is no such language.
     """
+    in_language(lang)
     if is_chain(Path(folder)):
-        write_chain(Path(folder), read_object)
+        write_chain(Path(folder), read_object, lang)
         return Path(folder) / "report.html"
     root = a_run(folder)
     if (root / "summary.json").exists():
-        return draw(root)
+        return draw(root, lang)
     if not (root / "metrics.jsonl").exists() or not (known := show(folder))["stages"]:
         raise RunError(f"{root} is not finished, so there is no report yet; run it again to go on")
-    return draw_unfinished(root, known)
+    return draw_unfinished(root, known, lang)
 
 
 def verify(folder: str) -> Verification:

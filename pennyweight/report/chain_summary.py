@@ -11,6 +11,7 @@ from pennyweight.atomic import write_whole
 from pennyweight.ledger.store import Ledger
 from pennyweight.records import CHAIN, sha256_json
 from pennyweight.report.chain_page import render_chain
+from pennyweight.report.language import in_language
 from pennyweight.report.view import view
 from pennyweight.version import __version__
 
@@ -54,11 +55,11 @@ def note_begun(root: Path, stage: str, begun: Mapping[str, str]) -> None:
     write_whole(root / stage / _BEGUN, json.dumps(begun, indent=2))
 
 
-def write_chain(root: Path, read: Read) -> dict[str, Any]:
+def write_chain(root: Path, read: Read, lang: str = "en") -> dict[str, Any]:
     """Write summary.json and report.html of a chain from what its stages are now; that summary."""
     summary = summarise_chain(root, read)
     write_whole(root / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    write_whole(root / "report.html", render_chain(summary))
+    write_whole(root / "report.html", in_language(lang).page(render_chain(summary)))
     return summary
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.atomic import write_whole
+from pennyweight.report.language import in_language
 from pennyweight.report.page import render
 
 
-def draw(root: Path) -> Path:
+def draw(root: Path, lang: str = "en") -> Path:
     """Write report.html from what ``root`` holds: summary and recipe, metrics, outputs on problems and rollouts; its
-    path."""
+    path. ``lang`` is one of ``report.language.LANGUAGES``."""
     metrics = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     summary["recipe"] = json.loads((root / "recipe.json").read_text(encoding="utf-8"))
@@ -25,16 +26,17 @@ def draw(root: Path) -> Path:
     lines = [json.loads(line) for line in metrics if line.strip()]
     of_this_run = [x for x in lines if x.get("arm") == "teacher" or _trained(summary, x)]
     page = render(summary, of_this_run, shown, [x for x in _rollouts(root) if _trained(summary, x)])
-    write_whole(root / "report.html", page)
+    write_whole(root / "report.html", in_language(lang).page(page))
     return root / "report.html"
 
 
-def draw_unfinished(root: Path, known: dict[str, Any]) -> Path:
+def draw_unfinished(root: Path, known: dict[str, Any], lang: str = "en") -> Path:
     """Write report.html of a run that is not finished, from its recipe and stages so far (``known``) and its metrics;
     its path."""
     metrics = (root / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     seen = {**known, "stages": dict.fromkeys(known["stages"])}
-    write_whole(root / "report.html", render(seen, [*_whole(metrics)], [], [*_rollouts(root)]))
+    page = render(seen, [*_whole(metrics)], [], [*_rollouts(root)])
+    write_whole(root / "report.html", in_language(lang).page(page))
     return root / "report.html"
 
 

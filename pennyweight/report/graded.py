@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,20 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
         cells = (c + gap if i in left else gap + c for i, (c, gap) in enumerate(zip(row, gaps, strict=True)))
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def paragraph(text: str, width: int, first: str = "", others: str = "  ") -> str:
+    """A text in lines of at most ``width`` columns, of which a Korean syllable takes two."""
+    if cell_len(text) == len(text):
+        return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others)
+    lines, begun = [first], False
+    for word in text.split():
+        if begun and cell_len(lines[-1]) + 1 + cell_len(word) > width:
+            lines.append(others)
+            begun = False
+        lines[-1] += f" {word}" if begun else word
+        begun = True
+    return "\n".join(lines)
 
 
 def _list(title: str, rows: list[dict[str, Any]]) -> None:

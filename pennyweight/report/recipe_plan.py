@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pennyweight.report.graded import aligned
+from pennyweight.report.graded import aligned, paragraph
+from pennyweight.report.language import ENGLISH, Language
 from pennyweight.report.markup import Html, document, element, facts, join, section, table
 from pennyweight.report.plan_fits import fit_lines, fits_section
 from pennyweight.report.serving import serving_lines, serving_section
@@ -30,25 +30,26 @@ Plan = Mapping[str, Any]
 Ends = Mapping[str, float]
 
 
-def print_recipe_plan(found: Plan) -> None:
+def print_recipe_plan(found: Plan, spoken: Language = ENGLISH) -> None:
     """What was reckoned of a recipe, or of a chain, whose runs have a table each."""
     runs = list(found["runs"].values()) if "runs" in found else [found]
     for line in _lead(found):
-        _say(line)
+        _say(spoken(line))
     for run in runs:
         print(f"\n{run['name']}" if len(runs) > 1 else "")
-        print(*aligned(_rows(run, short=True)), sep="\n")
+        head, *rows, (together, *sums) = _rows(run, short=True)
+        print(*aligned([[*map(spoken, head)], *rows, [spoken(together), *sums]]), sep="\n")
     print()
     for line in fit_lines(found["fits"], span, lasts) if found.get("fits") else ():
-        _say(line)
+        _say(spoken(line))
     if found.get("serving"):
-        print(*serving_lines(found["serving"], span), "", sep="\n")
-        _say(f"serving: {found['serving']['reason']}")
+        print(*serving_lines(found["serving"], span, spoken), "", sep="\n")
+        _say(spoken(f"serving: {found['serving']['reason']}"))
     for name, reason in _reasons(runs):
-        _say(f"{name}: {reason}")
+        _say(f"{spoken(name)}: {spoken(reason)}")
     for note in dict.fromkeys(n for run in runs for n in run["notes"]):
-        _say(f"note: {note}")
-    _say(runs[0]["scope"])
+        _say(f"{spoken('note')}: {spoken(note)}")
+    _say(spoken(runs[0]["scope"]))
 
 
 def recipe_plan_page(found: Plan) -> str:
@@ -164,7 +165,7 @@ def _reasons(runs: Sequence[Plan]) -> list[tuple[str, str]]:
 
 def _say(text: str) -> None:
     width = min(shutil.get_terminal_size().columns, 120)
-    print(textwrap.fill(text, width, subsequent_indent="  "))
+    print(paragraph(text, width))
 
 
 def _rounded(value: float) -> str:
@@ -191,4 +192,5 @@ def _sizes(ends: Ends | None) -> str:
     if not ends:
         return MISSING
     low, high = size(ends["low"]), size(ends["high"])
-    return low if low == high else f"{low}–{high}"
+    (least, _, unit), (_, _, other) = low.partition("\u00a0"), high.partition("\u00a0")
+    return low if low == high else f"{least if unit == other else low}–{high}"

@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pennyweight.report.graded import aligned
+from pennyweight.report.language import ENGLISH, Language
 from pennyweight.report.markup import Html, element, section, table
 from pennyweight.report.wording import size
 
 Span = Callable[[Mapping[str, float]], str]
 
 
-def serving_lines(found: Mapping[str, Any], span: Span) -> list[str]:
+def serving_lines(found: Mapping[str, Any], span: Span, spoken: Language = ENGLISH) -> list[str]:
     """A heading, and a line for each format."""
     if not found["formats"]:
-        return [f"to serve: 64 x {found['chip']} do not hold the model"]
+        return [spoken(f"to serve: 64 x {found['chip']} do not hold the model")]
     head, *rows = _rows(found, span, short=True)
     priced = f", {found['currency']} for a million tokens" if found["currency"] else ""
-    return [f"to serve on {found['chip']}: tokens a second{priced}", *aligned([head, *rows])]
+    title = spoken(f"to serve on {found['chip']}: tokens a second{priced}")
+    return [title, *aligned([[*map(spoken, head)], *rows])]
 
 
 def serving_section(found: Mapping[str, Any], span: Span) -> Html:
