@@ -7,18 +7,18 @@ are as short, and as long, as they may be, and the machine as fast, and as slow,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from typing import Any
 
 from pennyweight.errors import ModelError
 from pennyweight.meter.allowance import check_forecast
-from pennyweight.meter.rates import WATTS
+from pennyweight.meter.rates import WATTS, check_prices, price_of
 from pennyweight.plan.assumed import read_or_assume
-from pennyweight.plan.forecast import FEW, OVERHEAD, POWER, Published, Range, Run, energy, fit, gain_of, money, ratios
-from pennyweight.plan.hardware import Chip, PriceRange, catalogue, own_price, price_range
+from pennyweight.plan.forecast import AROUND, FEW, POWER, Published, Range, Run, energy, fit, gain_of, money, ratios
+from pennyweight.plan.hardware import Chip, PriceRange, catalogue
 from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
 from pennyweight.plan.passes import Ends, Subjects, Work
 from pennyweight.plan.room import taken
+from pennyweight.plan.shapes import Shapes
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.progress import say
@@ -28,8 +28,8 @@ _SUMS = ("tokens", "flops", "hours", "kwh", "money", "disk")
 _CHECKPOINTS = 2  # that are there at once while one is written
 
 SCOPE = (
-    "counted: what this recipe runs, control arms and evaluations included; not counted: how a given teacher or "
-    "student was trained, trials, other recipes, failures, and the start of the process"
+    "counted: what this recipe runs, control arms and evaluations included, and energy of the devices only; not "
+    "counted: how a given teacher or student was trained, trials, other recipes, failures, and the start of the process"
 )
 
 
@@ -67,37 +67,45 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
 
 
 def foretell(
-    recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, rows: Callable[[], Sequence[Published]]
+    recipe: Recipe,
+    hardware: str,
+    devices: int,
+    threads: int,
+    autocast: bool,
+    rows: Callable[[], Sequence[Published]],
+    known_shapes: Mapping[str, Shapes] | None = None,
 ) -> dict[str, Any]:
     """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made.
 
     Args:
+        devices: GPUs; or processes, which share the processor with ``threads`` each.
         rows: gives published runs, where there is a GPU of the catalogue.
+        known_shapes: of folders that are not there yet, by path.
 
     Raises:
         ModelError: the models cannot be read.
     """
     known = catalogue()
     chip = known.called(hardware)
-    pace = on_this(None, threads, autocast) if chip is None else pace_on(chip, devices, "bf16", rows())
-    own = recipe.budget.usd_per_hour
-    price = own_price(own) if own is not None else None
-    if price is None and chip is not None and known.is_priced(chip):
-        price = price_range(known.prices_of(chip), date.today())
-    return reckon(recipe, subjects_of(recipe, None, read_or_assume), rows_of(recipe), pace, price)
+    pace = on_this(None, threads * devices, autocast) if chip is None else pace_on(chip, devices, "bf16", rows())
+    of = subjects_of(recipe, known_shapes, read_or_assume)
+    return reckon(recipe, of, rows_of(recipe), pace, price_of(recipe.budget, hardware))
 
 
-def within_budget(recipe: Recipe, *where: Any) -> dict[str, Any] | None:
-    """``foretell``, held against the recipe's budget; None where its models are not known before they are there.
+def within_budget(recipe: Recipe, hardware: str, *where: Any) -> dict[str, Any] | None:
+    """``foretell``, held against the recipe's budget; None where its models are not known before they are there, which
+    is said where there is a budget.
 
     Raises:
-        RecipeError: even the low end is above the budget.
+        RecipeError: even the low end is above the budget, or money is limited and a price is not known.
     """
+    check_prices(recipe.budget, recipe.teacher, hardware)
+    found, why = None, ""
     try:
-        found = foretell(recipe, *where)
-    except ModelError:
-        found = None
-    if warning := check_forecast(recipe.budget, found and found["total"]):
+        found = foretell(recipe, hardware, *where)
+    except ModelError as e:
+        why = f"nothing can be foretold, since {e}"
+    if warning := check_forecast(recipe.budget, found and found["total"], why=why):
         say(warning)
     return found
 
@@ -182,7 +190,7 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
         watts = f"an estimate: {WATTS[0]:g} to {WATTS[2]:g} W for each of {pace.threads} busy threads"
     else:
         shares = f"{POWER[0]:.0%} to {POWER[2]:.0%} of {pace.chip['power']:,.0f} W"
-        watts = f"{shares}, times {OVERHEAD[0]:g} to {OVERHEAD[2]:g} for node and building"
+        watts = f"{shares}; {AROUND}"
     out = {"tokens": rows.reason, "hours": pace.reason, "kwh": watts}
     if price is not None:
         out["money"] = f"{price.reason} for a device and an hour"
