@@ -85,7 +85,7 @@ def kills(bars: Bars, times: int) -> None:
         began = held_since(process, alone / "run" / ".lock")
         assert process.wait() == 0, (alone / "said").read_text()[-2000:]
         length = time.monotonic() - began
-        print(f"a run that is never killed takes {length:.1f} s from when it holds its folder")
+        print(f"a run that is never killed takes {length:.1f} s from when it holds its folder", flush=True)
         folder, lived, killed = Path(root) / "killed", {}, 0
         folder.mkdir()
         while killed < times:
@@ -110,7 +110,10 @@ def _compare(bars: Bars, lines: list[dict[str, Any]], lived: dict[int, float], t
     """The lines of the meter beside the stopwatch of each process, of which the last one was not killed."""
     metered = {pid: whole_of([x for x in lines if x["process"].startswith(f"{pid}-")]).seconds for pid in lived}
     for pid, seconds in lived.items():
-        print(f"stopwatch {seconds:7.3f} s, metered {metered[pid]:7.3f} s, lost {seconds - metered[pid]:6.3f} s")
+        print(
+            f"stopwatch {seconds:7.3f} s, metered {metered[pid]:7.3f} s, lost {seconds - metered[pid]:6.3f} s",
+            flush=True,
+        )
     *tries, last = (lived[pid] - metered[pid] for pid in lived)
     within = sum(-LATE <= lost <= INTERVAL + LATE for lost in tries)
     whole, parts = whole_of(lines), taken(lines)
@@ -132,7 +135,9 @@ def stops(bars: Bars, times: int) -> None:
         took = {name: bill["spent"][name] for name in ("hours", "kwh", "usd")}
         least = {name: (bill["foretold"].get(key) or {}).get("low", 0.0) for name, key in _FORETOLD.items()}
         want = {name: hash_folder(never / "run" / name) for name in COMPARED}
-        print(f"without a budget: {3600 * took['hours']:.1f} s, {took['kwh']:.3g} kWh, USD {took['usd']:.3g}")
+        print(
+            f"without a budget: {3600 * took['hours']:.1f} s, {took['kwh']:.3g} kWh, USD {took['usd']:.3g}", flush=True
+        )
         for trial in range(times):
             kind, folder = ("hours", "kwh", "usd")[trial % 3], Path(root) / str(trial)
             cap = max(chance.uniform(0.35, 0.75) * took[kind], 1.02 * least[kind])  # a lower one is refused at once
@@ -165,7 +170,8 @@ def _stopped(folder: Path, kind: str, cap: float, recipe: Recipe) -> dict[str, b
     parts = ", ".join(sorted(set(checkpoints))) or "none"
     print(
         f"{kind}={cap:.4g}: code {code} at {spent / cap:.0%} of it, {len(stages)} stages finished, parts of {parts}; "
-        f"again: code {again} at {after / cap:.0%}"
+        f"again: code {again} at {after / cap:.0%}",
+        flush=True,
     )
     return {
         "stopped_before_the_cap": code == 3 and spent <= cap,

@@ -105,7 +105,7 @@ def chain_of(table: dict[str, Any], settings: list[str], origin: str = "chain") 
             raise RecipeError(f"{origin}: stages.{stage} is named by its key; remove its name (or that in defaults)")
     if not isinstance(named, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", named):
         raise RecipeError(f"{origin}: name is {'missing' if named is None else 'not a plain name'}; give the chain one")
-    chain = Chain(named, merged, origin, parse_budget(whole["budget"], origin))
+    chain = Chain(named, merged, origin, _budget(whole["budget"], origin))
     _check_references(chain)
     return chain
 
@@ -126,6 +126,15 @@ def _set(stages: dict[str, dict[str, Any]], whole: dict[str, Any], settings: lis
                 for stage in stages if everyone else (key,):
                     override(stages[stage], rest)
     return whole
+
+
+def _budget(table: Any, origin: str) -> Budget:
+    budget = parse_budget(table, origin)
+    if budget.usd_per_hour is not None:
+        raise RecipeError(
+            f"{origin}: budget.usd_per_hour is the price of a device, which each stage has; set it in defaults.budget"
+        )
+    return budget
 
 
 def _check_references(chain: Chain) -> None:

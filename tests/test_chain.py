@@ -361,6 +361,8 @@ def test_a_chain_has_a_budget_of_its_own_beside_those_of_its_stages():
     }  # fmt: skip
     with pytest.raises(RecipeError, match=r"unknown key 'budget.hour'; did you mean 'hours'\?"):
         load(CHAIN, ["budget.hour=3"])
+    with pytest.raises(RecipeError, match="set it in defaults.budget"):
+        load(CHAIN, ["budget.usd_per_hour=1"])
     with pytest.raises(RecipeError, match="budget.kwh: .* correct that value"):
         load(CHAIN, ["budget.kwh=-1"])
 
