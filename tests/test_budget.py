@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 import pennyweight
-from pennyweight.errors import EndpointError, Overspent, RecipeError
+from pennyweight.errors import EndpointError, ModelError, Overspent, RecipeError
 from pennyweight.meter.allowance import Allowance, Rates, check_forecast, spent
 from pennyweight.meter.meter import METER, Meter
 from pennyweight.meter.rates import asked_of, check_prices, rates_of
 from pennyweight.meter.taken import Taken
 from pennyweight.plan.hardware import catalogue
+from pennyweight.plan.reckon import foretell, within_budget
 from pennyweight.recipe import EndpointTeacher, FolderTeacher, SeveralTeachers
+from pennyweight.recipe_file import load
 from pennyweight.settings import Budget
 from pennyweight.teacher.paid import Paid
 
@@ -262,3 +264,22 @@ def test_a_run_that_training_takes_over_its_budget_keeps_a_checkpoint_and_goes_o
             pennyweight.run(TINY, settings, tmp_path / "run")
     pennyweight.run(TINY, settings, tmp_path / "run")
     assert hash_folder(tmp_path / "run" / "student") == hash_folder(tmp_path / "never" / "student")
+
+
+def test_processes_that_share_a_processor_are_foretold_with_all_their_threads():
+    found = [foretell(load(TINY), "cpu float32", n, 1, False, tuple) for n in (1, 4)]
+    assert [f["threads"] for f in found] == [1, 4]
+    per_hour = [f["total"]["kwh"]["middle"] / f["total"]["hours"]["middle"] for f in found]
+    assert per_hour[1] == pytest.approx(4 * per_hour[0])
+
+
+def test_where_nothing_can_be_foretold_it_is_said_once_that_the_budget_is_held_against_nothing(monkeypatch, capsys):
+    def unknown(*where):
+        raise ModelError("there is no ./m; download it first")
+
+    monkeypatch.setattr("pennyweight.plan.reckon.foretell", unknown)
+    assert within_budget(load(TINY, ["budget.hours=1"]), "cpu float32") is None
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "budget.hours=1 of the run is held against no forecast" in told
+    assert told.endswith("nothing can be foretold, since there is no ./m; download it first\n")
+    assert within_budget(load(TINY), "cpu float32") is None and capsys.readouterr().err == ""
