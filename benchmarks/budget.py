@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,9 @@ def _compare(bars: Bars, lines: list[dict[str, Any]], lived: dict[int, float], t
 
 def stops(bars: Bars, times: int) -> None:
     chance, recipe = random.Random(1), load(RECIPE, SETTINGS)
-    ok = dict.fromkeys(("stopped_before_the_cap", "kept_something", "stopped_again_at_once", "same_weights"), 0)
+    ok: dict[str, int] = dict.fromkeys(
+        ("stopped_before_the_cap", "kept_something", "stopped_again_at_once", "same_weights"), 0
+    )
     with tempfile.TemporaryDirectory() as root:
         never = Path(root) / "never"
         never.mkdir()
@@ -141,8 +144,14 @@ def stops(bars: Bars, times: int) -> None:
         for trial in range(times):
             kind, folder = ("hours", "kwh", "usd")[trial % 3], Path(root) / str(trial)
             cap = max(chance.uniform(0.35, 0.75) * took[kind], 1.02 * least[kind])  # a lower one is refused at once
-            folder.mkdir()
-            found = _stopped(folder, kind, cap, recipe)
+            while True:
+                folder.mkdir()
+                if (code := ended(folder, setting := f"budget.{kind}={cap!r}")) or cap / 2 < least[kind]:
+                    break
+                print(f"{kind}={cap:.4g}: came to its end below that; tried anew with half of it", flush=True)
+                shutil.rmtree(folder)
+                cap /= 2
+            found = _stopped(folder, kind, cap, code, recipe, setting)
             code = ended(folder)
             differ = [n for n in COMPARED if hash_folder(folder / "run" / n) != want[n]] if code == 0 else ["all"]
             found["same_weights"] = not differ
@@ -157,10 +166,9 @@ def stops(bars: Bars, times: int) -> None:
 _FORETOLD = {"hours": "hours", "kwh": "kwh", "usd": "money"}
 
 
-def _stopped(folder: Path, kind: str, cap: float, recipe: Recipe) -> dict[str, bool]:
-    """A run under a cap, and the same command again."""
-    run, setting = folder / "run", f"budget.{kind}={cap!r}"
-    code = ended(folder, setting)
+def _stopped(folder: Path, kind: str, cap: float, code: int, recipe: Recipe, setting: str) -> dict[str, bool]:
+    """What a run under a cap left that ended with ``code``, and what becomes of the same command again."""
+    run = folder / "run"
     spent = spent_in(run, recipe, "cpu float32", 1, 1)[kind]
     with Ledger.open(run / "ledger.sqlite", create=False) as ledger:
         stages = list(ledger.finished_stages())

@@ -58,7 +58,7 @@ def test_accuracy_and_pass_at_k_count_what_the_verifier_accepts(loaded, monkeypa
 def test_it_is_asked_between_rows_and_tokens_and_counts_each_sample_once(loaded):
     """So a bar moves, and a budget or Ctrl-C stops it finely."""
     rows = problems(5)
-    encoded = [encode(s, loaded.tokenizer) for s in rows]
+    encoded = encode_all(rows, loaded.tokenizer, 64, "refuse")
     asked = [prompt_ids(s, loaded.tokenizer) for s in rows]
     held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), rows, asked, harder=[(rows[0], asked[0])])
     told: list[int] = []
