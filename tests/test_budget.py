@@ -179,6 +179,19 @@ def test_the_writing_of_a_checkpoint_is_part_of_what_is_spared(time_set):
     assert allowance.over() is not None  # two steps with what they write would fit, and the writing after them not
 
 
+def test_what_a_run_without_a_budget_took_is_known_to_one_that_has_one(time_set):
+    known: dict[str, float] = {}
+    free = Allowance(Budget(), time_set, RATES, longest=known)
+    free.begin("kd-0")
+    free.fresh()
+    for _ in range(5):
+        time_set.seconds += 100
+        assert free.over() is None
+        free.saved()
+    assert known["kd-0"] == 100 and "kd-0, saving" not in known
+    assert Allowance(Budget(hours=1), time_set, RATES, longest=known).over() is None
+
+
 def test_a_price_that_is_missing_is_named_from_the_recipe_alone():
     served = EndpointTeacher(url="http://127.0.0.1:1/v1", usd_sent=1.0)
     several = SeveralTeachers(members={"far": served}, weights={"far": 1.0})

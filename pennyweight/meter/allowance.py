@@ -109,7 +109,7 @@ class Allowance:
         """A stage is to be made. Raise Overspent where what it takes to open it, and its first unit, could be too
         much."""
         self._lap(True)
-        self._stage = stage
+        self._stage, self._opening = stage, True
         self._check(self._known(_BESIDES, True) + self._ahead())
 
     def fresh(self) -> None:
@@ -120,13 +120,11 @@ class Allowance:
 
     def over(self) -> str | None:
         """Why the run must stop now, so that a limit is not passed before it is asked again; None: it may go on."""
-        if not self._limits:
-            return None
         self._called = now = clock()
         if self._read is None or now - self._read >= _OFTEN:
             self._lap(self._opening)  # what comes before the first unit is finished is more than a unit
             self._opening = False
-            self._said, self._read = self._reason(self._ahead()), now
+            self._said, self._read = self._reason(self._ahead()) if self._limits else None, now
         return self._said
 
     def check(self) -> None:
