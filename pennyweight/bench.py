@@ -35,8 +35,9 @@ from pennyweight.records import Encoded, Sample
 from pennyweight.settings import TEXT_ONLY, Schedule
 from pennyweight.teacher.across import AcrossTeacher
 from pennyweight.teacher.cache import LABELLED_AS, AssignedCache, CacheFacts, TargetCache, settled_keep
-from pennyweight.teacher.endpoint import ANSWERS, ServedTeacher, endpoint_of
+from pennyweight.teacher.endpoint import ServedTeacher, endpoint_of
 from pennyweight.teacher.local import LocalTeacher
+from pennyweight.teacher.paid import answers_of
 from pennyweight.teacher.refusals import check_targets
 from pennyweight.teacher.several import Team, added, cut_from, named_tokenizer, shared_language
 from pennyweight.teacher.targets import Keep
@@ -155,9 +156,8 @@ class Bench:
         if not isinstance(t, EndpointTeacher):
             return None
         tokenizer = open_tokenizer(t.tokenizer) if t.tokenizer else None
-        how = (r.temperature, r.top_p, r.max_tokens)
-        endpoint = endpoint_of(t, self.folder / f"{self.prefix}{ANSWERS}")
-        return ServedTeacher(endpoint, t.api, tokenizer, *how, member=self.member)
+        how = (tokenizer, r.temperature, r.top_p, r.max_tokens, self.member)
+        return ServedTeacher(endpoint_of(t, self.folder / answers_of(self.member)), t.api, *how)
 
     @cached_property
     def local(self) -> LocalTeacher:

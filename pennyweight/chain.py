@@ -6,23 +6,32 @@ What a stage begins from is content that its run depends on, so it runs again wh
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pennyweight.chain_file import Chain
-from pennyweight.errors import DataError, MethodError, RecipeError, RunError
+from pennyweight.errors import DataError, MethodError, ModelError, RecipeError, RunError
+from pennyweight.meter.allowance import check_forecast
+from pennyweight.meter.rates import check_prices, check_stopped
 from pennyweight.methods import check
+from pennyweight.model.device import choose, set_threads
+from pennyweight.plan.assumed import read_or_assume
+from pennyweight.plan.published import published
+from pennyweight.plan.reckon import foretell, together
+from pennyweight.plan.subjects import made_by, subjects_of
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import CHAIN
 from pennyweight.report.chain_summary import made_by, note_begun, write_chain
 from pennyweight.run_folder import read_object, write_json
+from pennyweight.settings import Budget
 from pennyweight.teacher.refusals import check_teacher
 from pennyweight.train.group import Group, join
 from pennyweight.verifiers import check_verifiers
 
-RunLine = Callable[[Recipe, Path], dict[str, Any]]
+RunLine = Callable[..., dict[str, Any]]
+"""Runs a recipe in a folder; where a third is given, as a part of a chain that has a budget (``line.Chain``)"""
 
 
 def go(plan: Recipe | Chain, out: Path, run_line: RunLine, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -47,6 +56,7 @@ def go(plan: Recipe | Chain, out: Path, run_line: RunLine, only: Sequence[str] =
             if other not in chosen:
                 _look_for(reference, stage, other, out)
                 _say_if_changed(stage, other, recipes[other], out)
+    _hold(plan, recipes, chosen, out, group.size)
     if group.first:
         _claim(plan, out)
     order = list(recipes)
@@ -57,7 +67,8 @@ def go(plan: Recipe | Chain, out: Path, run_line: RunLine, only: Sequence[str] =
             _look_for(reference, stage, other, out)
         _together(group, stage)
         begun = made_by(out, plan.needs(stage)) if group.first else {}
-        run_line(recipes[stage], out / stage)
+        others = [(recipe, out / other) for other, recipe in recipes.items() if other != stage]
+        run_line(recipes[stage], out / stage, *([(plan.budget, others)] if plan.budget.limits else []))
         gc.collect()  # models of a finished run that something in a circle still holds
         if group.first:
             note_begun(out, stage, begun)
@@ -91,6 +102,44 @@ def _refuse(stage: str, recipe: Recipe) -> None:
         check_verifiers(recipe)
     except (DataError, MethodError, RecipeError) as e:
         raise type(e)(f"stages.{stage}: {e}") from None
+
+
+def _hold(chain: Chain, recipes: Mapping[str, Recipe], chosen: Sequence[str], out: Path, processes: int) -> None:
+    """Hold what the stages are foretold to take against their budgets, and all of them against the chain's, before the
+    first one runs; and say what can be held against no forecast.
+
+    Raises:
+        RecipeError: the low end of one is above its budget, or of all above the chain's; or a price is not known.
+        Overspent: the chain's budget is spent.
+    """
+    if not chain.budget.limits and not any(recipes[stage].budget.limits for stage in chosen):
+        return
+    check_stopped((out / stage for stage in recipes), chain.budget)
+    made: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    unknown: dict[str, str] = {}
+    for stage, recipe in recipes.items():
+        c, threads = choose(recipe.compute.device, recipe.compute.dtype), set_threads(recipe.compute.threads)
+        try:
+            told = foretell(recipe, c.hardware, processes, threads, c.autocast is not None, published, made)
+            of = told.of if told else subjects_of(recipe, made, read_or_assume)
+            made |= made_by(recipe, of, str(chain.place(out) / stage))
+            found |= {stage: told.found} if told and stage in chosen else {}
+        except (DataError, ModelError) as e:
+            unknown |= {stage: f"nothing can be foretold, since {e}"} if stage in chosen else {}
+        if stage in chosen:
+            _held(recipe.budget, found.get(stage), f"stages.{stage}", unknown.get(stage, ""))
+            check_prices(recipe.budget, recipe.teacher, c.hardware)
+            check_prices(chain.budget, recipe.teacher, c.hardware, recipe.budget)
+    whole = together(chain.name, found) if found else None
+    _held(chain.budget, whole, "the chain", next(iter(unknown.values()), ""))
+
+
+def _held(budget: Budget, foretold: dict[str, Any] | None, whose: str, why: str) -> None:
+    if warning := check_forecast(budget, foretold and foretold["total"], whose, why):
+        say(warning)
+    elif why and budget.limits and foretold:
+        say(f"{whose}'s budget is held against a forecast of some of its stages only: {why}")
 
 
 def _look_for(reference: str, stage: str, other: str, out: Path) -> None:
@@ -137,4 +186,5 @@ def _claim(chain: Chain, out: Path) -> None:
             f"{out} holds the chain {owner!r}, not {chain.name!r}; choose another --out, or remove that folder"
         )
     stages = {stage: {"recipe": table, "needs": chain.needs(stage)} for stage, table in chain.tables.items()}
-    write_json(file, {"name": chain.name, "stages": stages})
+    budget = {"budget": chain.budget.limits} if chain.budget.limits else {}
+    write_json(file, {"name": chain.name, "stages": stages, **budget})

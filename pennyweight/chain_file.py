@@ -9,16 +9,17 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pennyweight.errors import RecipeError
 from pennyweight.recipe import DEFAULT_KINDS, Recipe
 from pennyweight.recipe_file import load as load_recipe
-from pennyweight.recipe_file import override, parse, read_table
+from pennyweight.recipe_file import override, parse, parse_budget, read_table
+from pennyweight.settings import Budget
 
-_KEYS = ("name", "defaults", "stages")
+_KEYS = ("name", "budget", "defaults", "stages")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # without a dot, which parts the settings of the command line
 _REFERENCE = re.compile(r"@([^/]*)/(.*)", re.DOTALL)
 _PATHS = frozenset({"path", "tokenizer"})  # settings that are a path and nothing else
@@ -26,11 +27,13 @@ _PATHS = frozenset({"path", "tokenizer"})  # settings that are a path and nothin
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages by name, in order: each the table of a recipe, references and all. ``origin`` is named in messages."""
+    """Stages by name, in order: each the table of a recipe, references and all. ``origin`` is named in messages;
+    ``budget`` is for all stages together."""
 
     name: str
     tables: dict[str, dict[str, Any]]
     origin: str = "chain"
+    budget: Budget = field(default_factory=Budget)
 
     def needs(self, stage: str) -> dict[str, str]:
         """What a stage begins from: each reference (``@base/student``) with the stage that it is to, once."""
@@ -43,14 +46,18 @@ class Chain:
         Raises:
             RecipeError: a stage is no recipe.
         """
-        # Relative where that can be: so a folder that is named in another way is the same to what depends on paths.
-        here = Path(os.path.relpath(out))
-        place = out if here.parts[:1] == ("..",) else here
-        made = {}
+        made, place = {}, self.place(out)
         for stage, table in self.tables.items():
             resolved = _replaced(table, lambda text: _resolved(text, place))
             made[stage] = parse({"name": f"{self.name}-{stage}", **resolved}, f"{self.origin}: stages.{stage}")
         return made
+
+    @staticmethod
+    def place(out: Path) -> Path:
+        """The chain's folder as its recipes name it: relative where that can be, so that a folder which is named in
+        another way is the same to what depends on paths."""
+        here = Path(os.path.relpath(out))
+        return out if here.parts[:1] == ("..",) else here
 
 
 def load(
@@ -60,7 +67,7 @@ def load(
 
     Args:
         settings: ``a.b=c`` on top; of a chain ``STAGE.a.b=c`` for one stage, or ``defaults.a.b=c`` for all of them,
-            whatever they say themselves.
+            whatever they say themselves; or ``budget.a=c`` for all of them together.
         everywhere: ``a.b=c`` for the recipe, or for all stages.
 
     Raises:
@@ -91,23 +98,24 @@ def chain_of(table: dict[str, Any], settings: list[str], origin: str = "chain") 
                 f"{', '.join(_KEYS)}"
             )
     merged = {stage: _merged(defaults, _table(own, f"stages.{stage}", origin)) for stage, own in stages.items()}
-    named = _set(merged, {"name": table.get("name")}, settings)
+    whole = _set(merged, {"name": table.get("name"), "budget": copy.deepcopy(table.get("budget", {}))}, settings)
+    named = whole["name"]
     for stage, recipe in merged.items():
         if "name" in recipe:
             raise RecipeError(f"{origin}: stages.{stage} is named by its key; remove its name (or that in defaults)")
     if not isinstance(named, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", named):
         raise RecipeError(f"{origin}: name is {'missing' if named is None else 'not a plain name'}; give the chain one")
-    chain = Chain(named, merged, origin)
+    chain = Chain(named, merged, origin, _budget(whole["budget"], origin))
     _check_references(chain)
     return chain
 
 
-def _set(stages: dict[str, dict[str, Any]], whole: dict[str, Any], settings: list[str]) -> Any:
-    """Settings of the command line put into the stages, those for all of them first; the chain's name."""
+def _set(stages: dict[str, dict[str, Any]], whole: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Settings of the command line put into the stages, those for all of them first; and into what is the chain's."""
     for everyone in (True, False):
         for item in settings:
             key, dot, rest = item.partition(".")
-            if item.partition("=")[0].strip() == "name":
+            if item.partition("=")[0].strip() == "name" or key == "budget":
                 override(whole, item)
             elif not dot or "=" in key or key not in (*stages, "defaults"):
                 raise RecipeError(
@@ -117,7 +125,16 @@ def _set(stages: dict[str, dict[str, Any]], whole: dict[str, Any], settings: lis
             elif (key == "defaults") == everyone:
                 for stage in stages if everyone else (key,):
                     override(stages[stage], rest)
-    return whole["name"]
+    return whole
+
+
+def _budget(table: Any, origin: str) -> Budget:
+    budget = parse_budget(table, origin)
+    if budget.usd_per_hour is not None:
+        raise RecipeError(
+            f"{origin}: budget.usd_per_hour is the price of a device, which each stage has; set it in defaults.budget"
+        )
+    return budget
 
 
 def _check_references(chain: Chain) -> None:

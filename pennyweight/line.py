@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pennyweight.data.lengths import lengths
 from pennyweight.errors import Overspent, Stopped
 from pennyweight.ledger.environment import environment
+from pennyweight.meter.allowance import Allowance, Wider
 from pennyweight.meter.bill import bill, per_point
 from pennyweight.meter.meter import BETWEEN
 from pennyweight.meter.peak import peak_memory
-from pennyweight.meter.rates import allowance_of
+from pennyweight.meter.rates import allowance_of, servers_of, spent_in
 from pennyweight.progress import Counter, counting, say
 from pennyweight.report.trackers import trackers
+from pennyweight.settings import Budget
 from pennyweight.train.journal import Journal
 from pennyweight.version import __version__
+
+Chain = tuple[Budget, Sequence[tuple[Any, Path]]]
+"""A budget of several runs together, and the recipes and folders of the others"""
 
 _STEPS, _SECONDS = 20, 60.0  # of a training, after which its length is foretold anew
 
@@ -28,26 +34,46 @@ class Line:
     Args:
         foretold: ``plan.reckon``'s, of this run, if that could be.
         retold: ``plan.seen``'s, which tells the rest of it anew.
+        chain: the budget of the chain that it is a part of, and the other parts: their recipes and folders.
+
+    Raises:
+        Overspent: the budget is spent already; nothing of this try is metered.
     """
 
-    def __init__(self, run: Any, bench: Any, foretold: Any = None, retold: Any = None):
+    def __init__(self, run: Any, bench: Any, foretold: Any = None, retold: Any = None, chain: Chain | None = None):
         self.foretold, self._retold = foretold, retold
         self.run, self.recipe, self.folder = run, run.recipe, run.folder
         self.bench, self.compute = bench, bench.compute
+        self.allowance = None  # the first process's business
+        if meter := getattr(run, "meter", None):
+            self.allowance = self._allowance(meter, chain)
+            run.ask = self.allowance.begin
         settings = self.recipe.model_dump(mode="json")
         self.trackers = trackers(list(self.recipe.log), self.recipe.name, self.folder, settings)
         self.journal = Journal(self.folder / "metrics.jsonl", [self.trackers])
-        self.allowance = None  # the first process's business
-        if meter := getattr(run, "meter", None):
-            usage = lambda: bench.asked().get("usage", {}) if bench.served or bench.team else {}  # noqa: E731
-            self.allowance = allowance_of(
-                self.recipe.budget, self.recipe.teacher, meter, self.compute.hardware, bench.threads, usage
-            )
-            self.allowance.check()
         bench.counting = self.counting
         reckoned = foretold and foretold.found["total"]
         run.ledger.append("run", {"recipe": settings, "version": __version__, "foretold": reckoned})
         run.ledger.append("environment", environment(self.compute.hardware, bench.threads))
+
+    def _allowance(self, meter: Any, chain: Chain | None) -> Allowance:
+        where = (self.compute.hardware, self.bench.threads, self.bench.group.size)
+        wider = None
+        if chain is not None:
+            others = [spent_in(folder, recipe, *where) for recipe, folder in chain[1]]
+            wider = Wider(chain[0], {k: sum(o[k] or 0.0 for o in others) for k in ("hours", "kwh", "usd")})
+        allowance = allowance_of(self.recipe, meter, *where, self._usages, wider)
+        try:
+            allowance.check()
+        except Overspent:
+            meter.forget()
+            raise
+        return allowance
+
+    def _usages(self) -> dict[str, dict[str, int]]:
+        """What each server has counted, by its member's name."""
+        benches = self.bench.team.benches if self.bench.team else {"": self.bench}
+        return {name: benches[name].served.endpoint.paid.usage for name in servers_of(self.recipe.teacher)}
 
     def __enter__(self) -> Line:
         return self
@@ -62,9 +88,10 @@ class Line:
     def bill(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """What the run took, beside what was foretold, and for what."""
         meter, spent = self.run.meter, self.allowance.spent() if self.allowance else {}
-        found = bill(
-            self.foretold and self.foretold.found, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN
-        )
+        usages = self._usages().values()
+        spent |= {"answers": {k: sum(u[k] for u in usages) for k in ("answers", "estimated")}} if usages else {}
+        reckoned = self.foretold and self.foretold.found
+        found = bill(reckoned, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN)
         arms = summary["arms"]
         gained = [arms.get(a, {}).get("metrics", {}).get("accuracy") for a in ("base", self.recipe.method.kind)]
         anew = [f for f in self.run.ledger.told("forecast") if "whole_seconds" in f]
@@ -79,6 +106,8 @@ class Line:
         began: list[tuple[int, float]] = []
 
         def reached(step: int, note: str) -> None:
+            if self.allowance is not None:
+                self.allowance.saved()
             reach(step, note)
             now = time.monotonic()
             if not began:
@@ -127,6 +156,8 @@ class Line:
         try:
             yield
         except Stopped as e:
+            if self.allowance is not None:
+                self.allowance.saved()
             if self.allowance is None or (reason := self.allowance.over()) is None:
                 raise
             raise Overspent(f"stopped after step {e.step:,}, with a checkpoint: {reason}") from None

@@ -38,6 +38,9 @@ class Counter:
     def advance(self, n: int = 1, note: str = "") -> None:
         if self.first is None:
             self.first = self.done
+        if not n and not note:  # said while a unit is at work, and often
+            self.asked()
+            return
         self.reach(self.done + n, note)
 
     def reach(self, done: int, note: str = "") -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pennyweight.errors import DataError, RecipeError
 from pennyweight.recipe import DEFAULT_KINDS, Recipe
+from pennyweight.settings import Budget, Settings
 
 
 def shipped(name: str) -> Path:
@@ -71,6 +72,20 @@ def parse(table: dict[str, Any], origin: str = "recipe") -> Recipe:
         return Recipe.model_validate(table)
     except ValidationError as e:
         raise RecipeError(f"{origin}: {_explain(e)}" if origin else _explain(e)) from None
+
+
+class _Whole(Settings):
+    """What a chain says of all its stages together."""
+
+    budget: Budget
+
+
+def parse_budget(table: Any, origin: str) -> Budget:
+    """The budget of a chain from a plain table; ``origin`` is named in messages."""
+    try:
+        return _Whole.model_validate({"budget": table}).budget
+    except ValidationError as e:
+        raise RecipeError(f"{origin}: {_explain(e)}") from None
 
 
 def distillation(

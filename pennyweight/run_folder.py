@@ -89,6 +89,7 @@ class Run:
         self._claim()
         self.ledger = Ledger.open(folder / "ledger.sqlite")
         self.meter = metered(folder / METER, gpu, group.size)
+        self.ask: Callable[[str], None] = lambda stage: None  # raises where a stage may not be begun
         self._walked: list[str] = []
         group.tell({"open": str(folder)})
 
@@ -150,6 +151,7 @@ class Run:
         if done and done["key"] == key and self._intact(done["artifacts"]):
             say(f"{name}: finished before, skipped")
             return Done(name, done["facts"], {a["path"]: a["sha256"] for a in done["artifacts"]})
+        self.ask(name)
         say(f"{name}: ...")
         self.meter.begin(name, key[:16])
         try:

@@ -20,7 +20,7 @@ from pennyweight.data.store import write_samples
 from pennyweight.evaluate.held_out import text_overlap
 from pennyweight.evaluate.suite import Sampling, examine
 from pennyweight.ledger.hashing import content_hash
-from pennyweight.line import Line
+from pennyweight.line import Chain, Line
 from pennyweight.methods import METHODS, check
 from pennyweight.model.adapters import merge
 from pennyweight.model.device import gpu_of, peak
@@ -57,7 +57,7 @@ from pennyweight.version import __version__
 from pennyweight.watching import lookout
 
 
-def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
+def run_line(recipe: Recipe, out: Path, chain: Chain | None = None) -> dict[str, Any]:
     """The whole line: teacher -> data -> targets -> students -> copies -> evaluation -> report; gives summary.json."""
     check(recipe.method, frozenset({recipe.targets.kind}))
     check_teacher(recipe)
@@ -65,7 +65,7 @@ def run_line(recipe: Recipe, out: Path) -> dict[str, Any]:
     bench = Bench(recipe, out)
     device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
     opened = open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device))
-    with opened as run, Line(run, bench, foretold, retold) as line:
+    with opened as run, Line(run, bench, foretold, retold, chain) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)

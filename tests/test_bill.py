@@ -89,3 +89,36 @@ def test_the_bill_of_a_run_adds_up(tiny_run):
     assert parts == pytest.approx(found["whole"], rel=0.01) and found["earlier"] < 0.01 * found["whole"] + 0.05
     assert found["spent"]["kwh"] > 0 and found["spent"]["estimated"] > 0 and found["spent"]["usd"] is None
     assert {"teacher", "sft-0", "kd-0"} <= {r["stage"] for r in found["stages"] if r["error"] is not None}
+
+
+def test_the_bill_says_whose_price_it_is_and_how_old():
+    price = {"low": 1.5, "middle": 2.0, "high": 3.0, "currency": "USD", "reason": "USD 1.50 to 3.00 (x, y, 2026-01)"}
+    for stale in (True, False):
+        found = made() | {"spent": SPENT | {"price": price | {"stale": stale}}, "per_point": None}
+        said = " ".join(bill_in_words(found))
+        assert "a device and hour at USD 2.00 (USD 1.50 to 3.00 (x, y, 2026-01)" in said
+        assert ("more than 90 days old" in said) == stale
+        page = str(drawn(view({"bill": found, "arms": {}, "stages": {}})))
+        assert "price of a device and hour" in page and ("more than 90 days ago" in page) == stale
+
+
+def test_the_bill_says_what_a_server_did_not_count():
+    spent = SPENT | {"answers": {"answers": 12, "estimated": 5}}
+    said = " ".join(bill_in_words(made() | {"spent": spent}))
+    assert "Of 12\u00a0answers of a server 5 came without a count of tokens" in said
+    assert "server" not in " ".join(bill_in_words(made() | {"spent": spent | {"answers": {"estimated": 0}}}))
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        (None, "energy is that of the devices only, without what a building takes besides;"),
+        ({"kwh": 0.0, "whole": False}, "devices only: their host’s processors were not counted, nor what a building"),
+        (
+            {"kwh": 2.0, "whole": True},
+            "devices only, without their host’s processors, which took 2.00\u00a0kWh besides",
+        ),
+    ],
+)
+def test_the_scope_says_whose_energy_it_is(host, says):
+    assert says.replace("\u00a0", " ") in scope({"bill": {"spent": {"host": host}}}).replace("\u00a0", " ")

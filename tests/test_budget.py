@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 import pennyweight
-from pennyweight.errors import Overspent, RecipeError
+from pennyweight.errors import EndpointError, ModelError, Overspent, RecipeError
 from pennyweight.meter.allowance import Allowance, Rates, check_forecast, spent
 from pennyweight.meter.meter import METER, Meter
+from pennyweight.meter.rates import asked_of, check_prices, rates_of
 from pennyweight.meter.taken import Taken
 from pennyweight.plan.hardware import catalogue
+from pennyweight.plan.reckon import foretell, within_budget
+from pennyweight.recipe import EndpointTeacher, FolderTeacher, SeveralTeachers
+from pennyweight.recipe_file import load
 from pennyweight.settings import Budget
+from pennyweight.teacher.paid import Paid
 
 RATES = Rates(2.0, 100.0, "an estimate")
 
@@ -45,8 +51,15 @@ def test_a_budget_below_the_middle_is_warned_of_and_one_above_is_not():
     total = {"hours": {"low": 1.0, "middle": 3.0, "high": 9.0}}
     assert "may not do" in (check_forecast(Budget(hours=2), total) or "")
     assert check_forecast(Budget(hours=4), total) is None
-    assert check_forecast(Budget(usd=1), total) is None  # nothing is foretold of money
-    assert check_forecast(Budget(hours=1), None) is None
+    assert check_forecast(Budget(), None) is None
+
+
+def test_a_budget_that_no_forecast_can_be_held_against_is_said_to_be_so():
+    total = {"hours": {"low": 1.0, "middle": 3.0, "high": 9.0}}
+    said = check_forecast(Budget(usd=1), total)
+    assert said and "budget.usd=1 of the run is held against no forecast" in said and "price" in said
+    said = check_forecast(Budget(hours=1, kwh=2), None, why="there is no model in it")
+    assert said and "budget.hours=1, budget.kwh=2" in said and said.endswith("there is no model in it")
 
 
 def test_ten_times_of_ten_it_stops_before_the_limit_and_not_long_before(tmp_path):
@@ -120,6 +133,135 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it(name, key):
     assert (found.key if found else None) == key
 
 
+class Worked:
+    """A meter of which the time is set: so much was metered, all by the clock."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self) -> Taken:
+        return Taken(seconds=self.seconds, device_seconds=self.seconds, uncounted=self.seconds)
+
+
+@pytest.fixture
+def time_set(monkeypatch) -> Worked:
+    worked = Worked()
+    monkeypatch.setattr("pennyweight.meter.allowance.clock", lambda: worked.seconds)
+    return worked
+
+
+def test_a_later_try_looks_as_far_ahead_before_its_first_step_as_an_earlier_one_after_its_last(time_set):
+    known: dict[str, float] = {}
+    first = Allowance(Budget(hours=1), time_set, RATES, longest=known)
+    first.begin("kd-0")
+    first.fresh()
+    for _ in range(4):
+        time_set.seconds += 600
+        if first.over():
+            break
+    assert time_set.seconds == 2400 and known["kd-0"] == 600  # two more of 600 seconds would be too much
+    for limit, stops in ((1.0, True), (0.9, True), (1.5, False)):
+        again = Allowance(Budget(hours=limit), time_set, RATES, longest=dict(known))
+        assert (again.over() is not None) == stops
+    killed = {k: v for k, v in known.items() if not k.startswith("stopped")}  # before it could be stopped
+    another = Allowance(Budget(hours=1), time_set, RATES, longest=killed)
+    assert another.over() is None
+    with pytest.raises(Overspent, match="budget.hours=1 would be passed"):
+        another.begin("kd-0")  # before its first step
+
+
+def test_other_seeds_and_models_are_taken_to_last_as_long_as_those_that_were(time_set):
+    known = {"kd-0": 600.0, "evaluate-base-0": 600.0, "teacher": 600.0}
+    for stage, stops in (("kd-1", True), ("evaluate-kd-0", True), ("sft-0", False), ("targets", False)):
+        allowance = Allowance(Budget(hours=0.3), time_set, RATES, longest=dict(known))
+        try:
+            allowance.begin(stage)
+            assert not stops, stage
+        except Overspent:
+            assert stops, stage
+
+
+def test_the_writing_of_a_checkpoint_is_part_of_what_is_spared(time_set):
+    allowance = Allowance(Budget(hours=1), time_set, RATES)
+    allowance.begin("kd-0")
+    allowance.fresh()
+    for _ in range(3):
+        time_set.seconds += 10
+        assert allowance.over() is None
+        time_set.seconds += 600
+        allowance.saved()
+    time_set.seconds += 3600 - 3 * 610 - 2 * 610 - 590
+    assert allowance.over() is not None  # two steps with what they write would fit, and the writing after them not
+
+
+def test_what_a_run_without_a_budget_took_is_known_to_one_that_has_one(time_set):
+    known: dict[str, float] = {}
+    free = Allowance(Budget(), time_set, RATES, longest=known)
+    free.begin("kd-0")
+    free.fresh()
+    for _ in range(5):
+        time_set.seconds += 100
+        assert free.over() is None
+        free.saved()
+    assert known["kd-0"] == 100 and "kd-0, saving" not in known
+    assert Allowance(Budget(hours=1), time_set, RATES, longest=known).over() is None
+
+
+def test_a_price_that_is_missing_is_named_from_the_recipe_alone():
+    served = EndpointTeacher(url="http://127.0.0.1:1/v1", usd_sent=1.0)
+    several = SeveralTeachers(members={"far": served}, weights={"far": 1.0})
+    with pytest.raises(RecipeError, match=r"set budget.usd_per_hour .*, teacher.usd_got \(of a million tokens\), or"):
+        check_prices(Budget(usd=1), served, "cpu float32")
+    with pytest.raises(RecipeError, match=r"set teacher.members.far.usd_got"):
+        check_prices(Budget(usd=1, usd_per_hour=0.1), several, "cpu float32")
+    check_prices(Budget(hours=1), served, "cpu float32")
+    check_prices(Budget(usd=1), None, "NVIDIA H100 80GB HBM3")
+
+
+def test_a_server_that_is_priced_has_a_price_at_any_time_and_one_that_is_not_never_has():
+    served = EndpointTeacher(url="http://127.0.0.1:1/v1", usd_sent=1.0, usd_got=2.0)
+    used = {"answers": 3, "prompt_tokens": 1_000_000, "completion_tokens": 2_000_000}
+    assert asked_of(served, {}) == 0.0 and asked_of(served, {"": dict.fromkeys(used, 0) | {"answers": 1}}) == 0.0
+    assert asked_of(served, {"": used}) == 5.0
+    free = served.model_copy(update={"usd_got": None})
+    assert asked_of(free, {}) is None and asked_of(free, {"": used}) is None
+    near = FolderTeacher(path="x")
+    several = SeveralTeachers(
+        members={"far": served, "near": near, "other": served}, weights=dict.fromkeys(("far", "near", "other"), 1)
+    )
+    assert asked_of(several, {"far": used, "other": used}) == 10.0 and asked_of(near, {}) == 0.0
+
+
+def test_threads_of_all_processes_take_power():
+    alone, four = (rates_of(Budget(), "cpu float32", False, 8, n) for n in (1, 4))
+    assert four.watts == 4 * alone.watts and "of 4 processes" in four.source and "processes" not in alone.source
+
+
+def test_where_a_price_is_from_is_kept():
+    own = rates_of(Budget(usd_per_hour=0.4), "cpu float32", False, 1).price
+    known = rates_of(Budget(), "NVIDIA H100 80GB HBM3", True, 1).price
+    assert own and own["reason"] == "USD 0.40, as given" and own["stale"] is False
+    assert known and known["low"] <= known["middle"] <= known["high"] and "(" in known["reason"]
+    assert spent(Taken(), rates_of(Budget(), "cpu float32", False, 1), 0.0)["price"] is None
+
+
+def test_a_priced_server_that_is_not_there_is_said_to_be_missing_whenever_it_is_tried(tmp_path, stories):
+    """The first try leaves what was found out about the server, which costs nothing and needs no price."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(20)))
+    server = ["teacher.kind=endpoint", "teacher.url=http://127.0.0.1:9/v1", "teacher.model=m", "teacher.retries=0"]
+    data = ["data.source.kind=files", f"data.source.path={rows}", "student.kind=folder", f"student.path={stories}"]
+    settings = [*server, *data, "method.kind=sft", "control=false", "budget.usd=100"]
+    with pytest.raises(RecipeError, match=r"budget.usd_per_hour .*teacher.usd_sent .*teacher.usd_got"):
+        pennyweight.run(TINY, settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    priced = [*settings, "budget.usd_per_hour=1", "teacher.usd_sent=1", "teacher.usd_got=2"]
+    for _ in range(2):
+        with pytest.raises(EndpointError):
+            pennyweight.run(TINY, priced, tmp_path / "run")
+        Paid(tmp_path / "run" / "answers.jsonl").keep("k", {"model": "m", "listed": {}})
+
+
 TINY = Path(__file__).with_name("tiny.toml")
 
 
@@ -156,7 +298,8 @@ def test_a_run_that_training_takes_over_its_budget_keeps_a_checkpoint_and_goes_o
 
     def spent_in_training(self):
         asked.append(1)
-        self._limits = {"hours": 1e-9} if (tmp_path / "run" / "targets").exists() and len(asked) > 8 else {}
+        spent = (tmp_path / "run" / "targets").exists() and len(asked) > 8
+        self._limits = [("budget.hours", "hours", 1e-9, 0.0)] if spent else []
         return over(self)
 
     with monkeypatch.context() as patch:
@@ -165,3 +308,22 @@ def test_a_run_that_training_takes_over_its_budget_keeps_a_checkpoint_and_goes_o
             pennyweight.run(TINY, settings, tmp_path / "run")
     pennyweight.run(TINY, settings, tmp_path / "run")
     assert hash_folder(tmp_path / "run" / "student") == hash_folder(tmp_path / "never" / "student")
+
+
+def test_processes_that_share_a_processor_are_foretold_with_all_their_threads():
+    found = [foretell(load(TINY), "cpu float32", n, 1, False, tuple) for n in (1, 4)]
+    assert [f["threads"] for f in found] == [1, 4]
+    per_hour = [f["total"]["kwh"]["middle"] / f["total"]["hours"]["middle"] for f in found]
+    assert per_hour[1] == pytest.approx(4 * per_hour[0])
+
+
+def test_where_nothing_can_be_foretold_it_is_said_once_that_the_budget_is_held_against_nothing(monkeypatch, capsys):
+    def unknown(*where):
+        raise ModelError("there is no ./m; download it first")
+
+    monkeypatch.setattr("pennyweight.plan.reckon.foretell", unknown)
+    assert within_budget(load(TINY, ["budget.hours=1"]), "cpu float32") is None
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "budget.hours=1 of the run is held against no forecast" in told
+    assert told.endswith("nothing can be foretold, since there is no ./m; download it first\n")
+    assert within_budget(load(TINY), "cpu float32") is None and capsys.readouterr().err == ""

@@ -18,11 +18,11 @@ from test_line import stages
 
 import pennyweight
 from pennyweight.chain import _together
-from pennyweight.chain_file import chain_of, load
-from pennyweight.errors import RecipeError, RunError
+from pennyweight.chain_file import Chain, chain_of, load
+from pennyweight.errors import Overspent, RecipeError, RunError
 from pennyweight.ledger.hashing import hash_folder
 from pennyweight.recipe import Recipe
-from pennyweight.report.chain_page import chain_headline, compared_on, leading
+from pennyweight.report.chain_page import chain_bill, chain_headline, compared_on, leading
 from pennyweight.report.chain_page import finished as finished_stages
 
 CHAIN = Path(__file__).with_name("tiny_chain.toml").resolve()
@@ -350,3 +350,51 @@ def test_what_is_wrong_is_said_in_a_sentence(key, value, says):
 def test_a_setting_that_names_no_stage(setting):
     with pytest.raises(RecipeError, match="begin with a stage's name"):
         chain_of(table(), [setting])
+
+
+def test_a_chain_has_a_budget_of_its_own_beside_those_of_its_stages():
+    assert load(CHAIN).budget.limits == {}  # type: ignore[union-attr]
+    read = load(CHAIN, ["budget.hours=3", "sft.budget.hours=1"])
+    assert isinstance(read, Chain) and read.budget.limits == {"hours": 3}
+    assert {s: r.budget.limits for s, r in read.recipes(Path("x")).items()} == {
+        "base": {}, "zero": {}, "sft": {"hours": 1},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"unknown key 'budget.hour'; did you mean 'hours'\?"):
+        load(CHAIN, ["budget.hour=3"])
+    with pytest.raises(RecipeError, match="set it in defaults.budget"):
+        load(CHAIN, ["budget.usd_per_hour=1"])
+    with pytest.raises(RecipeError, match="budget.kwh: .* correct that value"):
+        load(CHAIN, ["budget.kwh=-1"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("sft.budget.hours=1e-9", "stages.sft is foretold to take .* more than budget.hours=1e-09; raise budget.hours"),
+        ("budget.hours=1e-9", "the chain is foretold to take .* more than budget.hours=1e-09; raise budget.hours"),
+        ("budget.usd=1", "budget.usd=1 needs prices that nothing says here; set budget.usd_per_hour"),
+    ],
+)
+def test_what_a_later_stage_and_all_together_are_foretold_is_held_against_budgets_first(tmp_path, setting, says):
+    with pytest.raises(RecipeError, match=says):
+        pennyweight.run(CHAIN, [setting], tmp_path / "r1")
+    assert not (tmp_path / "r1").exists()
+
+
+def test_a_chain_whose_budget_its_stages_have_spent_stops_at_once_and_goes_on_under_a_larger_one(out):
+    summary = pennyweight.show("r1")
+    bill = summary["bill"]
+    each = [json.loads((out / s / "summary.json").read_text())["bill"] for s in STAGES]
+    assert bill["seconds"] == pytest.approx(sum(b["whole"] for b in each), abs=1e-6)
+    assert bill["kwh"] == pytest.approx(sum(b["spent"]["kwh"] for b in each)) and bill["usd"] is None
+    assert bill["foretold"]["hours"]["low"] == pytest.approx(sum(b["foretold"]["hours"]["low"] for b in each))
+    said = chain_bill(summary)
+    assert said and "foretold" in said and "devices only" in said
+    before = {s: (out / s / "meter.jsonl").read_bytes() for s in STAGES}
+    limit = f"budget.hours={0.9 * bill['seconds'] / 3600}"
+    for _ in range(2):
+        with pytest.raises(Overspent, match=r"the chain's budget.hours=.*; raise budget.hours, and the same command"):
+            pennyweight.run(CHAIN, [limit], "r1")
+        assert {s: (out / s / "meter.jsonl").read_bytes() for s in STAGES} == before
+    found = pennyweight.run(CHAIN, ["budget.hours=1"], "r1")
+    assert found["bill"]["budget"] == {"hours": 1} and "The budget of the chain: " in (chain_bill(found) or "")

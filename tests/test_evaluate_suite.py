@@ -43,7 +43,7 @@ def test_accuracy_and_pass_at_k_count_what_the_verifier_accepts(loaded, monkeypa
     rows = problems(4)
     scripts = iter([["a0", "a1", "a2", "x"], ["a0", "x", "x", "x"], ["x", "a1", "x", "x"]])
 
-    def answers(model, prompts, sampling, temperature, seed):
+    def answers(model, prompts, sampling, temperature, seed, progress):
         return [Generated(tuple(loaded.tokenizer(t)["input_ids"]), 2, ()) for t in next(scripts)]
 
     monkeypatch.setattr(suite, "_answers", answers)
@@ -53,6 +53,29 @@ def test_accuracy_and_pass_at_k_count_what_the_verifier_accepts(loaded, monkeypa
     assert found.metrics["pass_at_k"].mean == 0.5 and found.metrics["pass_at_k"].how.startswith("k=2")
     assert [o["correct"] for o in found.outputs] == [True, True, True, False]
     assert found.outputs[0]["prompt"] == "p0" and found.outputs[0]["gold"] == "a0"
+
+
+def test_it_is_asked_between_rows_and_tokens_and_counts_each_sample_once(loaded):
+    """So a bar moves, and a budget or Ctrl-C stops it finely."""
+    rows = problems(5)
+    encoded = encode_all(rows, loaded.tokenizer, 64, "refuse")
+    asked = [prompt_ids(s, loaded.tokenizer) for s in rows]
+    held_out = HeldOut(encoded, learnt_bytes(encoded, loaded.tokenizer), rows, asked, harder=[(rows[0], asked[0])])
+    told: list[int] = []
+    examine(loaded, held_out, exact, Sampling(8, 2, 1.0, 0), CPU, loaded, loaded, progress=told.append)
+    assert sum(told) == held_out.passes(2, 2) and told.count(0) >= 8
+
+    class Enough(Exception):
+        pass
+
+    def stop(n):
+        if len(told) > 6:
+            raise Enough
+        told.append(n)
+
+    told.clear()
+    with pytest.raises(Enough):
+        examine(loaded, held_out, exact, Sampling(8, 2, 1.0, 0), CPU, progress=stop)
 
 
 def test_token_metrics_are_there_and_a_model_is_its_own_twin(loaded):
@@ -82,7 +105,7 @@ def test_harder_problems_are_judged_apart(loaded, monkeypatch):
     rows, hard = problems(2), problems(4)[2:]
     scripts = iter([["a0", "a1"], ["a0", "x"], ["a2", "x"], ["x", "a3"]])
 
-    def answers(model, prompts, sampling, temperature, seed):
+    def answers(model, prompts, sampling, temperature, seed, progress):
         return [Generated(tuple(loaded.tokenizer(t)["input_ids"]), 2, ()) for t in next(scripts)]
 
     monkeypatch.setattr(suite, "_answers", answers)

@@ -93,8 +93,63 @@ def test_damaged_lines_are_passed_over(tmp_path):
 def test_joules_are_those_of_counters_and_what_had_none_is_told():
     rows = [stretch(joules={"cpu": 5.0}), stretch(seconds=3.0), stretch(on="gpu", devices=4, joules={"cpu": 1.0})]
     found = taken(rows)
-    assert found.joules == {"cpu": 6.0} and found.device_seconds == 2 + 3 + 8
+    assert found.joules == {"cpu": 5.0} and found.device_seconds == 2 + 3 + 8
     assert found.uncounted == 3 + 8  # the second has no counter, the third none of what did the work
+    assert found.host == 1.0 and found.hostless == 0  # of the third its host's processors, which did not do the work
+    assert taken([stretch(on="gpu", joules={"gpu": 7.0})]).hostless == 2.0
+
+
+class Short:
+    """A file that takes half of the first thing that is written to it, as one on a full disk does."""
+
+    full = True
+
+    def __init__(self, *how, **more):
+        self.file = open(*how, **more)  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+
+    def write(self, text: bytes) -> int:
+        part = text[: len(text) // 2] if Short.full else text
+        Short.full = False
+        return self.file.write(part)
+
+
+def test_a_line_that_the_disk_took_half_of_costs_nothing_once_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("pennyweight.meter.meter.open", Short, raising=False)
+    meter = Meter(tmp_path / METER, interval=60)
+    meter.begin("s", "k")
+    meter.end()
+    meter.close()
+    assert {x["stage"] for x in last_lines(tmp_path / METER)} == {"s", BETWEEN}
+    assert meter.whole().seconds == pytest.approx(taken(last_lines(tmp_path / METER)).seconds, abs=0.01)
+
+
+def test_what_a_budget_looks_ahead_by_outlives_a_kill(tmp_path):
+    meter = Meter(tmp_path / METER, interval=SHORT)
+    meter.begin("s", "k")
+    meter.longest["s"] = 3.0
+    time.sleep(5 * SHORT)  # and no more is written: as after kill -9
+    copied = tmp_path / f"killed-{METER}"
+    copied.write_bytes((tmp_path / METER).read_bytes())
+    meter.close()
+    again = Meter(copied, interval=60)
+    assert again.longest == {"s": 3.0}
+    again.close()
+    assert "longest" not in json.loads(copied.read_bytes().splitlines()[-1])  # what is known is not told again
+
+
+def test_a_try_that_was_refused_leaves_nothing(tmp_path):
+    Meter(tmp_path / METER, interval=60).close()
+    before = (tmp_path / METER).read_bytes()
+    meter = Meter(tmp_path / METER, interval=60)
+    meter.forget()
+    meter.close()
+    assert (tmp_path / METER).read_bytes() == before
 
 
 def rapl(folder: Path, name: str, microjoules: float, most: float = 1e6) -> Path:

@@ -75,7 +75,7 @@ def test_blocks_are_coded_in_turn_and_the_model_is_nearer_to_its_parent_than_by_
         if how == "gptq":
             seen: list[int] = []
             coded, _ = calibrated(model, blocks_of(model)[1], batches, formats, seen.append)
-            assert set(coded) == set(formats) and seen == [1] * 3
+            assert set(coded) == set(formats) and sum(seen) == 3 and seen.count(0) == len(formats)
             assert all(torch.equal(decode(c), model.get_submodule(n).weight) for n, c in coded.items())
         else:
             with torch.no_grad():

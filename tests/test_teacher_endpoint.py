@@ -155,7 +155,21 @@ def test_answers_with_their_usage_and_a_torn_last_line(tmp_path):
     again.keep("c", {"text": "whole"}, {"prompt_tokens": 1, "completion_tokens": 1})
     third = Paid(tmp_path / "a.jsonl")
     assert third["c"] == {"text": "whole"} and third["a"] == {"text": "한국어 \ud800"}
-    assert third.usage == {"answers": 3, "prompt_tokens": 4, "completion_tokens": 5}
+    assert third.usage == {"answers": 3, "prompt_tokens": 4, "completion_tokens": 5, "estimated": 1}
+
+
+def test_an_answer_that_no_tokens_are_counted_of_is_estimated_by_its_text_and_findings_cost_nothing(tmp_path):
+    paid = Paid(tmp_path / "a.jsonl")
+    paid.keep("found", {"model": "m", "listed": {}})
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 41}], "max_tokens": 9}
+    paid.keep("said nothing", {"text": "y" * 9, "ended": True}, None, asked)
+    paid.keep("said half", {"text": "y" * 9, "ended": True}, {"prompt_tokens": 5, "completion_tokens": None}, asked)
+    paid.keep("labelled", {"line": []}, None, {"prompt": [1, 2, 3]})
+    paid.keep("said all", {"text": "y"}, {"prompt_tokens": 7, "completion_tokens": 1}, asked)
+    for known in (paid, Paid(tmp_path / "a.jsonl")):
+        assert known.usage == {
+            "answers": 4, "prompt_tokens": 11 + 5 + 3 + 7, "completion_tokens": 3 + 3 + 1 + 1, "estimated": 3,
+        }  # fmt: skip
 
 
 def test_the_same_prompt_again_is_another_request_and_later_rows_change_nothing(tmp_path):

@@ -76,7 +76,7 @@ def examine(
     if held_out.harder:
         _solve(found, "_harder", loaded, held_out.harder, judge, sampling, progress)
     if held_out.openings and not held_out.problems:
-        _write_on(found, loaded, held_out, sampling)
+        _write_on(found, loaded, held_out, sampling, progress)
     return found
 
 
@@ -128,10 +128,9 @@ def _solve(
 ) -> list[dict[str, Any]]:
     """Greedy answers for pass@1, which are returned, and sampled ones for pass@k; ``which`` ends the metrics' names."""
     began, problems = time.monotonic(), [s for s, _ in asked]
-    ask = partial(_asked, loaded, problems, [ids for _, ids in asked], sampling)
+    ask = partial(_asked, loaded, problems, [ids for _, ids in asked], sampling, progress=progress)
     greedy = ask(0.0, sampling.seed)
     found.tokens += _timed(found, loaded, greedy, began)
-    progress(len(greedy))
     outputs: list[dict[str, Any]] = []
     for sample, answer in zip(problems, greedy, strict=True):
         assert sample.task is not None
@@ -145,7 +144,6 @@ def _solve(
     for k in range(sampling.samples):
         sampled = ask(sampling.temperature, sampling.seed + 1 + k)
         found.tokens += sum(len(g.ids) for g in sampled)
-        progress(len(sampled))
         for i, (sample, answer) in enumerate(zip(problems, sampled, strict=True)):
             assert sample.task is not None
             right[i] += judge(text_of(loaded.tokenizer, answer.ids), sample.task).correct
@@ -154,11 +152,14 @@ def _solve(
     return outputs
 
 
-def _write_on(found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampling: Sampling) -> None:
-    """Greedy continuations, for the reader's eye: nothing judges them."""
+def _write_on(
+    found: Examined, loaded: Loaded | Routed, held_out: HeldOut, sampling: Sampling, progress: Callable[[int], None]
+) -> None:
+    """Greedy continuations, for the reader's eye: nothing judges them, and no progress counts them."""
+    asks = lambda n: progress(0)  # noqa: E731
     began, begun = time.monotonic(), [ids for ids, _ in held_out.openings]
     short = replace(sampling, max_tokens=min(64, sampling.max_tokens))
-    written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed)
+    written = _asked(loaded, held_out.encoded[: len(begun)], begun, short, 0.0, sampling.seed, asks)
     _timed(found, loaded, written, began)
     for (_, prompt), answer in zip(held_out.openings, written, strict=True):
         text = text_of(loaded.tokenizer, answer.ids)
@@ -180,18 +181,25 @@ def _asked(
     sampling: Sampling,
     temperature: float,
     seed: int,
+    progress: Callable[[int], None],
 ) -> list[Generated]:
     """Answers to prompts, each of a sample in ``whose``."""
     if isinstance(loaded, Loaded):
-        return _answers(loaded, prompts, sampling, temperature, seed)
+        return _answers(loaded, prompts, sampling, temperature, seed, progress)
     out: dict[int, Generated] = {}
     for model, places in loaded.parts(whose):
-        out |= zip(places, _answers(model, [prompts[i] for i in places], sampling, temperature, seed), strict=True)
+        mine = [prompts[i] for i in places]
+        out |= zip(places, _answers(model, mine, sampling, temperature, seed, progress), strict=True)
     return [out[i] for i in range(len(prompts))]
 
 
 def _answers(
-    loaded: Loaded, prompts: Sequence[list[int]], sampling: Sampling, temperature: float, seed: int
+    loaded: Loaded,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int], None],
 ) -> list[Generated]:
     return generate(
         loaded.model,
@@ -203,4 +211,5 @@ def _answers(
         seed=seed,
         batch=256,
         context=loaded.context,
+        progress=progress,
     )

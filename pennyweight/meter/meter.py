@@ -3,7 +3,8 @@
 ``meter.jsonl`` gets a line when a stage begins and ends, and every ``INTERVAL`` seconds between. A line holds what its
 stretch (one stage in one process, or what is between stages) has taken so far, so the last whole line of a stretch
 counts, and a kill loses what came after it: one interval at most. A stage that goes on after a kill has stretches in
-several processes, which add up.
+several processes, which add up. A line's ``longest`` is what became longer in its stretch of that by which a budget
+looks ahead (``allowance.py``), so that a later try knows it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pennyweight.meter.counters import Counters
-from pennyweight.meter.taken import Taken
+from pennyweight.meter.taken import Taken, clock
 
 INTERVAL = 5.0
 """Seconds between two lines: what a kill loses at most."""
@@ -55,7 +56,8 @@ class Meter:
         self._torn = file.exists() and not file.read_bytes().endswith(b"\n")
         self._before = list(last_lines(file))
         self._mine: dict[int, dict[str, Any]] = {}
-        self._opened = time.monotonic()
+        self.longest = longest_of(self._before)
+        self._opened = clock()
         self._begin(BETWEEN, "")
         self._ticking = threading.Thread(target=self._tick, args=(interval,), daemon=True)
         self._ticking.start()
@@ -76,19 +78,17 @@ class Meter:
         with self._lock:
             self._write()
 
+    def forget(self) -> None:
+        """Meter nothing more, and leave nothing of this process behind: of a try that was refused before it began."""
+        self._closed.set()
+
     def of(self, stage: str, key: str) -> Taken:
         """What a stage has taken on these inputs, in all processes."""
         return taken(line for line in self._lines() if line["stage"] == stage and line["key"] == key)
 
     def whole(self) -> Taken:
-        """All that was metered in the folder; seconds are those that meters were open, told by a clock of their own."""
-        lines = list(self._lines())
-        out = taken(lines)
-        longest: dict[str, float] = {}
-        for line in lines:
-            longest[line["process"]] = max(longest.get(line["process"], 0.0), line["open"])
-        out.seconds = sum(longest.values())
-        return out
+        """All that was metered in the folder, as ``whole_of`` has it."""
+        return whole_of(list(self._lines()))
 
     def by_stage(self) -> dict[tuple[str, str], Taken]:
         """What was taken by (stage, key)."""
@@ -111,12 +111,12 @@ class Meter:
 
     def _begin(self, stage: str, key: str) -> None:
         self._number += 1
-        self._stage, self._key, self._began = stage, key, time.monotonic()
+        self._stage, self._key, self._began, self._known = stage, key, clock(), dict(self.longest)
         self._cpu_began, self._joules_began = time.process_time(), self._joules()
 
     def _note(self) -> dict[str, Any]:
         """The line of this stretch as it is now."""
-        now, joules = time.monotonic(), self._joules()
+        now, joules = clock(), self._joules()
         line = {
             "process": self._process,
             "stretch": self._number,
@@ -129,6 +129,8 @@ class Meter:
             "cpu": round(time.process_time() - self._cpu_began, 3),
             "joules": {k: round(v - self._joules_began[k], 3) for k, v in joules.items() if k in self._joules_began},
         }
+        if longer := {k: round(v, 6) for k, v in list(self.longest.items()) if v != self._known.get(k)}:
+            line["longest"] = longer
         self._mine[self._number] = line
         return line
 
@@ -137,8 +139,8 @@ class Meter:
         text = json.dumps(self._note()).encode() + b"\n"
         try:
             with open(self._file, "ab", buffering=0) as f:
-                f.write(b"\n" * self._torn + text)
-            self._torn = False
+                whole = b"\n" * self._torn + text
+                self._torn = f.write(whole) != len(whole)
         except OSError:
             self._torn = True
 
@@ -170,6 +172,27 @@ def last_lines(file: Path) -> Iterable[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found.values()
+
+
+def whole_of(lines: Sequence[dict[str, Any]]) -> Taken:
+    """All that was metered; seconds are those that meters were open, told by a clock of their own."""
+    out = taken(lines)
+    longest: dict[str, float] = {}
+    for line in lines:
+        longest[line["process"]] = max(longest.get(line["process"], 0.0), line["open"])
+    out.seconds = sum(longest.values())
+    return out
+
+
+def longest_of(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """What a budget looks ahead by, as far as any try has found it out."""
+    out: dict[str, float] = {}
+    for line in lines:
+        known = line.get("longest")
+        for kind, seconds in known.items() if isinstance(known, dict) else ():
+            if isinstance(seconds, float | int):
+                out[kind] = max(out.get(kind, 0.0), seconds)
+    return out
 
 
 def taken(lines: Iterable[dict[str, Any]]) -> Taken:

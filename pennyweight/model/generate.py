@@ -65,7 +65,7 @@ def generate(
         batch: most rows at once.
         context: prompt and response together never grow longer.
         new_cache: makes a batch's key-value cache.
-        progress: called with the number of responses that have ended.
+        progress: called after each token of all rows with the number of responses that ended; may raise to stop.
 
     Raises:
         DataError: a prompt is empty or leaves no room in the context.
@@ -116,8 +116,14 @@ class _Pass:
                 ended, order = live.let_go()
                 self.out.update(ended)
                 rows.keep(order)
-                with self.told:
-                    self.progress(len(ended))
+                self.tell(len(ended))
+            else:
+                self.tell(0)
+
+    def tell(self, ended: int) -> None:
+        """Say how many responses have ended, which may be none: whoever hears it may stop the writing."""
+        with self.told:
+            self.progress(ended)
 
 
 class _Live:

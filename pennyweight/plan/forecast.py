@@ -64,8 +64,9 @@ POWER = (0.75, 0.91, 1.0)
 """Share of the chip's power limit: Olmo 3 had 89 and 93 % on average, BLOOM's energy is that of 100 %; below, a
 guess."""
 
-OVERHEAD = (1.1, 1.74, 1.74)
-"""What a datacentre takes for each kWh of a device: 1.74 of node and building together (Olmo 3, arXiv 2605.01158)."""
+AROUND = "devices only: node and building take 0.1 to 0.74 times that besides"
+"""What a datacentre takes for each kWh of a device: up to 1.74 in all (Olmo 3, arXiv 2605.01158). No counter of a
+device sees it, so that forecasts leave it out as well as meters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +247,8 @@ def held_out(
 
 
 def energy(hours: Range, chip: Chip) -> Range:
-    """kWh at the building's meter."""
-    kw = chip["power"] / 1000
-    low, middle, high = (kw * p * o for p, o in zip(POWER, OVERHEAD, strict=True))
+    """kWh of the devices themselves, as their counters see them."""
+    low, middle, high = (chip["power"] / 1000 * p for p in POWER)
     ends = [
         _apart(*pair) for pair in ((hours.middle / hours.low, middle / low), (hours.high / hours.middle, high / middle))
     ]
@@ -257,8 +257,7 @@ def energy(hours: Range, chip: Chip) -> Range:
         most / ends[0],
         most,
         most * ends[1],
-        f"{100 * POWER[0]:.0f}, {100 * POWER[1]:.0f} or {100 * POWER[2]:.0f} % of {chip['power']:,.0f} W, and "
-        f"{OVERHEAD[0]:g} to {OVERHEAD[2]:g} times that for node and building",
+        f"{100 * POWER[0]:.0f}, {100 * POWER[1]:.0f} or {100 * POWER[2]:.0f} % of {chip['power']:,.0f} W; {AROUND}",
     )
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from typing import Any
 
 from pennyweight.errors import ModelError, RecipeError
 from pennyweight.meter.allowance import check_forecast
-from pennyweight.meter.rates import WATTS
+from pennyweight.meter.rates import WATTS, check_prices, price_of
 from pennyweight.plan.assumed import read_or_assume
 from pennyweight.plan.disk import SAID, beside, left_by
 from pennyweight.plan.forecast import (
-    OVERHEAD,
+    AROUND,
     POWER,
     Published,
     Range,
@@ -28,10 +27,11 @@ from pennyweight.plan.forecast import (
     money,
     said_of,
 )
-from pennyweight.plan.hardware import Chip, PriceRange, catalogue, own_price, price_range
+from pennyweight.plan.hardware import Chip, PriceRange, catalogue
 from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
 from pennyweight.plan.room import of_stage
+from pennyweight.plan.shapes import Shapes
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.progress import say
@@ -40,9 +40,12 @@ from pennyweight.recipe import EndpointTeacher, Recipe
 _SUMS = ("tokens", "flops", "hours", "kwh", "money", "disk")
 
 SCOPE = (
-    "counted: what this recipe runs, control arms and evaluations included; not counted: how a given teacher or "
-    "student was trained, trials, other recipes, failures, and the start of the process"
+    "counted: what this recipe runs, control arms and evaluations included, and energy of the devices only; not "
+    "counted: how a given teacher or student was trained, trials, other recipes, failures, and the start of the process"
 )
+
+
+_NO_CHIP = "{} is in no catalogue of chips, or not in this precision"
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,21 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
 
 
 def foretell(
-    recipe: Recipe, hardware: str, devices: int, threads: int, autocast: bool, runs: Callable[[], Sequence[Published]]
+    recipe: Recipe,
+    hardware: str,
+    devices: int,
+    threads: int,
+    autocast: bool,
+    runs: Callable[[], Sequence[Published]],
+    known_shapes: Mapping[str, Shapes] | None = None,
 ) -> Foretold | None:
     """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made,
     so that of a GPU of which the catalogue knows nothing there is no forecast.
 
     Args:
+        devices: GPUs; or processes, which share the processor with ``threads`` each.
         runs: gives published ones, where there is a GPU of the catalogue.
+        known_shapes: of folders that are not there yet, by path.
 
     Raises:
         ModelError: the models cannot be read.
@@ -128,34 +139,29 @@ def foretell(
     if chip is None and not hardware.startswith("cpu"):
         return None
     if chip is None:
-        pace = on_this(None, threads, autocast)
+        pace = on_this(None, threads * devices, autocast)
     else:
         pace = pace_on(chip, devices, None, runs(), "bf16" if autocast else "fp32")
-    own = recipe.budget.usd_per_hour
-    price = own_price(own) if own is not None else None
-    if price is None and chip is not None and known.is_priced(chip):
-        price = price_range(known.prices_of(chip), date.today())
-    of, rows = subjects_of(recipe, None, read_or_assume), rows_of(recipe)
-    return Foretold(reckon(recipe, of, rows, pace, price), recipe, of, rows, pace)
+    of, rows = subjects_of(recipe, known_shapes, read_or_assume), rows_of(recipe)
+    return Foretold(reckon(recipe, of, rows, pace, price_of(recipe.budget, hardware)), recipe, of, rows, pace)
 
 
-def within_budget(recipe: Recipe, *where: Any) -> Foretold | None:
-    """``foretell``, held against the recipe's budget; None where its models are not known before they are there.
+def within_budget(recipe: Recipe, hardware: str, *where: Any) -> Foretold | None:
+    """``foretell``, held against the recipe's budget; None where its models are not known before they are there, which
+    is said where there is a budget, or its GPU or its precision is in no catalogue, which is said.
 
     Raises:
-        RecipeError: even the low end is above the budget.
+        RecipeError: even the low end is above the budget, or money is limited and a price is not known.
     """
-    found, called = None, str(where[0]).partition(",")[0]
+    check_prices(recipe.budget, recipe.teacher, hardware)
+    found, why = None, ""
     try:
-        found = foretell(recipe, *where)
-        known = found is not None
-    except ModelError:
-        known = True
+        found, why = foretell(recipe, hardware, *where), _NO_CHIP.format(hardware.partition(",")[0])
+    except ModelError as e:
+        why = f"nothing can be foretold, since {e}"
     except RecipeError:  # the chip has not that precision
-        known = False
-    if not known:
-        say(f"nothing is foretold of this run: {called} is in no catalogue of chips, or not in this precision")
-    if warning := check_forecast(recipe.budget, found and found.found["total"]):
+        why = _NO_CHIP.format(hardware.partition(",")[0])
+    if warning := check_forecast(recipe.budget, found and found.found["total"], why="" if found else why):
         say(warning)
     return found
 
@@ -248,7 +254,7 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
         watts = f"an estimate: {WATTS[0]:g} to {WATTS[2]:g} W for each of {pace.threads} busy threads"
     else:
         shares = f"{POWER[0]:.0%} to {POWER[2]:.0%} of {pace.chip['power']:,.0f} W"
-        watts = f"{shares}, times {OVERHEAD[0]:g} to {OVERHEAD[2]:g} for node and building"
+        watts = f"{shares}; {AROUND}"
     out = {"tokens": rows.reason, "hours": pace.reason, "kwh": watts}
     if price is not None:
         out["money"] = f"{price.reason} for a device and an hour"

@@ -90,6 +90,7 @@ def calibrated(
         for name, m in linears.items():
             coded[name], rounded_from[name] = gptq(m.weight, hessians[name], formats[name])  # type: ignore[arg-type]
             m.weight.copy_(decode(coded[name]))  # type: ignore[operator]
+            progress(0)  # of a block one Linear more: who watches may stop it
         inputs = [first_of(block(x, **given)) for x, given in zip(inputs, others[i], strict=True)]
         progress(1)
     return coded, rounded_from

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pennyweight.records import METRICS
 from pennyweight.report.charts import Mark, intervals
 from pennyweight.report.markup import Html, document, element, facts, figure, section, table
+from pennyweight.report.run_bill import energy
 from pennyweight.report.style import sheet
 from pennyweight.report.wording import (
     MISSING,
@@ -15,6 +16,7 @@ from pennyweight.report.wording import (
     duration,
     finite,
     measured,
+    number,
     parameters,
     plural,
     share_of,
@@ -197,6 +199,7 @@ def _costs(summary: Mapping[str, Any], done: Mapping[str, Stage]) -> Html | None
             [row(name, s) for name, s in done.items()],
             row("all stages", summary),
         ),
+        element("p", said) if (said := chain_bill(summary)) else None,
         element(
             "p",
             "Tokens trained are those of all arms and seeds of a stage, of a teacher that it trains, and of low-bit "
@@ -204,6 +207,31 @@ def _costs(summary: Mapping[str, Any], done: Mapping[str, Stage]) -> Html | None
             class_="small",
         ),
     )
+
+
+def chain_bill(summary: Mapping[str, Any]) -> str | None:
+    """What the finished stages came to, all their tries together, beside what was foretold, in a few sentences."""
+    found: Mapping[str, Any] = summary.get("bill") or {}
+    if found.get("seconds") is None:
+        return None
+    foretold = found["foretold"] or {}
+    hours, kwh, money = (foretold.get(name) for name in ("hours", "kwh", "money"))
+    seconds = hours and {end: 3600 * h for end, h in hours.items()}
+    parts = [f"{duration(found['seconds'])}{_told(seconds, duration)}"]
+    if found["kwh"] is not None:
+        parts.append(f"{energy(found['kwh'])} (devices only){_told(kwh, energy)}")
+    if found["usd"] is not None:
+        parts.append(f"USD {number(found['usd'])}{_told(money, lambda usd: f'USD {number(usd)}')}")
+    limits = [BUDGETED[name].format(number(limit)) for name, limit in (found.get("budget") or {}).items()]
+    budget = f" The budget of the chain: {', '.join(limits)}." if limits else ""
+    return f"All finished stages together, with all their tries, took {'; '.join(parts)}.{budget}"
+
+
+BUDGETED = {"hours": "{} hours", "kwh": "{} kWh", "usd": "USD {}"}
+
+
+def _told(ends: Mapping[str, float] | None, say: Callable[[float], str]) -> str:
+    return f", foretold {say(ends['low'])} – {say(ends['high'])}" if ends else ""
 
 
 def _cell(measures: Mapping[str, Any], metric: str) -> Any:

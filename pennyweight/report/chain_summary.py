@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -78,6 +78,7 @@ def summarise_chain(root: Path, read: Read) -> dict[str, Any]:
         "chain": list(stages),
         "version": __version__,
         "stages": stages,
+        "bill": {**_bill([s["bill"] for s in done]), "budget": chain.get("budget")},
         "seconds": round(sum(s["seconds"] for s in done), 3),
         **{k: sum(s[k] or 0 for s in done) for k in ("tokens_trained", "tokens_generated")},
         **{k: _largest(s[k] for s in done) for k in ("peak_memory_bytes", "peak_device_memory_bytes")},
@@ -114,6 +115,7 @@ def _stage(root: Path, name: str, known: Mapping[str, str], read: Read) -> dict[
         "before": before,
         "measured_on": _problems(folder, f"{seen.method}-{made['seeds'][0]}", read),
         "seconds": round(sum(s["seconds"] for s in work.values()), 3),
+        "bill": _of_run(made),
         "tokens_trained": sum(s["tokens"] for stage, s in work.items() if _trains(stage)),
         "tokens_generated": _generated(folder / "metrics.jsonl", made["arms"]),
         **{k: _largest(s[k] for s in work.values()) for k in ("peak_memory_bytes", "peak_device_memory_bytes")},
@@ -122,6 +124,29 @@ def _stage(root: Path, name: str, known: Mapping[str, str], read: Read) -> dict[
         "ledger": made["ledger"]["head"],
         "report": f"{name}/report.html",
     }
+
+
+def _of_run(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run came to, all its tries together, and what it was foretold to; of folders older than the bill their
+    stages' seconds alone."""
+    known = made.get("bill") or {}
+    spent = known.get("spent") or {}
+    seconds = known.get("whole") or sum(s["seconds"] for s in made["stages"].values())
+    return {"seconds": seconds, "kwh": spent.get("kwh"), "usd": spent.get("usd"), "foretold": known.get("foretold")}
+
+
+def _bill(bills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bills of several runs as one; None for what is not known of all of them."""
+    out: dict[str, Any] = {}
+    for name in ("seconds", "kwh", "usd"):
+        each = [b[name] for b in bills]
+        out[name] = None if None in each or not each else round(sum(each), 9)
+    foretold: dict[str, dict[str, float]] = {}
+    for name in ("hours", "kwh", "money"):
+        ends = [e for b in bills if (e := (b["foretold"] or {}).get(name))]
+        if ends and len(ends) == len(bills):
+            foretold[name] = {end: sum(e[end] for e in ends) for end in ("low", "middle", "high")}
+    return {**out, "foretold": foretold or None}
 
 
 def _trains(stage: str) -> bool:

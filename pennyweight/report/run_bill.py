@@ -7,7 +7,7 @@ from typing import Any
 
 from pennyweight.report.markup import Html, element, facts, section, table
 from pennyweight.report.view import View
-from pennyweight.report.wording import MISSING, duration, finite, number, plural
+from pennyweight.report.wording import MISSING, count, duration, finite, number, plural
 
 NO_PRICE = "no price is known: budget.usd_per_hour (and a server's teacher.usd_sent and teacher.usd_got) set one"
 
@@ -41,13 +41,28 @@ def bill(view: View) -> Html | None:
 def bill_in_words(found: Mapping[str, Any]) -> list[str]:
     """What the run took, and cost, in a sentence or two."""
     spent = found["spent"]
-    said = [f"This run took {duration(found['whole'])} and {_energy(spent['kwh'])}."]
-    said.append(f"It cost USD {number(spent['usd'])}." if spent["usd"] is not None else f"Money: {NO_PRICE}.")
+    said = [f"This run took {duration(found['whole'])} and {energy(spent['kwh'])}."]
+    paid = f"It cost USD {number(spent['usd'])}{_priced(spent.get('price'))}." if spent["usd"] is not None else ""
+    said.append(paid or f"Money: {NO_PRICE}.")
+    if (asked := spent.get("answers") or {}).get("estimated"):
+        said.append(
+            f"Of {plural(asked['answers'], 'answer')} of a server {count(asked['estimated'])} came without a count of "
+            "tokens, which is an estimate then: a fourth of their characters."
+        )
     if each := found.get("per_point"):
         price = f", USD {number(each['usd'])}" if "usd" in each else ""
         gained = f"{number(each['points'])} points of accuracy gained on the untouched student"
-        said.append(f"For each of the {gained}: {duration(each['seconds'])}, {_energy(each['kwh'])}{price}.")
+        said.append(f"For each of the {gained}: {duration(each['seconds'])}, {energy(each['kwh'])}{price}.")
     return said
+
+
+def _priced(price: Mapping[str, Any] | None) -> str:
+    """At which price of a device, whose it is and of which day, and whether that is long ago."""
+    if not price:
+        return ""
+    middle = f"{price['currency']} {number(price['middle'])}"
+    old = "; the newest of these is more than 90 days old" if price["stale"] else ""
+    return f", a device and hour at {middle} ({price['reason']}{old})"
 
 
 def scope(summary: Mapping[str, Any]) -> str:
@@ -57,9 +72,21 @@ def scope(summary: Mapping[str, Any]) -> str:
     teacher = (summary.get("stages") or {}).get("teacher") or {}
     trained = "its teacher’s training in it" if teacher.get("tokens") else "its teacher’s own training not counted"
     return (
-        f"all tries in this RUN folder{control}, low-bit copies and evaluations, {trained}; trials in other folders "
-        "and the start of the process are not counted"
+        f"all tries in this RUN folder{control}, low-bit copies and evaluations, {trained}; energy is that of the "
+        f"devices only{_around(summary)}; trials in other folders and the start of the process are not counted"
     )
+
+
+def _around(summary: Mapping[str, Any]) -> str:
+    """What of the energy around the devices was counted, and what was not."""
+    spent = (summary.get("bill") or {}).get("spent") or {}
+    host = spent.get("host")
+    if not host:
+        return ", without what a building takes besides"
+    if host["whole"]:
+        return f", without their host’s processors, which took {energy(host['kwh'])} besides, and without the building"
+    partly = f" (but for {energy(host['kwh'])} that was)" if host["kwh"] else ""
+    return f": their host’s processors were not counted{partly}, nor what a building takes"
 
 
 def _pairs(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -67,8 +94,11 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     share = finite(spent["estimated"]) or 0.0
     counted = "by counters" if not share else f"{100 * share:.0f} % of it an estimate: {spent['energy']}"
     tries = f"{plural(again, 'stage was', 'stages were')} begun again after a stop or a failure" if again else None
+    price = spent.get("price")
+    priced = f"{price['reason']}{', which is more than 90 days ago' if price['stale'] else ''}" if price else None
     return [
         ("device-hours", number(spent["device_hours"])),
+        ("price of a device and hour", priced),
         ("energy", counted),
         ("goodput", _goodput(found.get("goodput"), found["whole"])),
         ("forecast anew", _anew(found.get("anew"), found["whole"])),
@@ -106,5 +136,6 @@ def _error(error: Any) -> str:
     return MISSING if value is None else f"{100 * value:+,.0f} %".replace("-", "\u2212")
 
 
-def _energy(kwh: float) -> str:
+def energy(kwh: float) -> str:
+    """In the unit that suits it."""
     return f"{number(kwh)} kWh" if kwh >= 1 else f"{number(1000 * kwh)} Wh"

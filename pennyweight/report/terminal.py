@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pennyweight.records import METRICS
-from pennyweight.report.chain_page import chain_headline, columns, compared_on, finished, leading, to_be_run
+from pennyweight.report.chain_page import chain_bill, chain_headline, columns, compared_on, finished, leading, to_be_run
 from pennyweight.report.page import against_control, headline
 from pennyweight.report.run_bill import bill_in_words
 from pennyweight.report.view import view
@@ -67,6 +68,8 @@ def _print_chain(summary: dict[str, Any], console: Console) -> None:
         console.print(_stages(summary, done), _costs(done), sep="")
         tokens = f"{summary['tokens_trained']:,} tokens trained, {summary['tokens_generated']:,} generated"
         console.print(f"all stages: {duration(summary['seconds'])}, {tokens}")
+        if said := chain_bill(summary):
+            console.print(textwrap.fill(said, min(console.width, 120)), markup=False)
     if told := to_be_run(summary):
         console.print(told)
 

@@ -26,9 +26,6 @@ from pennyweight.teacher.targets import Keep, Kept
 from pennyweight.teacher.token_names import TokenNames
 from pennyweight.teacher.told import Line, Telling, asking, find_telling, kept, read_line
 
-ANSWERS = "answers.jsonl"
-"""File of a RUN folder: every answer of an endpoint, as it was paid for."""
-
 _PLAIN = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
 """What turns off that llama.cpp, vLLM and others change a distribution by default; OpenAI's own server refuses it."""
 
@@ -138,7 +135,7 @@ class Endpoint:
             )
 
         def keep(number: int, found: tuple[dict[str, Any], Any]) -> None:
-            self.paid.keep(keys[missing[number]], *found)
+            self.paid.keep(keys[missing[number]], *found, asked=requests[missing[number]][0].body)
             progress(1)
 
         if missing:

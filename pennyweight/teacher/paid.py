@@ -15,13 +15,35 @@ from typing import Any
 
 from pennyweight.records import canonical_json, json_safe
 
+_COUNTED = ("prompt_tokens", "completion_tokens")
+_CHARACTERS = 4  # of a token, where a server counts none
+
+
+def answers_of(member: str) -> str:
+    """The file of a RUN folder that has every answer of an endpoint, as it was paid for; of several teachers, each
+    ``member`` has its own."""
+    return f"{member}-answers.jsonl" if member else "answers.jsonl"
+
+
+def about(what: Any) -> int:
+    """Tokens of what a request asks: of ids as many, of a text a fourth of its characters."""
+    if isinstance(what, str):
+        return -(-len(what) // _CHARACTERS)
+    if isinstance(what, dict):
+        return about(what.get("prompt") or what.get("messages") or what.get("content") or "")
+    return sum(1 if isinstance(x, int) else about(x) for x in what) if isinstance(what, list) else 0
+
 
 class Paid:
-    """The file of answers at ``file``, made when there is a first one."""
+    """The file of answers at ``file``, made when there is a first one.
+
+    ``usage`` is what the server has counted: how many answers it gave, and tokens of both sides. Of ``estimated``
+    answers it said nothing (or not all), and their tokens are told from their text.
+    """
 
     def __init__(self, file: Path):
         self.file = file
-        self.usage = {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self.usage = {"answers": 0, **dict.fromkeys(_COUNTED, 0), "estimated": 0}
         self._place: dict[str, tuple[int, int]] = {}
         self._torn = False
         if not file.exists():
@@ -43,10 +65,15 @@ class Paid:
             f.seek(at)
             return json.loads(f.read(size))["answer"]
 
-    def keep(self, key: str, answer: dict[str, Any], usage: Any = None) -> None:
-        """Write an answer; it is on disk afterwards. What a server counts may be NaN, which becomes null."""
+    def keep(self, key: str, answer: dict[str, Any], usage: Any = None, asked: Any = None) -> None:
+        """Write an answer; it is on disk afterwards. What a server counts may be NaN, which becomes null.
+
+        ``asked`` is the request's body; without one nothing was asked for that costs.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"key": key, "at": now, "usage": usage if isinstance(usage, dict) else None, "answer": answer}
+        if asked is not None and None in _counts(row["usage"]):
+            row["asked"] = about(asked)
         # A lone surrogate, which JSON may hold and UTF-8 not, becomes the escape that stands for it.
         line = canonical_json(json_safe(row)).encode("utf-8", "backslashreplace") + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +89,22 @@ class Paid:
     def _note(self, line: bytes, at: int) -> None:
         try:
             row = json.loads(line)
-            key, usage = row["key"], row["usage"] or {}
-            assert isinstance(row["answer"], dict)
+            key, counts, answer = row["key"], _counts(row["usage"]), row["answer"]
+            assert isinstance(answer, dict)
         except (ValueError, KeyError, TypeError, AssertionError):
             return
         self._place[key] = (at, len(line))
+        if not any(counts) and not {"text", "line"} & set(answer):
+            return  # something found out about the server, which costs nothing
+        told = answer.get("text")
+        guesses = (row.get("asked", 0), about(told) if isinstance(told, str) else 1)
         self.usage["answers"] += 1
-        for name in ("prompt_tokens", "completion_tokens"):
-            count = usage.get(name)
-            self.usage[name] += count if isinstance(count, int) else 0
+        self.usage["estimated"] += None in counts
+        for name, count, guess in zip(_COUNTED, counts, guesses, strict=True):
+            self.usage[name] += guess if count is None else count
+
+
+def _counts(usage: Any) -> tuple[int | None, ...]:
+    """Tokens that a server counts of both sides, None where it says none that can be."""
+    said = [usage.get(name) if isinstance(usage, dict) else None for name in _COUNTED]
+    return tuple(x if isinstance(x, int) and not isinstance(x, bool) and x >= 0 else None for x in said)
