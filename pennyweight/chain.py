@@ -19,7 +19,8 @@ from pennyweight.model.device import choose, set_threads
 from pennyweight.plan.assumed import read_or_assume
 from pennyweight.plan.published import published
 from pennyweight.plan.reckon import foretell, together
-from pennyweight.plan.subjects import made_by, subjects_of
+from pennyweight.plan.subjects import made_by as shapes_made_by
+from pennyweight.plan.subjects import subjects_of
 from pennyweight.progress import say
 from pennyweight.recipe import Recipe
 from pennyweight.records import CHAIN
@@ -123,7 +124,7 @@ def _hold(chain: Chain, recipes: Mapping[str, Recipe], chosen: Sequence[str], ou
         try:
             told = foretell(recipe, c.hardware, processes, threads, c.autocast is not None, published, made)
             of = told.of if told else subjects_of(recipe, made, read_or_assume)
-            made |= made_by(recipe, of, str(chain.place(out) / stage))
+            made |= shapes_made_by(recipe, of, str(chain.place(out) / stage))
             found |= {stage: told.found} if told and stage in chosen else {}
         except (DataError, ModelError) as e:
             unknown |= {stage: f"nothing can be foretold, since {e}"} if stage in chosen else {}
