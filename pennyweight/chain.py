@@ -107,7 +107,7 @@ def _refuse(stage: str, recipe: Recipe) -> None:
 
 def _hold(chain: Chain, recipes: Mapping[str, Recipe], chosen: Sequence[str], out: Path, processes: int) -> None:
     """Hold what the stages are foretold to take against their budgets, and all of them against the chain's, before the
-    first one runs; and say what can be held against no forecast.
+    first one runs; and say what can be held against no forecast. A stage that was finished before is to take nothing.
 
     Raises:
         RecipeError: the low end of one is above its budget, or of all above the chain's; or a price is not known.
@@ -125,7 +125,8 @@ def _hold(chain: Chain, recipes: Mapping[str, Recipe], chosen: Sequence[str], ou
             told = foretell(recipe, c.hardware, processes, threads, c.autocast is not None, published, made)
             of = told.of if told else subjects_of(recipe, made, read_or_assume)
             made |= shapes_made_by(recipe, of, str(chain.place(out) / stage))
-            found |= {stage: told.found} if told and stage in chosen else {}
+            finished = (out / stage / "summary.json").exists()
+            found |= {stage: told.found} if told and stage in chosen and not finished else {}
         except (DataError, ModelError) as e:
             unknown |= {stage: f"nothing can be foretold, since {e}"} if stage in chosen else {}
         if stage in chosen:

@@ -126,8 +126,10 @@ class Line:
     def _whole(self, stage: str, left: float, whole: float) -> dict[str, float]:
         """``whole_seconds`` of the run, told anew while a student trains: what was metered, what is left of its stage,
         and what then comes."""
+        if self.foretold is None or not self.bench.group.first:
+            return {}
         over = self.run.stages()
-        if self.foretold is None or "targets" not in over or not self.bench.group.first:
+        if "targets" not in over:
             return {}  # a teacher from nothing trains, and how long rows are is not known
         rows, took = (
             lengths(self.bench.encoded, self.recipe.train),

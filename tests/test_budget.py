@@ -311,7 +311,7 @@ def test_a_run_that_training_takes_over_its_budget_keeps_a_checkpoint_and_goes_o
 
 
 def test_processes_that_share_a_processor_are_foretold_with_all_their_threads():
-    found = [foretell(load(TINY), "cpu float32", n, 1, False, tuple) for n in (1, 4)]
+    found = [foretell(load(TINY), "cpu float32", n, 1, False, tuple).found for n in (1, 4)]
     assert [f["threads"] for f in found] == [1, 4]
     per_hour = [f["total"]["kwh"]["middle"] / f["total"]["hours"]["middle"] for f in found]
     assert per_hour[1] == pytest.approx(4 * per_hour[0])

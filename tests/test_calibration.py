@@ -14,6 +14,7 @@ def paced(monkeypatch, steps: int, first: int = 1, each: float = 2.0) -> list[tu
     clock, entries, reached = [100.0], [], []
     monkeypatch.setattr(line.time, "monotonic", lambda: clock[0])
     held = object.__new__(Line)
+    held.foretold = held.allowance = None
     held.run = SimpleNamespace(ledger=SimpleNamespace(append=lambda kind, body: entries.append((kind, body))))
     reach = held.paced("kd-0", steps, lambda step, note: reached.append(step))
     for step in range(first, steps + 1):
@@ -39,3 +40,23 @@ def test_from_where_a_checkpoint_left_off(monkeypatch):
 
 def test_not_where_nothing_is_left(monkeypatch):
     assert paced(monkeypatch, 21) == [] and paced(monkeypatch, 3) == []
+
+
+def test_the_whole_run_is_told_anew_by_what_is_over_and_what_is_to_come(monkeypatch):
+    took = {"data": 5.0, "targets": 15.0, "sft-0": None}
+    stages = {n: {"metered": s and {"seconds": s}, "peak_memory_bytes": 10} for n, s in took.items()}
+    held, seen = object.__new__(Line), []
+    held.foretold, held.recipe = SimpleNamespace(parts=("recipe",)), SimpleNamespace(train="schedule")
+    held.bench = SimpleNamespace(encoded=[], group=SimpleNamespace(first=True))
+    held.run = SimpleNamespace(
+        stages=lambda: stages, meter=SimpleNamespace(whole=lambda: SimpleNamespace(seconds=30.0))
+    )
+    monkeypatch.setattr(line, "lengths", lambda *of: {"rows": 3})
+    held._retold = lambda *of: seen.append(of) or 100.0
+    told = held._whole("sft-0", 40.0, 60.0)
+    assert told["whole_seconds"] == 170.0 and told["peak_memory_bytes"] > 10
+    assert seen == [("recipe", {"rows": 3}, "sft-0", 60.0, {"data": 5.0, "targets": 15.0})]
+    del stages["targets"]
+    assert held._whole("teacher-0", 40.0, 60.0) == {}
+    held.bench.group.first = False
+    assert held._whole("sft-0", 40.0, 60.0) == {}

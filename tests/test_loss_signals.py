@@ -88,7 +88,10 @@ def test_top_k_against_float64_over_k_plus_one_outcomes(kind, distance, temperat
     seed = fresh()
     spec = a_spec(seed, kind, temperature)
     teacher, student = inputs(seed, distance, spec.temperature)
-    probs, ids = torch.softmax(teacher / spec.temperature, -1).topk(1 + seed % 40)
+    whole, k = torch.softmax(teacher / spec.temperature, -1), 1 + seed % 40
+    while k > 1 and (1 - whole.topk(k).values.double().sum(-1)).min() < 1e-5:
+        k //= 2  # of less, float32 does not know how much is left
+    probs, ids = whole.topk(k)
     want, want_gradient = with_gradient(lambda s: of_top_k(spec, ids, probs, s), student)
     rival, rival_gradient = with_gradient(lambda s: of_top_k(spec, ids, probs, s), student, torch.float32)
     got, gradient = TopK(ids, probs).loss(spec, student.clone())

@@ -36,7 +36,7 @@ _LINEAR, _ATTENTION = 0.54, 4.5  # times what products of large matrices take
 _BYTES = 23.7  # times what is kept is copied
 _PARAMETER = 95.0  # bytes copied for each, of gradients, clipping and the optimizer
 _WRITING = 1.5e-3  # seconds of a layer's operations for a token of all rows that are written at once
-_OPENING = 0.4  # seconds: a model is opened, or saved
+_OPENING = 0.1  # seconds: a model is opened, or saved
 _MORE_THREADS = 0.85  # of each thread after the first
 _GPU_LAYER, _GPU_WRITING = 1.0e-3, 0.3e-3  # seconds, assumed: about 100 kernels of 10 microseconds, 30 of them
 

@@ -45,7 +45,7 @@ SCOPE = (
 )
 
 
-_NO_CHIP = "{} is in no catalogue of chips, or not in this precision"
+_NO_CHIP = "nothing is foretold, since {} is in no catalogue of chips, or not in this precision"
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def works(recipe: Recipe, of: Subjects, rows: Rows) -> list[Work]:
 
 def _drawing(problems: int) -> float:
     """Problems are drawn in a process of its own: what that takes, as times a model is opened."""
-    return 4 + problems / 3000
+    return 12 + problems / 750
 
 
 def _always(n: float) -> Ends:
