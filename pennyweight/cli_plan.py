@@ -272,9 +272,20 @@ class _machine:
         if on.strip().lower() != "this":
             self.chip, self.devices = known.devices(on)
             return
+        from dataclasses import replace
+
         from pennyweight.plan.measure import measure
 
         self.measured = measure()
+        if self.measured.name.startswith("this machine"):
+            return
+        listed = known.called(self.measured.name)  # power and price are not measured
+        if listed is None:
+            raise RecipeError(
+                f"{self.measured.name} is in no catalogue of chips; give a row of it with --catalogue FILE.toml "
+                "(pennyweight plan --chips lists those that are known)"
+            )
+        self.chip = replace(listed, figures={**listed.figures, **self.measured.figures})
 
     def __call__(self, recipe: Any, precision: str | None) -> Any:
         from pennyweight.plan.pace import has_bfloat16, on_this, usable_threads

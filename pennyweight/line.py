@@ -90,8 +90,8 @@ class Line:
         meter, spent = self.run.meter, self.allowance.spent() if self.allowance else {}
         usages = self._usages().values()
         spent |= {"answers": {k: sum(u[k] for u in usages) for k in ("answers", "estimated")}} if usages else {}
-        reckoned = self.foretold and self.foretold.found
-        found = bill(reckoned, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN)
+        reckoned, rates = self.foretold and self.foretold.found, self.allowance and self.allowance.rates
+        found = bill(reckoned, summary["stages"], meter.by_stage(), meter.whole(), spent, BETWEEN, rates)
         arms = summary["arms"]
         gained = [arms.get(a, {}).get("metrics", {}).get("accuracy") for a in ("base", self.recipe.method.kind)]
         anew = [f for f in self.run.ledger.told("forecast") if "whole_seconds" in f]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pennyweight.meter.allowance import Rates
 from pennyweight.meter.bill import bill, per_point
 from pennyweight.meter.meter import BETWEEN
 from pennyweight.meter.taken import Taken
@@ -20,6 +21,7 @@ FORETOLD = {
             "hours": ENDS,
             "tokens": {"low": 1, "middle": 100, "high": 900},
             "flops": {"low": 10, "middle": 1000, "high": 9000},
+            "flops_per_trained_token": 10.0,
         }
     ],
     "total": {"hours": ENDS, "kwh": ENDS},
@@ -55,6 +57,24 @@ def test_the_forecast_stands_beside_with_its_error_and_flops_are_by_the_tokens_t
     assert row["foretold"] == {"low": 1.0, "middle": 3.0, "high": 9.0} and row["error"] == -0.25
     assert row["flops"] == 500 and row["flops_per_second"] == 125
     assert all(r["foretold"] is None and r["error"] is None for r in made(foretold=None)["stages"])
+
+
+def test_each_stage_has_its_energy_and_the_rent_of_its_devices():
+    rates = Rates(usd_per_hour=3.0, watts=10.0, source="a guess")
+    metered = {"seconds": 4.0, "device_seconds": 8.0, "joules": {"cpu": 20.0}, "uncounted": 4.0, "stretches": 1}
+    stages = {"sft-0": {"seconds": 4.0, "tokens": 5, "metered": metered}, "sft-1": {"seconds": 1.0, "metered": metered}}
+    found = bill(None, stages, {}, Taken(seconds=8.0), SPENT, BETWEEN, rates)
+    row = found["stages"][0]
+    assert row["kwh"] == pytest.approx((20 + 4 * 10) / 3.6e6) and row["usd"] == pytest.approx(8 / 3600 * 3)
+    unpriced = bill(None, stages, {}, Taken(seconds=8.0), SPENT, BETWEEN, Rates(None, 10.0, ""))["stages"][0]
+    assert unpriced["usd"] is None and unpriced["kwh"] == row["kwh"]
+
+
+def test_goodput_is_what_was_kept_and_stops_lose_the_rest_of_a_stage_that_was_begun_again():
+    stages = {"kd-0": stage(4.0, 50, 3), "evaluate-kd-0": stage(2.0)}
+    stages["kd-0"]["seconds"] = 3.0  # of steps that were kept
+    found = bill(None, stages, {("kd-0", "old"): Taken(seconds=6.5)}, Taken(seconds=10.0), SPENT, BETWEEN)["goodput"]
+    assert found == {"work": 3.0, "evaluation": 2.0, "lost": 1.5, "share": 0.3}
 
 
 def test_a_point_of_accuracy_has_a_price_where_one_was_gained():

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pennyweight.data.columns import ANSWERS, MESSAGES, PROMPTS, RESPONSES, SEVERAL, TEXTS
 from pennyweight.data.files import rows
 from pennyweight.data.tasks import in_style, problems
 from pennyweight.data.thought import CLOSE, joined
@@ -25,12 +26,6 @@ from pennyweight.verifiers.rows import entry_of
 Route = Callable[[Mapping[str, Any], str], str]
 """(row, the place it stands at) -> the teacher that it is for"""
 
-_MESSAGES = ("messages", "conversations", "conversation")
-_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "Q")
-_SEVERAL = ("generations", "responses", "completions")
-_RESPONSES = ("response", "completion", "answer", "output", "solution", "A")
-_TEXTS = ("text",)
-_ANSWERS = ("answer", "gold", "ground_truth", "solution")
 _SYSTEMS = ("system", "system_prompt")
 _ROLES = {
     **{r: r for r in ("system", "user", "assistant", "tool")},
@@ -88,7 +83,7 @@ class _Form:
 
     def samples(self, row: Any, where: str) -> list[Sample]:
         """The samples of a row: one, none for a blank text, or one for each of several responses."""
-        column = self.given.response or (_first(row, _SEVERAL) if isinstance(row, dict) else None)
+        column = self.given.response or (_first(row, SEVERAL) if isinstance(row, dict) else None)
         value = row.get(column) if isinstance(row, dict) and column else None
         if not (isinstance(value, list) and value and all(isinstance(x, str) for x in value)):
             made = [self.sample(row, where)]
@@ -117,15 +112,15 @@ class _Form:
         given = self.given
         if given.text is not None:
             return (), _text(_named(row, given.text, where), where, given.text).strip() or None
-        conversation = _first(row, _MESSAGES) if given.prompt is None else None
+        conversation = _first(row, MESSAGES) if given.prompt is None else None
         if conversation is not None:
             return _conversation(row[conversation], where, conversation)
-        column = _named_column(row, given.prompt, where) or _first(row, _PROMPTS)
+        column = _named_column(row, given.prompt, where) or _first(row, PROMPTS)
         if column is None and _is_turns(row.get("turns")):
             return _prompt(row["turns"][0], where, "turns"), None
         if column is not None:
             return self._asked(row, where, column), self._answered(row, where, gold)
-        text = _first(row, _TEXTS)
+        text = _first(row, TEXTS)
         if text is not None:
             return (), _text(row[text], where, text).strip() or None
         raise DataError(
@@ -148,8 +143,8 @@ class _Form:
         """The response column. A bare gold answer is not taken for one; a worked solution that ends in it is."""
         column = _named_column(row, self.given.response, where)
         if column is None:
-            others = [c for c in _RESPONSES if c != gold and c in row]
-            worked = gold is not None and gold in _RESPONSES and "####" in str(row[gold])
+            others = [c for c in RESPONSES if c != gold and c in row]
+            worked = gold is not None and gold in RESPONSES and "####" in str(row[gold])
             worked = worked and self.given.verifier != "code"  # where it is a comment
             column = gold if worked else next(iter(others), None)
         if column is None or row[column] is None:
@@ -165,8 +160,8 @@ class _Form:
             return None
         named = _named_column(row, self.given.answer, where)
         if self.given.verifier == "code":  # the tests decide, and a program is there to try them
-            return named or _first(row, (*_ANSWERS, "code"))
-        column = named or _first(row, _ANSWERS)
+            return named or _first(row, (*ANSWERS, "code"))
+        column = named or _first(row, ANSWERS)
         if column is None and not self.own:
             raise DataError(f"{where} has no answer for the verifier to go by; name the column with data.source.answer")
         return column

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pennyweight.meter.taken import Taken
@@ -18,6 +18,7 @@ def bill(
     whole: Taken,
     spent: Mapping[str, Any],
     between: str,
+    rates: Any = None,
 ) -> dict[str, Any]:
     """What a run took. Seconds of its stages, of what is between them and of stages on earlier inputs make the whole.
 
@@ -27,6 +28,7 @@ def bill(
         taken: all that was metered, by stage and inputs; ``between`` is the name of what is between stages.
         whole: the same together, by the meter's own clock.
         spent: what that comes to.
+        rates: ``allowance.Rates``, by which each stage has its energy and the rent of its devices.
     """
     of_stage = {name: _seconds(s) for name, s in stages.items()}
     groups: dict[str, list[str]] = {}
@@ -34,6 +36,8 @@ def bill(
         groups.setdefault(_line_of(name), []).append(name)
     known = {s["stage"]: s for s in foretold["stages"]} if foretold else {}
     rows = [_row(line, names, stages, of_stage, known.get(line)) for line, names in groups.items()]
+    for row in rows if rates else ():
+        row |= _paid([stages[n].get("metered") or {} for n in groups[row["stage"]]], rates)
     now, aside = sum(of_stage.values()), sum(t.seconds for (stage, _), t in taken.items() if stage == between)
     earlier = max(0.0, sum(t.seconds for t in taken.values()) - now - aside)
     return {
@@ -47,6 +51,7 @@ def bill(
         "currency": "USD",
         "foretold": foretold and {k: foretold["total"][k] for k in ("hours", "kwh", "money") if k in foretold["total"]},
         "reasons": foretold["reasons"] if foretold else {},
+        "peak": foretold.get("peak") if foretold else None,
     }
 
 
@@ -85,6 +90,13 @@ def _seconds(stage: Mapping[str, Any]) -> float:
     return float(metered.get("seconds") or stage.get("seconds") or 0.0)  # of folders older than the meter
 
 
+def _paid(metered: Sequence[Mapping[str, Any]], rates: Any) -> dict[str, float | None]:
+    """kWh of stages, and US dollars for the devices that they held; what a server asks for is in the whole only."""
+    joules = sum(sum(m.get("joules", {}).values()) + m.get("uncounted", 0.0) * rates.watts for m in metered)
+    held = sum(m.get("device_seconds", 0.0) for m in metered) / 3600
+    return {"kwh": joules / 3.6e6, "usd": None if rates.usd_per_hour is None else held * rates.usd_per_hour}
+
+
 def _row(
     line: str, names: list[str], stages: Stages, of_stage: Mapping[str, float], plan: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -92,8 +104,7 @@ def _row(
     ends = {end: round(3600 * h, 3) for end, h in plan["hours"].items()} if plan else None
     row: dict[str, Any] = {"stage": line, "metered": round(seconds, 3), "tokens": tokens, "foretold": ends}
     row["error"] = round(ends["middle"] / seconds - 1, 4) if ends and seconds > 0 else None
-    trained = plan is not None and "trains" in plan["does"] and tokens and plan["tokens"]["middle"]
-    if plan is not None and trained:  # by the tokens that there were
-        row["flops"] = plan["flops"]["middle"] * tokens / plan["tokens"]["middle"]
+    if plan is not None and tokens and "trains" in plan["does"] and "flops_per_trained_token" in plan:
+        row["flops"] = plan["flops_per_trained_token"] * tokens
         row["flops_per_second"] = row["flops"] / seconds if seconds > 0 else None
     return row

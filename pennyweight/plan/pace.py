@@ -67,6 +67,13 @@ class Pace:
     def on_cpu(self) -> bool:
         return self.threads > 0
 
+    @property
+    def peak_rate(self) -> float:
+        """FLOP/s of all devices: what a product of large matrices was measured at here, or the maker's figure."""
+        if self.on_cpu:
+            return 1e12 * self.chip["bf16" if self.autocast else "fp32"] * (1 + _MORE_THREADS * (self.threads - 1))
+        return 1e12 * self.devices * self.chip["bf16"]
+
     def seconds(self, p: Pass, end: int) -> float:
         """Of a pass, with rows as long as that end has them."""
         return self._own(p, end) if self.on_cpu else self._peak(p, end)

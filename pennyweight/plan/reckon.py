@@ -109,7 +109,8 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
         "total": total,
         "currency": price.currency if price else "USD" if "money" in total else None,
         "reasons": _reasons(recipe, rows, pace, price),
-        "notes": [*of.notes, *_alone_in(recipe, pace.devices)],
+        "notes": [*of.notes, *_alone_in(recipe, pace.devices), *_of_servers(made, recipe)],
+        "peak": pace.peak_rate,
         "scope": SCOPE,
     }
 
@@ -190,6 +191,19 @@ def _alone_in(recipe: Recipe, devices: int) -> list[str]:
     return said
 
 
+def _of_servers(made: Sequence[Work], recipe: Recipe) -> list[str]:
+    """What is to be said of stages in which a server is asked."""
+    asked = [(w, _asked(w, recipe)) for w in made if any(w.sent) or any(w.got)]
+    if not asked:
+        return []
+    if any(a is None for _, a in asked):
+        price = "what it asks for is not known: set teacher.usd_sent and teacher.usd_got, of a million tokens"
+    else:
+        low, high = (sum(a[end] for _, a in asked if a) for end in (0, 2))
+        price = f"it asks for USD {low:,.3g} to {high:,.3g} in all"
+    return [f"a server's own time is not known, and not in the hours; {price}"]
+
+
 def _stage(work: Work, recipe: Recipe, of: Subjects, pace: Pace, price: PriceRange | None) -> dict[str, Any]:
     at_work = pace if work.shared or work.stage == "targets" else replace(pace, devices=1)  # docs/processes.md
     hours = at_work.ends(work)
@@ -200,6 +214,10 @@ def _stage(work: Work, recipe: Recipe, of: Subjects, pace: Pace, price: PriceRan
     out["hours"] = _ends(hours)
     held = Range(*(pace.devices * h for h in hours), reason="")
     out["kwh"] = _ends(_energy(held, pace))
+    trained = [p for p in work.passes if p.kind == "train"]  # by whose tokens a run counts
+    out["flops_per_trained_token"] = sum(flops_of(p, 1) for p in work.passes) / max(
+        1.0, sum(p.tokens(1) for p in trained)
+    )
     asked = _asked(work, recipe)
     if asked is None or (price is None and not any(asked)):
         pass  # what nobody knows a price of has none, and is not taken to be free
@@ -258,7 +276,7 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
     out = {"tokens": rows.reason, "hours": pace.reason, "kwh": watts}
     if price is not None:
         out["money"] = f"{price.reason} for a device and an hour"
-    elif not isinstance(recipe.teacher, EndpointTeacher):
+    else:
         out["money"] = "no price of this machine is known: give one with --price, or budget.usd_per_hour"
     out["memory"] = "rows of a mean batch, and of data.context at the high end; within 10 % for rows of a length"
     out["disk"] = SAID

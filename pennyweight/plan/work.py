@@ -6,10 +6,13 @@ those of ``LENGTHS``, as shares of what would be the longest, unless a mean is g
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pennyweight.data.columns import ANSWERS, MESSAGES, PROMPTS, RESPONSES, SEVERAL, TEXTS
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
 from pennyweight.plan.precision import of_linears
 from pennyweight.plan.shapes import Shapes
@@ -150,8 +153,8 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     r, source = recipe.data.responses, recipe.data.source
     if isinstance(source, TeacherSamples):
         count, prompt, new = float(source.count), _always(1.0), rows.length
-    elif r.by == "teacher":
-        count, prompt = rows.train * r.samples + rows.held_out, rows.prompt
+    elif r.by == "teacher" or (r.by == "auto" and _without_responses(source)):
+        count, prompt = rows.train * (r.samples if r.by == "teacher" else 1) + rows.held_out, rows.prompt
         new = rows.written(min(r.max_tokens, recipe.data.context))
     elif isinstance(source, TaskData):
         return Work("data", "draws problems", opens=_drawing(sum(t.size for t in source.tasks)))
@@ -165,18 +168,45 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     return Work("data", "the teacher writes", (writes,))
 
 
+def _without_responses(source: Any) -> bool:
+    """Whether the first row of a file has a prompt and nothing that it is answered by, so that the teacher writes."""
+    if not isinstance(source, FileData) or source.response or source.text:
+        return False
+    file = Path(source.path).expanduser()
+    if not file.is_file() or file.suffix not in (".jsonl", ".csv"):
+        return False
+    with open(file, encoding="utf-8", errors="replace") as f:
+        first = next((line for line in f if line.strip()), "")
+    try:
+        row = json.loads(first) if file.suffix == ".jsonl" else dict.fromkeys(next(csv.reader([first]), []))
+        names = {n for n, value in row.items() if value is not None or file.suffix == ".csv"}
+    except (ValueError, AttributeError):
+        return False  # the run says what is wrong with it
+    gold = {source.answer} if source.answer else set(ANSWERS) if source.verifier else set()
+    gold = {n for n in gold if "####" not in str(row.get(n))}  # a worked solution is a response, too
+    written = {*RESPONSES, *SEVERAL, *TEXTS, *MESSAGES} - gold
+    return bool(names & {*PROMPTS, source.prompt}) and not names & written
+
+
+def _kept(recipe: Recipe, rows: Rows) -> float:
+    """Samples to train on: of several responses to a prompt as many as may be kept."""
+    r = recipe.data.responses
+    return rows.train * (min(r.samples, r.most or r.samples) if r.by == "teacher" else 1)
+
+
 def _targets(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     """The teacher's forward pass over what is learnt, and what is kept of it."""
     t = recipe.targets
     if recipe.method.kind in TEXT_ONLY or t.kind == "dense":
         return None
     learnt = rows.learnt
-    tokens = [learnt * rows.train * n for n in rows.length]
+    many = _kept(recipe, rows)
+    tokens = [learnt * many * n for n in rows.length]
     each = _bytes_of_a_token(t, of) if rows.bytes_of_a_token is None else _always(rows.bytes_of_a_token)
     kept: Any = tuple(n * b for n, b in zip(tokens, each, strict=True))
     if of.teacher is None:
-        return Work("targets", "a server labels", bytes=kept, sent=tuple(rows.train * n for n in rows.length))  # type: ignore[arg-type]
-    labels = _forward(of.teacher, rows.train, rows.length, learnt)
+        return Work("targets", "a server labels", bytes=kept, sent=tuple(many * n for n in rows.length))  # type: ignore[arg-type]
+    labels = _forward(of.teacher, many, rows.length, learnt)
     return Work("targets", "the teacher labels", (labels,), kept)
 
 

@@ -17,10 +17,12 @@ def bill(view: View) -> Html | None:
     found: Mapping[str, Any] = view.summary.get("bill") or {}
     if not found.get("stages"):
         return None
-    rows = [[r["stage"], _span(r["foretold"]), duration(r["metered"]), _error(r["error"])] for r in found["stages"]]
-    rows.append(["between stages", MISSING, duration(found["between"]), MISSING])
+    peak, priced = found.get("peak"), found["spent"]["usd"] is not None
+    rows = [_row(r, peak, priced) for r in found["stages"]]
+    blank = [MISSING, MISSING, *[MISSING] * priced]
+    rows.append(["between stages", MISSING, duration(found["between"]), MISSING, *blank])
     if found["earlier"] >= 0.05:
-        rows.append(["stages on earlier settings", MISSING, duration(found["earlier"]), MISSING])
+        rows.append(["stages on earlier settings", MISSING, duration(found["earlier"]), MISSING, *blank])
     total, whole = found["foretold"], found["whole"]
     ends = total and {end: 3600 * h for end, h in total["hours"].items()}
     off = ends["middle"] / whole - 1 if ends and whole else None
@@ -30,12 +32,24 @@ def bill(view: View) -> Html | None:
         element("p", *(f"{said} " for said in bill_in_words(found))),
         table(
             "Forecast and meter of each stage, by the clock",
-            ["stage", "foretold", "metered", "forecast beside it"],
+            ["stage", "foretold", "metered", "forecast beside it", "of the peak", "energy", *["USD"] * priced],
             rows,
-            ["all of it", _span(ends), duration(whole), _error(off)],
+            [*("all of it", _span(ends), duration(whole), _error(off), MISSING), *_sums(found, priced)],
         ),
         facts([*_pairs(found), ("scope", scope(view.summary))]),
     )
+
+
+def _row(r: Mapping[str, Any], peak: float | None, priced: bool) -> list[str]:
+    """A stage: its forecast and its meter, what share of the machine's FLOP/s its training had, energy and money."""
+    share = f"{100 * r['flops_per_second'] / peak:.2g} %" if peak and r.get("flops_per_second") else MISSING
+    cells = [r["stage"], _span(r["foretold"]), duration(r["metered"]), _error(r["error"]), share]
+    cells.append(MISSING if r.get("kwh") is None else energy(r["kwh"]))
+    return [*cells, *([MISSING if r.get("usd") is None else number(r["usd"])] if priced else [])]
+
+
+def _sums(found: Mapping[str, Any], priced: bool) -> list[str]:
+    return [energy(found["spent"]["kwh"]), *([number(found["spent"]["usd"])] if priced else [])]
 
 
 def bill_in_words(found: Mapping[str, Any]) -> list[str]:

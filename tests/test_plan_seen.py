@@ -1,0 +1,139 @@
+"""A plan of what was seen: rows as they are, the recipe's own steps as they took, and the rest of a run told anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pennyweight.errors import RecipeError
+from pennyweight.plan.pace import Pace, on_this
+from pennyweight.plan.passes import Pass, Subjects, Work
+from pennyweight.plan.seen import retold, seen_pace, seen_rows
+from pennyweight.plan.subjects import subjects_of
+from pennyweight.plan.work import Rows, rows_of, works
+from pennyweight.recipe import Recipe
+from pennyweight.recipe_file import load
+
+TINY = Path(__file__).parent / "tiny.toml"
+SEEN = {"rows": 100, "samples": 50.0, "length": 40.0, "learnt": 0.5, "padded": 1.25, "kept": 0.9}
+
+
+def timed(what: str, seconds: float, **of) -> dict:
+    return {"what": what, "seconds": seconds, "memory": 7e8, "rows": 8, "length": 40.0, "learnt": 0.5, **of}
+
+
+def parts() -> tuple[Recipe, Subjects, Rows, Pace]:
+    recipe = load(TINY)
+    return recipe, subjects_of(recipe), rows_of(recipe), on_this(None, 1, False)
+
+
+def test_rows_are_those_that_were_read_windows_and_what_is_left_out_counted():
+    rows = replace(parts()[2], train=200.0, held_out=20.0)
+    seen = {"rows": SEEN, "timed": [timed("train teacher", 1.0, length=30.0)], "bytes_per_token": 12.5}
+    found = seen_rows(rows, seen)
+    assert found.train == pytest.approx(200 * 0.9 * 2) and found.held_out == pytest.approx(20 * 0.9 * 2)
+    assert found.length == (40.0, 40.0, 40.0) and found.response == 20.0 and found.prompt == (20.0, 20.0, 20.0)
+    assert found.teacher == (30.0, 30.0, 30.0) and found.bytes_of_a_token == 12.5 and found.written(15.0) == (15.0,) * 3
+    assert seen_rows(rows, {}) is rows
+
+
+def test_a_pace_takes_as_long_as_what_was_tried_took():
+    _, of, _, pace = parts()
+    each = [
+        timed("train sft", 2.0),
+        timed("score", 3.0, both=True),
+        timed("write student", 4.0, new=10.0),
+        timed("opening", 1),
+    ]
+    found = seen_pace(pace, of, {"timed": each})
+    assert set(found.factors) == {"train sft", "score", "write student"} and found.peak == 7e8
+    step = Pass("train", of.student, (1.0,) * 3, 8, (40.0,) * 3, learnt=0.5)
+    assert found.factor("sft-0", step) * pace.seconds(step, 1) == pytest.approx(2.0)
+    assert found.factor("kd-0", step) == found.factors["train sft"]  # what is nearest to it
+    hours = found.ends(Work("sft-0", "", (step,), opens=0))
+    assert [3600 * h for h in hours] == pytest.approx([1.6, 2.0, 2.6])
+    assert seen_pace(pace, of, {}) is pace
+
+
+def test_the_rest_of_a_run_goes_by_the_rate_of_its_training_and_by_the_stages_that_are_over():
+    recipe, of, rows, pace = parts()
+    lengths = {"rows": 40, "samples": 40.0, "length": 20.0, "learnt": 0.5, "padded": 1.0}
+    stage = f"sft-{recipe.seeds[0]}"
+    once, twice = (
+        retold(recipe, of, rows, pace, lengths, stage, s, {"teacher": 1.0, "data": 0.1}) for s in (5.0, 10.0)
+    )
+    assert twice > 1.5 * once  # others are trained and measured at the same rate
+    over = {w.stage: 0.1 for w in works(recipe, of, rows) if w.stage != stage}
+    assert retold(recipe, of, rows, pace, lengths, stage, 5.0, over) == 0
+    slow = {"targets": 60.0, "teacher": 1.0, "data": 0.1}
+    assert retold(recipe, of, rows, pace, lengths, stage, 5.0, slow) != once
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_recipe_is_tried_by_its_own_code_and_the_plan_says_so(capfd, chain):
+    from typer.testing import CliRunner
+
+    from pennyweight.cli import app
+
+    file = TINY.with_name("tiny_chain.toml") if chain else TINY
+    done = CliRunner().invoke(app, ["plan", str(file), "--on", "this", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    runs = list(found.get("runs", {"": found}).values())
+    for run in runs:
+        assert "samples were read" in run["reasons"]["tokens"] and "tried here" in run["reasons"]["hours"]
+        assert run["total"]["memory"]["middle"] > 2e8
+        ends = run["rows"]["length"]
+        assert ends["low"] == ends["high"] > 3
+
+
+def test_what_a_run_would_refuse_its_trial_does():
+    from typer.testing import CliRunner
+
+    from pennyweight.cli import app
+
+    done = CliRunner().invoke(app, ["plan", str(TINY), "data.context=9", "--on", "this"])
+    assert isinstance(done.exception, RecipeError)
+    assert "the recipe was tried, and stopped: " in str(done.exception) and "data.context" in str(done.exception)
+
+
+@pytest.mark.parametrize("name,known", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GeForce GTX 970", False)])
+def test_a_gpu_here_is_planned_by_the_catalogue_and_by_what_was_tried(monkeypatch, name, known):
+    from pennyweight import cli_plan
+    from pennyweight.plan import measure
+    from pennyweight.plan.hardware import Chip, Figure, catalogue
+
+    monkeypatch.setattr(
+        measure, "measure", lambda: Chip("this", name, {"fp32": Figure(50.0, "measured here", "2026-11-27")})
+    )
+    if not known:
+        with pytest.raises(RecipeError, match="in no catalogue of chips; give a row of it with --catalogue"):
+            cli_plan._machine(catalogue(), "this")
+        return
+    machine = cli_plan._machine(catalogue(), "this")
+    assert machine.chip.key == "h100" and machine.measured and not machine(load(TINY), None).on_cpu
+
+
+ROWS = {
+    "a prompt alone": ({"prompt": "a"}, {}, True),
+    "a prompt and no answer": ({"prompt": "a", "response": None}, {}, True),
+    "a prompt and its answer": ({"prompt": "a", "response": "b"}, {}, False),
+    "a gold answer": ({"question": "a", "answer": "b"}, {"verifier": "exact"}, True),
+    "a worked solution": ({"question": "a", "answer": "1 + 1 #### 2"}, {"verifier": "exact"}, False),
+    "a text": ({"text": "a"}, {}, False),
+}
+
+
+@pytest.mark.parametrize("row,source,writes", ROWS.values(), ids=ROWS)
+def test_the_teacher_writes_what_rows_have_no_answer_to(tmp_path, row, source, writes):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    settings = [f"data.source.{k}={v}" for k, v in {"kind": "files", "path": str(file), **source}.items()]
+    whole = load(TINY).model_dump(mode="json")
+    whole["data"]["source"] = {"kind": "files", "path": str(file), **source}
+    recipe = Recipe.model_validate(whole)
+    stages = [w.stage for w in works(recipe, subjects_of(recipe), rows_of(recipe))]
+    assert ("data" in stages) is writes, settings
