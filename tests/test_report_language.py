@@ -21,10 +21,21 @@ from test_report_scatter import with_copies
 from pennyweight.cli import main
 from pennyweight.errors import RecipeError
 from pennyweight.meter.bill import per_point
-from pennyweight.report.chain_page import chain_headline, compared_on, finished, leading, render_chain, to_be_run
+from pennyweight.report.chain_page import (
+    chain_bill,
+    chain_headline,
+    compared_on,
+    finished,
+    leading,
+    render_chain,
+    to_be_run,
+)
 from pennyweight.report.graded import aligned, paragraph
 from pennyweight.report.language import ENGLISH, LANGUAGES, english_words, in_language
 from pennyweight.report.page import render
+from pennyweight.report.plan_fits import fit_lines
+from pennyweight.report.recipe_plan import lasts, span
+from pennyweight.report.serving import serving_lines
 from pennyweight.train.rollout_watch import CURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +46,9 @@ KEYS = [k for t in tomllib.loads((PACKAGE / "report" / "ko.toml").read_text()).v
 SHOWN = [
     *(PACKAGE / "report" / f"{n}.py" for n in ("page", "quality", "sections", "origin", "rollouts", "scatter", "view")),
     *(PACKAGE / "report" / f"{n}.py" for n in ("chain_page", "run_bill", "recipe_plan", "markup", "bill")),
+    *(PACKAGE / "report" / f"{n}.py" for n in ("serving", "plan_fits")),
     *(PACKAGE / "plan" / f"{n}.py" for n in ("reckon", "pace", "seen", "work", "subjects", "assumed", "outlook")),
-    *(PACKAGE / "plan" / f"{n}.py" for n in ("forecast", "claim")),
+    *(PACKAGE / "plan" / f"{n}.py" for n in ("forecast", "claim", "fits", "serving", "disk", "room")),
     *(PACKAGE / n for n in ("train/tripwire.py", "train/rollout_watch.py", "model/lineage.py")),
     *(PACKAGE / n for n in ("records.py", "evaluate/intervals.py", "meter/rates.py", "meter/bill.py")),
 ]
@@ -46,9 +58,10 @@ NAMES = {
     "evaluate teacher", "evaluate students", "train teacher", "write student", "write teacher", "score teacher",
     "pennyweight ledger verify RUN", "git dirty", "dense, new", "outputs pairs", "light dark", "the chips'",
     "a thread of an AMD EPYC", "measured on a virtual machine with two cores of an AMD EPYC", "devices at once",
-    "config of",
+    "config of", "the model takes", "budget.usd_per_hour (of a device and an hour", "of a million tokens",
+    "is in no catalogue of chips, or not in this precision", "nothing can be foretold, since",
 }  # fmt: skip
-"""What stays as it is: names of stages, commands and chips; keys; and what is shown nowhere."""
+"""What stays as it is: names of stages, commands and chips; keys; and what errors and warnings alone say."""
 
 
 def texts(page: str) -> list[str]:
@@ -142,6 +155,29 @@ def test_sentences_on_a_chain(found):
     assert left_in_english([KO(t) for t in said], "") == []
 
 
+def test_the_bill_of_a_chain():
+    ends = {"low": 0.5, "middle": 1.0, "high": 2.0}
+    bill = {"seconds": 1000.0, "kwh": 0.4, "usd": 0.1, "budget": {"hours": 3, "kwh": 2, "usd": 5}}
+    for foretold in (None, {"hours": ends, "kwh": ends}, {"hours": ends, "kwh": ends, "money": ends}):
+        said = KO(chain_bill({"bill": bill | {"foretold": foretold}}) or "")
+        assert left_in_english([said], "") == [] and ("(예측 30분 00초 – 2시간 00분); 400 Wh(장치만; " in said) == bool(
+            foretold
+        )
+
+
+def test_what_fits_and_what_does_not():
+    ends = {"low": 0.5, "middle": 1.0, "high": 2.0}
+    best = {"devices": 2, "chip": "H100", "currency": "USD", "price": ends, "hours": ends, "money": ends}
+    found = {"fits": False, "stage": "kd-0", "most": 9e10, "memory": 8e10, "settings": None, "left": None, "by": []}
+    found |= {"cheapest": None, "chips": []}
+    cures = ({"settings": ["train.lora.rank=16"]}, {"left": {"stage": "kd-0", "bytes": 9e10}}, {"fits": True})
+    for more in ({}, *cures, {"cheapest": best}, {"cheapest": best, "by": ["train.weights=bfloat16"]}):
+        said = [KO(line) for line in fit_lines(found | more, span, lasts)]
+        assert len(said) == 2 and left_in_english(said, "train bfloat16 lora rank weights kd") == []
+    none = {"chip": "H100", "context": 64, "currency": "USD", "formats": []}
+    assert serving_lines(none, span, KO) == ["서빙: H100 64개로도 모델이 들어가지 않습니다"]
+
+
 def test_the_page_of_a_chain(no_charts):
     found = told_of(0.1, 0.2, 0.5, needs=["b"])
     for name, s in found["stages"].items():
@@ -188,13 +224,19 @@ def test_a_plan_on_the_terminal_is_aligned_and_of_80_columns(arguments, capsys, 
     assert left.value.code == 0 and max(map(cell_len, lines)) <= 80
     theirs = "evaluate teacher students kd sft threads of an AMD EPYC data.context budget.usd_per_hour config.json"
     if "--claim" not in arguments:  # which has its file's words, in the language of that file
-        assert left_in_english(lines, theirs + " catalogue FILE.toml json dense Mercatus Nebius Silicon") == []
+        assert (
+            left_in_english(lines, theirs + " catalogue FILE.toml json dense Mercatus Nebius Silicon zero grpo") == []
+        )
     else:
         assert not {"checks", "holds", "covers", "peak", "device-hours"} & set(" ".join(lines).split())
     if more:
         page = (tmp_path / "plan.html").read_text()
-        assert left_in_english(texts(page), theirs + " Mercatus Silicon Nebius AWS Pennyweight") == []
+        assert (
+            left_in_english(texts(page), theirs + " Mercatus Silicon Nebius AWS Pennyweight Huawei Ascend zero rl grpo")
+            == []
+        )
         assert 'lang="ko"' in page
+        assert ">data</th>" in page and ">로짓 조각</th>" in page
 
 
 def test_english_is_what_it_was_and_others_are_refused_in_a_sentence(capsys, monkeypatch):

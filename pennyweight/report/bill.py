@@ -122,7 +122,7 @@ def print_outlook(found: Mapping[str, Any], spoken: Language = ENGLISH) -> None:
     _fits(found, spoken)
     if found.get("serving"):
         print("", *serving_lines(found["serving"], _span, spoken), "", sep="\n")
-        _say(spoken(f"serving: {found['serving']['reason']}"))
+        _say(f"{spoken('serving')}: {spoken(found['serving']['reason'])}")
     if found["cheaper"]:
         each = [f"{c['chip']} {found['currency']} {_rounded(c['money']['middle'], 3)}" for c in found["cheaper"]]
         _say(spoken(f"cheapest of the catalogue on which it fits, {found['devices']:,} of them: {'; '.join(each)}"))

@@ -3,9 +3,9 @@
 The English text stays in the code and is the key. A phrase may have places. ``{a}``, a small letter, stands for a
 figure, and ``{A}``, a capital, for a single word; ``{time}`` for a text that is translated in its turn, and ``{NAME}``
 for one that is kept as it is. ``{time:이}`` puts the Korean particle behind it that its last sound asks for.
-``"<dt>teacher"`` is a phrase that counts in that element alone. What no phrase is known of is looked for sentence by
-sentence, then part by part, and stays English where nothing is found; so do code, links, and what models and users
-wrote.
+``"<dt>teacher"`` is a phrase that counts in that element alone, ``"<thead>teacher"`` in the head of a table. What no
+phrase is known of is looked for sentence by sentence, then part by part, and stays English where nothing is found; so
+do code, links, and what models and users wrote.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Language:
             if i % 2 == 0:
                 fact = html.unescape(piece) if inside[-1] == "dt" else fact
                 kept = _KEPT & set(inside) or ("dd" in inside and fact in _THEIRS)
-                yield piece if kept else self._node(piece, inside[-1])
+                yield piece if kept else self._node(piece, "thead" if "thead" in inside else inside[-1])
                 continue
             tag = re.match(r"<(/?)([a-zA-Z0-9]+)", piece)
             if tag is None:

@@ -44,7 +44,7 @@ def print_recipe_plan(found: Plan, spoken: Language = ENGLISH) -> None:
         _say(spoken(line))
     if found.get("serving"):
         print(*serving_lines(found["serving"], span, spoken), "", sep="\n")
-        _say(spoken(f"serving: {found['serving']['reason']}"))
+        _say(f"{spoken('serving')}: {spoken(found['serving']['reason'])}")
     for name, reason in _reasons(runs):
         _say(f"{spoken(name)}: {spoken(reason)}")
     for note in dict.fromkeys(n for run in runs for n in run["notes"]):
