@@ -107,9 +107,9 @@ shape = {{ hidden = 64, layers = 3, heads = 4, intermediate = 172 }}
 """
 
 SHORTER = [
-    *("stages.zero.train.steps=8", "stages.cold.train.steps=50", "stages.rl.train.steps=4"),
-    *("stages.select.train.steps=60", "stages.rl2.train.steps=4", "stages.small_zero.train.steps=10"),
-    "stages.small.train.steps=100",
+    *("zero.train.steps=8", "cold.train.steps=50", "rl.train.steps=4"),
+    *("select.train.steps=60", "rl2.train.steps=4", "small_zero.train.steps=10"),
+    "small.train.steps=100",
 ]
 
 RECIPES: dict[str, tuple[str, list[str]]] = {

@@ -66,7 +66,8 @@ def retold(
     said = {w.stage: sum(pace.seconds(p, 1) for p in w.passes) for w in each}
     factor = seconds / said[stage] if said.get(stage) else 1.0
     times = {s: over[s] / said[s] for s in ("data", "targets") if said.get(s) and over.get(s, 0.0) > _TELLING}
-    labels, writes = times.get("targets", factor), times.get("data", factor)
+    # A training tells of the machine and of its own formula alike: what is written goes by the former only.
+    labels, writes = times.get("targets", factor), times.get("data", factor**0.5)
     factors = {f"train {stage.rpartition('-')[0]}": factor, "score": labels, "write student": writes}
     pace = replace(pace, factors=factors | {"write teacher": writes})
     return sum(3600 * pace.ends(w)[1] for w in each if w.stage != stage and w.stage not in over)
