@@ -131,10 +131,8 @@ class Line:
         over = self.run.stages()
         if "targets" not in over:
             return {}  # a teacher from nothing trains, and how long rows are is not known
-        rows, took = (
-            lengths(self.bench.encoded, self.recipe.train),
-            {n: s["metered"]["seconds"] for n, s in over.items() if s["metered"]},
-        )
+        rows = lengths(self.bench.encoded, self.recipe.train)
+        took = {n: s["metered"]["seconds"] for n, s in over.items() if s["metered"]}
         come = self._retold(*self.foretold.parts, rows, stage, whole, took)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")

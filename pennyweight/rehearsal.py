@@ -48,10 +48,8 @@ from pennyweight.verifiers import check_golds, judge_sample
 
 _ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are looked at; of the teacher's own samples; to be scored
 _WRITTEN, _SCORED = 64, 64  # rows written at once, and scored
-_WIDTHS, _LOOKED = (
-    16,
-    64,
-)  # widths of batches that are met first, since kernels are kept for each; steps to find them in
+_WIDTHS = 16  # of batches that are met first, since kernels are kept for each
+_LOOKED = 64  # steps in which they are looked for
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
 
 
@@ -66,8 +64,8 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
         return {}
     made = isinstance(recipe.teacher, TrainedTeacher) or _stands_in(recipe.teacher.path)
     some = _some_of(recipe, made)
-    bench, timed = Bench(some, folder), []
-    by = _Timing(bench, folder, timed)
+    bench = Bench(some, folder)
+    by = _Timing(bench)
     if isinstance(some.teacher, TrainedTeacher):
         by.teacher(some.teacher, recipe.data.eval_fraction)
         _mark(folder / "teacher")
@@ -78,13 +76,11 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
         by.arm(arm)
     by.scored(student)
     by.written("student", student)
-    if made is False and recipe.data.responses.by == "teacher":
-        pass  # timed where it wrote the data
-    elif recipe.data.responses.by == "teacher" or recipe.evaluate.problems:
+    if made if recipe.data.responses.by == "teacher" else recipe.evaluate.problems:  # one at hand wrote the data
         by.written("teacher", bench.teacher)
     return {
         "rows": lengths(bench.encoded, recipe.train) | {"kept": kept},
-        "timed": timed,
+        "timed": by.timed,
         "bytes_per_token": None if made else told,
         "vocabulary": len(bench.language.tokenizer),
     }
@@ -93,8 +89,9 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
 class _Timing:
     """Does a little of each kind of work, and notes what it took."""
 
-    def __init__(self, bench: Bench, folder: Path, timed: list[dict[str, Any]]):
-        self.bench, self.folder, self.timed = bench, folder, timed
+    def __init__(self, bench: Bench):
+        self.bench, self.folder = bench, bench.folder
+        self.timed: list[dict[str, Any]] = []
 
     def note(self, what: str, seconds: float, **of: Any) -> None:
         """``seconds`` for so many ``rows`` of ``length`` tokens and ``new`` ones."""
@@ -209,13 +206,14 @@ class _Timing:
     def scored(self, student: Loaded) -> None:
         bench, compute = self.bench, self.bench.compute.measuring
         encoded = [*bench.held_out.encoded, *bench.encoded][:_SCORED]
+        spelt = learnt_bytes(encoded, student.tokenizer)
         reference = as_scorer(bench.teacher, compute) if bench.reference else None
         began = time.perf_counter()
-        score(encoded, learnt_bytes(encoded, student.tokenizer), as_scorer(student, compute), reference, student.pad_id)
+        score(encoded, spelt, as_scorer(student, compute), reference, student.pad_id)
         self.note("score", time.perf_counter() - began, both=bool(reference), **mean_row(encoded))
         if reference:
             began = time.perf_counter()
-            score(encoded, learnt_bytes(encoded, student.tokenizer), reference, None, student.pad_id)
+            score(encoded, spelt, reference, None, student.pad_id)
             self.note("score teacher", time.perf_counter() - began, **mean_row(encoded))
 
     def written(self, who: str, model: Loaded) -> None:
@@ -245,26 +243,29 @@ def _some_of(recipe: Recipe, made: bool) -> Recipe:
     """The recipe with some of its rows; where its teacher is not there yet, nothing is written by it."""
     whole = recipe.model_dump(mode="json")
     source, data = whole["data"]["source"], whole["data"]
+    asked = data["responses"]["by"] == "teacher"
+    most = _OWN if asked and not made else _ROWS
     if source["kind"] == "tasks":
-        source["tasks"] = [_fewer(t) for t in source["tasks"]]
+        source["tasks"] = [_fewer(t, most) for t in source["tasks"]]
     elif source["kind"] == "files":
-        source["limit"] = min(source["limit"] or _ROWS, _ROWS)
+        source["limit"] = min(source["limit"] or most, most)
     else:
         source["count"] = min(source["count"], _OWN)
     if whole["teacher"]["kind"] == "trained":
-        whole["teacher"]["tasks"] = [_fewer(t) for t in whole["teacher"]["tasks"]]
+        whole["teacher"]["tasks"] = [_fewer(t, _ROWS) for t in whole["teacher"]["tasks"]]
     data["responses"] |= {"keep": "all", "samples": 1, "most": None, "language": 0.0}
-    if made and data["responses"]["by"] == "teacher":
+    if asked and made:
         data["responses"]["by"] = "auto"
-    if made is False and data["responses"]["by"] == "teacher":
-        source["limit" if source["kind"] == "files" else "size"] = _OWN
     data["eval_limit"] = min(data["eval_limit"], _HELD_OUT)
     whole["evaluate"]["problems"] = min(whole["evaluate"]["problems"], _HELD_OUT)
     return Recipe.model_validate(whole)
 
 
-def _fewer(task: dict[str, Any]) -> dict[str, Any]:
-    return task | {"size": min(task["size"], _ROWS)}
+def _fewer(task: dict[str, Any], most: int) -> dict[str, Any]:
+    return task | {"size": min(task["size"], most)}
+
+
+_MARK = ".stands-in"
 
 
 def _mark(folder: Path) -> None:
@@ -273,9 +274,6 @@ def _mark(folder: Path) -> None:
 
 def _stands_in(path: str) -> bool:
     return (Path(path) / _MARK).exists()
-
-
-_MARK = ".stands-in"
 
 
 def main() -> None:

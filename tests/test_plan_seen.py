@@ -90,6 +90,20 @@ def test_a_recipe_is_tried_by_its_own_code_and_the_plan_says_so(capfd, chain):
         assert ends["low"] == ends["high"] > 3
 
 
+def test_problems_that_a_teacher_at_hand_answers_are_fewer_and_still_a_recipe(tmp_path):
+    from pennyweight.rehearsal import _some_of
+
+    whole = load(TINY).model_dump(mode="json")
+    whole["teacher"] = {"kind": "folder", "path": str(tmp_path)}
+    whole["data"]["responses"] |= {"by": "teacher", "samples": 3}
+    for t in whole["data"]["source"]["tasks"]:
+        t["size"] = 5000
+    recipe = Recipe.model_validate(whole)
+    sizes = {made: [t.size for t in _some_of(recipe, made).data.source.tasks] for made in (False, True)}
+    assert set(sizes[False]) == {128} and set(sizes[True]) == {512}
+    assert _some_of(recipe, False).data.responses.by == "teacher" and _some_of(recipe, True).data.responses.by == "auto"
+
+
 def test_what_a_run_would_refuse_its_trial_does():
     from typer.testing import CliRunner
 
