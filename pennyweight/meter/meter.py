@@ -129,7 +129,7 @@ class Meter:
             "cpu": round(time.process_time() - self._cpu_began, 3),
             "joules": {k: round(v - self._joules_began[k], 3) for k, v in joules.items() if k in self._joules_began},
         }
-        if longer := {k: round(v, 6) for k, v in list(self.longest.items()) if v != self._known.get(k)}:
+        if longer := {k: v for k, v in list(self.longest.items()) if v != self._known.get(k)}:
             line["longest"] = longer
         self._mine[self._number] = line
         return line
