@@ -132,13 +132,13 @@ def test_a_line_that_the_disk_took_half_of_costs_nothing_once_there_is_room(tmp_
 def test_what_a_budget_looks_ahead_by_outlives_a_kill(tmp_path):
     meter = Meter(tmp_path / METER, interval=SHORT)
     meter.begin("s", "k")
-    meter.longest["s"] = 3.0
+    meter.longest |= {"s": 3.0, "stopped at": 1 / 3000}  # a limit is to be known again to its last digit
     time.sleep(5 * SHORT)  # and no more is written: as after kill -9
     copied = tmp_path / f"killed-{METER}"
     copied.write_bytes((tmp_path / METER).read_bytes())
     meter.close()
     again = Meter(copied, interval=60)
-    assert again.longest == {"s": 3.0}
+    assert again.longest == {"s": 3.0, "stopped at": 1 / 3000}
     again.close()
     assert "longest" not in json.loads(copied.read_bytes().splitlines()[-1])  # what is known is not told again
 
