@@ -13,6 +13,7 @@ there, and go on from where they stopped. Bars on an interval over seeds are sho
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from pennyweight.run_folder import read_json
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SEEDS, MINUTES = [0, 1, 2], 25
-WAYS = ("sft", "rl", "on_policy", "offline")
+WAYS = ("sft", "sft_long", "rl", "on_policy", "offline")
 POINTS = ("accuracy", "pass_at_k", "accuracy_harder", "pass_at_k_harder")
 
 Made = dict[str, dict[str, Any]]
@@ -154,10 +155,10 @@ def ways(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
     bars.check("ways.offline_behind_live", less, "<=2 points", less <= 2)
     share = paid["offline"] / paid["on_policy"]
     bars.check("ways.offline_cost_of_live", share, "<=0.5", share <= 0.5)
-    for way in ("on_policy", "offline"):
-        over = [points(m[way], "accuracy") - points(m["sft"], "accuracy") for m in found]
-        print(f"{way} less sft, points: {', '.join(f'{d:+.1f}' for d in over)}")
-        bars.check(f"ways.{way}_over_sft", min(over), ">0 in each seed", min(over) > 0)
+    for way, sft in itertools.product(("on_policy", "offline"), ("sft", "sft_long")):
+        over = [points(m[way], "accuracy") - points(m[sft], "accuracy") for m in found]
+        print(f"{way} less {sft}, points: {', '.join(f'{d:+.1f}' for d in over)}")
+        bars.check(f"ways.{way}_over_{sft}", min(over), ">0 in each seed", min(over) > 0)
 
 
 def matched(bars: Bars, found: list[Made], seeds: list[int], out: Path) -> None:

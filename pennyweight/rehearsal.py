@@ -39,14 +39,24 @@ from pennyweight.model.load import save
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
-from pennyweight.recipe import EndpointTeacher, Recipe, SeveralTeachers, TeacherSamples, TrainedTeacher
-from pennyweight.records import Encoded
+from pennyweight.recipe import (
+    Data,
+    EndpointTeacher,
+    FileData,
+    Recipe,
+    SeveralTeachers,
+    TaskData,
+    TeacherSamples,
+    TrainedTeacher,
+)
+from pennyweight.records import Encoded, Sample
 from pennyweight.settings import TEXT_ONLY, Schedule, SftMethod
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
-_ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are looked at; of the teacher's own samples; to be scored
+_READ = 5000  # rows that are read at most, to know how many there are of each side, and how long
+_ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are worked on; of the teacher's own samples; to be scored
 _WRITTEN, _SCORED = 64, 64  # rows written at once, and scored
 _WIDTHS = 16  # of batches that are met first, since kernels are kept for each
 _LOOKED = 64  # steps in which they are looked for
@@ -54,7 +64,7 @@ _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is t
 
 
 def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What was seen of one recipe: ``rows`` (counts are not among them, only lengths), ``timed`` by what was done,
+    """What was seen of one recipe: ``rows`` (how long, and how many where all were read), ``timed`` by what was done,
     ``bytes_per_token`` of targets by a teacher that is there already, ``vocabulary``; empty where a server teaches.
 
     Args:
@@ -79,7 +89,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if made if recipe.data.responses.by == "teacher" else recipe.evaluate.problems:  # one at hand wrote the data
         by.written("teacher", bench.teacher)
     return {
-        "rows": lengths(bench.encoded, recipe.train) | {"kept": kept},
+        "rows": by.counted(recipe.data) or lengths(bench.encoded, recipe.train) | {"kept": kept},
         "timed": by.timed,
         "bytes_per_token": None if made else told,
         "vocabulary": len(bench.language.tokenizer),
@@ -111,15 +121,8 @@ class _Timing:
     def data(self, writes: bool) -> float:
         """The share of samples that is kept: those that are too long are not."""
         bench, d = self.bench, self.bench.recipe.data
-
-        def writer(member: str | None, source: Any = None) -> Writer:
-            speaker = bench.sampling(source) if source else bench.answering
-            place = (speaker, speaker.tokenizer, self.folder / "parts")
-            return Writer(*place, bench.recipe.seed, bench.counting, bench.asked_in, d.too_long)
-
         began = time.perf_counter()
-        gathered = gather(d.source, partial(writer, source=d.source), bench.recipe.teacher)
-        sides, found = both_sides(gathered, d, writer, judge_sample, check_golds, bench.encode)
+        sides, found = both_sides(self._gathered(d), d, self._writer, judge_sample, check_golds, bench.encode)
         took = time.perf_counter() - began
         for name, samples in sides.items():
             write_samples(self.folder / "data" / f"{name}.jsonl", samples)
@@ -130,6 +133,33 @@ class _Timing:
             length = max(1.0, fmean(len(e.ids) for e in encoded) - new)
             self.note("data", took, rows=rows, length=length, new=new)
         return found["train"] / (found["train"] + found["train_left_out"])
+
+    def counted(self, d: Data) -> dict[str, float] | None:
+        """Lengths of the rows as the run will have them, and how many it will have of each side where these are all;
+        None where a teacher writes some of them."""
+        if isinstance(d.source, TeacherSamples) or d.responses.by == "teacher":
+            return None
+        source = _up_to(d.source, _READ)
+        gathered = self._gathered(d.model_copy(update={"source": source}))
+        whole = source == d.source or (isinstance(source, FileData) and len(gathered) < _READ)
+        if any(s.response is None for s in gathered):
+            return None
+        sides, found = both_sides(gathered, d, self._writer, judge_sample, check_golds, self.bench.encode)
+        known = lengths(self.bench.encode(sides["train"]), self.bench.recipe.train)
+        known["kept"] = found["train"] / (found["train"] + found["train_left_out"])
+        if whole:
+            cut = known["rows"] / max(1.0, known["samples"])
+            known |= {"train": known["rows"], "held_out": found["evaluation"] * cut}
+        return known
+
+    def _gathered(self, d: Data) -> list[Sample]:
+        return gather(d.source, partial(self._writer, source=d.source), self.bench.recipe.teacher)
+
+    def _writer(self, member: str | None, source: Any = None) -> Writer:
+        bench = self.bench
+        speaker = bench.sampling(source) if source else bench.answering
+        place = (speaker, speaker.tokenizer, self.folder / "parts")
+        return Writer(*place, bench.recipe.seed, bench.counting, bench.asked_in, bench.recipe.data.too_long)
 
     def start(self) -> Loaded:
         """The student as it would begin, saved and opened again: how long that takes is what opening takes."""
@@ -259,6 +289,17 @@ def _some_of(recipe: Recipe, made: bool) -> Recipe:
     data["eval_limit"] = min(data["eval_limit"], _HELD_OUT)
     whole["evaluate"]["problems"] = min(whole["evaluate"]["problems"], _HELD_OUT)
     return Recipe.model_validate(whole)
+
+
+def _up_to(source: TaskData | FileData, most: int) -> TaskData | FileData:
+    """The first rows of a source."""
+    if isinstance(source, FileData):
+        return source.model_copy(update={"limit": min(source.limit or most, most)})
+    whole = sum(t.size for t in source.tasks)
+    if whole <= most:
+        return source
+    tasks = [t.model_copy(update={"size": max(1, t.size * most // whole)}) for t in source.tasks]
+    return source.model_copy(update={"tasks": tasks})
 
 
 def _fewer(task: dict[str, Any], most: int) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
+from pennyweight.data.sources import read
 from pennyweight.errors import RecipeError
 from pennyweight.plan.pace import Pace, on_this
 from pennyweight.plan.passes import Pass, Subjects, Work
@@ -16,6 +19,7 @@ from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.recipe import Recipe
 from pennyweight.recipe_file import load
+from pennyweight.records import Encoded
 
 TINY = Path(__file__).parent / "tiny.toml"
 SEEN = {"rows": 100, "samples": 50.0, "length": 40.0, "learnt": 0.5, "padded": 1.25, "kept": 0.9}
@@ -38,6 +42,32 @@ def test_rows_are_those_that_were_read_windows_and_what_is_left_out_counted():
     assert found.length == (40.0, 40.0, 40.0) and found.response == 20.0 and found.prompt == (20.0, 20.0, 20.0)
     assert found.teacher == (30.0, 30.0, 30.0) and found.bytes_of_a_token == 12.5 and found.written(15.0) == (15.0,) * 3
     assert seen_rows(rows, {}) is rows
+    counted = seen_rows(rows, seen | {"rows": SEEN | {"train": 171.0, "held_out": 19.0}})
+    assert (counted.train, counted.held_out) == (171.0, 19.0)  # where all were read, nothing is carried over
+
+
+@pytest.mark.parametrize("limit,whole", [(None, True), (700, True), (5000, True), (6000, False)])
+def test_where_all_rows_are_read_they_are_counted_as_a_run_counts_them(tmp_path, monkeypatch, limit, whole):
+    from pennyweight.data.split import split
+    from pennyweight.rehearsal import _Timing
+
+    rows = [{"prompt": f"{i} and {i + 1}?", "response": "1 " * (1 + i % 7)} for i in range(900)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows * (7 if limit == 6000 else 1)))
+    source = {"kind": "files", "path": str(file), "limit": limit}
+    recipe = Recipe.model_validate(load(TINY).model_dump(mode="json") | {"data": {"context": 64, "source": source}})
+    bench = SimpleNamespace(recipe=recipe, folder=tmp_path, encode=lambda samples: [row_of(s) for s in samples])
+    known = _Timing(bench).counted(recipe.data)
+    if not whole:
+        assert known["rows"] > 600 and "train" not in known  # repeats apart, of the first rows alone
+        return
+    parts = split(read(recipe.data.source, None), recipe.data.eval_fraction, recipe.data.eval_limit)
+    assert (known["train"], known["held_out"]) == (len(parts.train), len(parts.evaluation))
+    assert known["length"] == pytest.approx(fmean(len(s.response) for s in parts.train))
+
+
+def row_of(sample) -> Encoded:
+    return Encoded(sample.id, tuple(range(len(sample.response))), (True,) * len(sample.response))
 
 
 def test_a_pace_takes_as_long_as_what_was_tried_took():

@@ -30,8 +30,8 @@ def seen_rows(rows: Rows, seen: Seen) -> Rows:
     teacher = next((t["length"] for t in seen["timed"] if t["what"] == "train teacher"), None)
     return replace(
         rows,
-        train=max(1.0, rows.train * times),
-        held_out=max(1.0, rows.held_out * times),
+        train=found.get("train") or max(1.0, rows.train * times),
+        held_out=found.get("held_out") or max(1.0, rows.held_out * times),
         length=(length, length, length),
         learnt=found["learnt"],
         padded=found["padded"],
