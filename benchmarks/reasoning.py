@@ -163,17 +163,17 @@ def ways(bars: Bars, seeds: list[int], out: Path, threads: int) -> None:
 
 def matched(bars: Bars, found: list[Made], seeds: list[int], out: Path) -> None:
     """What live on-policy distillation has cost where it first does as well on the held-out problems of its checks as
-    reinforcement did at its last one, beside what that had cost when it first did. The others have no such checks."""
+    reinforcement did at its best, beside what that had cost by then. The others have no such checks."""
     shares = []
     for seed, m in zip(seeds, found, strict=True):
         of = {way: out / f"four_ways-{seed}" / way for way in ("rl", "on_policy")}
-        score = lines(of["rl"], "held_out")[-1]["held_out_accuracy"]
+        score = max(x["held_out_accuracy"] for x in lines(of["rl"], "held_out"))
         took = {way: reached(folder, m[way], score) for way, folder in of.items()}
         told = ", ".join(f"{way} {'never' if t is None else f'after {t:.1f} s'}" for way, t in took.items())
-        print(f"seed {seed}: {100 * score:.1f} % on held-out checks is reached by {told}")
+        print(f"seed {seed}: {100 * score:.1f} % on held-out checks, rl's best, is reached by {told}")
         rl, mine = took["rl"], took["on_policy"]
         shares.append(mine / rl if rl and mine is not None else float("inf"))
-    bars.check("ways.on_policy_cost_at_rl_score", max(shares), "<=0.333 in each seed", max(shares) <= 1 / 3)
+    bars.check("ways.on_policy_cost_at_rl_best", max(shares), "<=0.333 in each seed", max(shares) <= 1 / 3)
 
 
 PARTS = {"r1": r1, "ways": ways}

@@ -109,6 +109,7 @@ class Data(Settings):
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of prompts held out, by content hash")
     eval_limit: int = Field(default=500, ge=1, description="held-out samples used at most")
+    train_limit: int | None = Field(default=None, ge=1, description="prompts to train on at most, by content hash")
 
     @model_validator(mode="before")
     @classmethod

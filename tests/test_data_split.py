@@ -55,6 +55,17 @@ def test_beyond_the_limit_is_left_out_not_trained_on():
     assert [s.prompt_hash for s in limited.evaluation] == sorted(s.prompt_hash for s in whole.evaluation)[:7]
 
 
+def test_fewer_prompts_to_train_on_are_some_of_more_with_all_their_responses():
+    samples = [ask(s.prompt[0].content, r) for s in prompts(200) for r in ("a", "b")]
+    whole = split(samples, 0.3, 500)
+    few, more = (split(samples, 0.3, 500, n).train for n in (20, 50))
+    assert len(few) == 40 and len(more) == 100 and set(few) < set(more) < set(whole.train)
+    assert few == [s for s in whole.train if s in few]
+    assert split(random.sample(samples, len(samples)), 0.3, 500, 20).evaluation == whole.evaluation
+    assert set(split(random.sample(samples, len(samples)), 0.3, 500, 20).train) == set(few)
+    assert split(samples, 0.3, 500, 10_000).train == whole.train
+
+
 def test_repeats_go_and_several_responses_stay_in_train_only():
     kept = on_side(False, lambda i: ask(f"prompt {i}"))
     held = on_side(True, lambda i: ask(f"prompt {i}"))

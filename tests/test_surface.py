@@ -51,7 +51,7 @@ FIELDS = {
     "FileData": "kind path split prompt response text answer verifier licence limit",
     "TaskData": "kind tasks seed",
     "Responses": "by temperature top_p max_tokens keep samples most language",
-    "Data": "source responses context too_long eval_fraction eval_limit",
+    "Data": "source responses context too_long eval_fraction eval_limit train_limit",
     "Shape": "hidden layers heads kv_heads intermediate tie_embeddings",
     "Schedule": "steps batch micro_batch pack lr shape warmup decay floor weight_decay beta1 beta2 clip "
     "precision moments weights lora gradient_checkpointing compile checkpoint_every",

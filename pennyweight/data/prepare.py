@@ -138,7 +138,7 @@ def both_sides(
         DataError: nothing is left on one side, or no gold answer passes.
     """
     gathered, unsound = _sound(gathered, golds)
-    parts = split(gathered, data.eval_fraction, data.eval_limit)
+    parts = split(gathered, data.eval_fraction, data.eval_limit, data.train_limit)
     train, held_out, rejected = prepare(parts, data.responses, writers, judge)
     train, of_train = _settled("train", train, encode)
     held_out, of_eval = _settled("eval", held_out, encode)

@@ -44,12 +44,15 @@ def is_held_out(prompt_hash: str, eval_fraction: float) -> bool:
     return int(prompt_hash[:15], 16) / 16**15 < eval_fraction
 
 
-def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int) -> Split:
+def split(
+    samples: Iterable[Sample], eval_fraction: float, eval_limit: int, train_limit: int | None = None
+) -> Split:
     """Split samples by the content hash of their prompts.
 
     Exact repeats are removed, unless they are for different teachers. Train keeps its order and all responses to a
     prompt. Evaluation keeps one response a prompt (the one with the smallest id), in the order of prompt hashes, and of
-    those the first ``eval_limit``; what is beyond is left out, never moved to train.
+    those the first ``eval_limit``; what is beyond is left out, never moved to train. Of train, too, only the first
+    ``train_limit`` prompts in the order of their hashes are kept, so that fewer are always some of more.
 
     Raises:
         DataError: a side has no sample.
@@ -68,6 +71,9 @@ def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int) -> S
             train.append(sample)
         elif prompt not in held_out or name < held_out[prompt][0]:
             held_out[prompt] = (name, sample)
+    if train_limit is not None:
+        kept = set(sorted({s.prompt_hash for s in train})[:train_limit])
+        train = [s for s in train if s.prompt_hash in kept]
     evaluation = [held_out[prompt][1] for prompt in sorted(held_out)[:eval_limit]]
     if not train or not evaluation:
         side, cure = ("train on", "a smaller") if not train else ("evaluate on", "a larger")

@@ -89,7 +89,8 @@ def rows_of(recipe: Recipe, mean: float | None = None) -> Rows:
         length, reason = (mean, mean, mean), "; ".join([known, *reason.split("; ")[1:]])
     held_out = min(d.eval_limit, count * d.eval_fraction)
     learnt = 1.0 if isinstance(source, TeacherSamples) else 0.6
-    return Rows(max(1.0, count * (1 - d.eval_fraction)), max(1.0, held_out), length, reason, learnt)
+    train = min(d.train_limit or count, count * (1 - d.eval_fraction))
+    return Rows(max(1.0, train), max(1.0, held_out), length, reason, learnt)
 
 
 def _of_file(source: FileData, context: int, length: Ends, reason: str) -> tuple[float, Ends, str]:
