@@ -194,9 +194,10 @@ def test_on_a_chip_of_the_catalogue(llama):
 def test_a_chain_takes_shapes_of_what_earlier_stages_make_and_adds_up(typed, tmp_path):
     code, out, _ = typed("plan", ROOT / "recipes" / "four_ways.toml", "--json", "--price", "0.1")
     found = json.loads(out)
-    assert code == 0 and list(found["runs"]) == ["start", "sft", "rl", "on_policy", "offline"]
-    start, later = found["runs"]["start"]["parameters"], found["runs"]["on_policy"]["parameters"]
-    assert start == later
+    assert code == 0 and list(found["runs"]) == ["master", "rl", "sft", "sft_long", "on_policy", "offline"]
+    of = {stage: run["parameters"] for stage, run in found["runs"].items()}
+    assert of["sft"] == of["on_policy"] == {**of["master"], "student": of["rl"]["student"]}
+    assert of["rl"]["student"] < of["master"]["student"]
     for what in ("hours", "money", "flops"):
         sums = sum(run["total"][what]["middle"] for run in found["runs"].values())
         assert found["total"][what]["middle"] == pytest.approx(sums)
