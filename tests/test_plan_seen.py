@@ -181,3 +181,24 @@ def test_the_teacher_writes_what_rows_have_no_answer_to(tmp_path, row, source, w
     recipe = Recipe.model_validate(whole)
     stages = [w.stage for w in works(recipe, subjects_of(recipe), rows_of(recipe))]
     assert ("data" in stages) is writes, settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "writes", "answers"),
+    [
+        (["tripwires.rollouts.held_out_every=0"], 1, 0),
+        ([], 2, 10 * 64),
+        (["tripwires.rollouts.held_out_every=7"], 2, 15 * 64),
+        (["tripwires.rollouts.held_out_problems=32"], 2, 10 * 32),
+        (["method.kl=0.1", "tripwires.rollouts.held_out_every=0"], 1, 0),
+    ],
+)
+def test_an_arm_that_writes_is_looked_at_now_and_then_and_held_to_its_start(settings, writes, answers):
+    whole = ["method.kind=grpo", "method.group=4", "method.max_tokens=32", "control=false", "train.steps=100"]
+    recipe = load(TINY, [*whole, "train.batch=32", *settings])
+    rows = replace(rows_of(recipe), train=500.0, held_out=200.0)
+    arm = next(w for w in works(recipe, subjects_of(recipe), rows) if w.stage.startswith("grpo"))
+    written = [p for p in arm.passes if p.kind == "write"]
+    assert len(written) == writes and sum(p.kind == "forward" for p in arm.passes) == any("kl" in s for s in settings)
+    if answers:
+        assert written[1].steps[1] * written[1].rows == pytest.approx(answers)

@@ -44,9 +44,7 @@ def is_held_out(prompt_hash: str, eval_fraction: float) -> bool:
     return int(prompt_hash[:15], 16) / 16**15 < eval_fraction
 
 
-def split(
-    samples: Iterable[Sample], eval_fraction: float, eval_limit: int, train_limit: int | None = None
-) -> Split:
+def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int, train_limit: int | None = None) -> Split:
     """Split samples by the content hash of their prompts.
 
     Exact repeats are removed, unless they are for different teachers. Train keeps its order and all responses to a

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,11 +258,29 @@ def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
         again = getattr(m, "dynamic", 1.0)
         calls = rounds * batch / at_once
         passes = [Pass("write", student, (calls, calls * (1 + again) / 2, calls * again), at_once, rows.prompt, new)]
+        passes += _checks(recipe, student, rows, rounds, new)
         if arm == "on_policy" and of.teacher is not None:
             passes.append(_live(of.teacher, s, whole, rows))
+        if getattr(m, "kl", 0.0):
+            passes.append(_live(student, s, whole, rows))  # the start, that is held on to
     return Work(
         name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows, None, arm != "grpo")), size
     )
+
+
+def _checks(recipe: Recipe, student: Shapes, rows: Rows, rounds: float, new: Ends) -> list[Pass]:
+    """Held-out problems that are answered now and then while a student learns from what it writes."""
+    limits = recipe.tripwires.rollouts
+    every = max(1.0, rounds // 10) if limits.held_out_every is None else limits.held_out_every
+    if not every or not _has_problems(recipe):
+        return []
+    asked = min(limits.held_out_problems, rows.held_out)
+    return [_written(student, asked * math.ceil(rounds / every), rows, new)]
+
+
+def _has_problems(recipe: Recipe) -> bool:
+    source = recipe.data.source
+    return isinstance(source, TaskData) or bool(getattr(source, "verifier", None))
 
 
 def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
@@ -311,8 +330,8 @@ def _evaluations(recipe: Recipe, of: Subjects, rows: Rows, arms: list[str]) -> l
 
 def problems_asked(recipe: Recipe, rows: Rows) -> float:
     """Problems that each model is asked once."""
-    source, e = recipe.data.source, recipe.evaluate
-    if not isinstance(source, TaskData) and not getattr(source, "verifier", None):
+    e = recipe.evaluate
+    if not _has_problems(recipe):
         return 0.0
     return min(e.problems, rows.held_out) + min(e.problems, sum(t.size for t in e.harder))
 
