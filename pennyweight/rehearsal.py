@@ -18,12 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pennyweight.bench import Bench
+from pennyweight.data.files import rows
 from pennyweight.data.lengths import lengths, mean_row, padding
 from pennyweight.data.pack import Batch, packer
 from pennyweight.data.prepare import Writer, both_sides, gather, problems_of
@@ -54,6 +56,7 @@ from pennyweight.settings import TEXT_ONLY, Schedule, SftMethod
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
+from pennyweight.verifiers.own import is_own
 
 _READ = 5000  # rows that are read at most, to know how many there are of each side, and how long
 _ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are worked on; of the teacher's own samples; to be scored
@@ -135,21 +138,24 @@ class _Timing:
         return found["train"] / (found["train"] + found["train_left_out"])
 
     def counted(self, d: Data) -> dict[str, float] | None:
-        """Lengths of the rows as the run will have them, and how many it will have of each side where these are all;
-        None where a teacher writes some of them."""
-        if isinstance(d.source, TeacherSamples) or d.responses.by == "teacher":
+        """Lengths of the rows as the run will have them, and how many it will have of each side where that is known;
+        None where a teacher writes some of them, or where judging so many takes programs."""
+        if isinstance(d.source, TeacherSamples) or d.responses.by == "teacher" or _by_programs(d.source):
             return None
         source = _up_to(d.source, _READ)
         gathered = self._gathered(d.model_copy(update={"source": source}))
-        whole = source == d.source or (isinstance(source, FileData) and len(gathered) < _READ)
+        whole = source == d.source
+        if isinstance(source, FileData) and not whole:
+            whole = sum(1 for _ in islice(rows(source.path, source.split), _READ + 1)) <= _READ
         if any(s.response is None for s in gathered):
             return None
         sides, found = both_sides(gathered, d, self._writer, judge_sample, check_golds, self.bench.encode)
         known = lengths(self.bench.encode(sides["train"]), self.bench.recipe.train)
         known["kept"] = found["train"] / (found["train"] + found["train_left_out"])
         if whole:
-            cut = known["rows"] / max(1.0, known["samples"])
-            known |= {"train": known["rows"], "held_out": found["evaluation"] * cut}
+            known["held_out"] = len(self.bench.encode(sides["eval"]))
+        if whole or len({s.prompt_hash for s in sides["train"]}) == d.train_limit:
+            known["train"] = known["rows"]
         return known
 
     def _gathered(self, d: Data) -> list[Sample]:
@@ -292,7 +298,7 @@ def _some_of(recipe: Recipe, made: bool) -> Recipe:
 
 
 def _up_to(source: TaskData | FileData, most: int) -> TaskData | FileData:
-    """The first rows of a source."""
+    """The first rows of a file; of tasks fewer problems each."""
     if isinstance(source, FileData):
         return source.model_copy(update={"limit": min(source.limit or most, most)})
     whole = sum(t.size for t in source.tasks)
@@ -300,6 +306,12 @@ def _up_to(source: TaskData | FileData, most: int) -> TaskData | FileData:
         return source
     tasks = [t.model_copy(update={"size": max(1, t.size * most // whole)}) for t in source.tasks]
     return source.model_copy(update={"tasks": tasks})
+
+
+def _by_programs(source: TaskData | FileData) -> bool:
+    """Whether a program is run for each answer that is judged."""
+    verifier = getattr(source, "verifier", None) or ""
+    return verifier == "code" or is_own(verifier)
 
 
 def _fewer(task: dict[str, Any], most: int) -> dict[str, Any]:

@@ -53,13 +53,16 @@ def test_where_all_rows_are_read_they_are_counted_as_a_run_counts_them(tmp_path,
 
     rows = [{"prompt": f"{i} and {i + 1}?", "response": "1 " * (1 + i % 7)} for i in range(900)]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows * (7 if limit == 6000 else 1)))
+    blank = {"text": " "}  # which is passed over
+    file.write_text("".join(json.dumps(r) + "\n" for r in [blank, *rows] * (7 if limit == 6000 else 1)))
     source = {"kind": "files", "path": str(file), "limit": limit}
     recipe = Recipe.model_validate(load(TINY).model_dump(mode="json") | {"data": {"context": 64, "source": source}})
     bench = SimpleNamespace(recipe=recipe, folder=tmp_path, encode=lambda samples: [row_of(s) for s in samples])
     known = _Timing(bench).counted(recipe.data)
     if not whole:
         assert known["rows"] > 600 and "train" not in known  # repeats apart, of the first rows alone
+        few = recipe.data.model_copy(update={"train_limit": 50})
+        assert _Timing(bench).counted(few)["train"] == 50  # however many more there are
         return
     parts = split(read(recipe.data.source, None), recipe.data.eval_fraction, recipe.data.eval_limit)
     assert (known["train"], known["held_out"]) == (len(parts.train), len(parts.evaluation))

@@ -194,6 +194,7 @@ def _facts(train: list[Sample], held_out: list[Sample], parts: Split, rejected: 
         "train": len(train),
         "evaluation": len(held_out),
         "duplicates": parts.duplicates,
+        "beyond_limit": parts.beyond,
         "rejected": sum(rejected.values()),
         "rejected_for": rejected,
         "overlap": parts.overlap,
@@ -228,6 +229,8 @@ def told(found: dict[str, Any]) -> str:
     left_out = (
         f"{found['rejected']:,} rejected" + (f" ({why})" if why else "") + (f", {others:,} left out" if others else "")
     )
+    if beyond := found.get("beyond_limit"):
+        left_out += f"; {beyond:,} beyond data.train_limit"
     first = f"; the first: {found['unsound_for'][0]}" if found.get("unsound_for") else ""
     if found.get("unsound"):
         left_out += f"; {found['unsound']:,} left out whose gold answer does not pass its own verifier{first}"

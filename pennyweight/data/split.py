@@ -25,7 +25,8 @@ _NOISE = re.compile(r"[^\w\s.,+*/%=<>^-]|(?<!\d)[.,]|[.,](?!\d)")
 
 @dataclass(frozen=True)
 class Split:
-    """Both sides, how many exact repeats were removed, and the overlap found between the sides.
+    """Both sides, how many exact repeats were removed, how many samples are ``beyond`` the limit of train, and the
+    overlap found between the sides.
 
     ``overlap`` holds ``eval`` (evaluation samples checked), ``normalised`` (of those, how many prompts are also in
     train once case, spacing and punctuation are evened out), ``ngram`` (how many share 13 words in a row with a
@@ -36,6 +37,7 @@ class Split:
     train: list[Sample]
     evaluation: list[Sample]
     duplicates: int
+    beyond: int = 0
     overlap: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,9 +71,8 @@ def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int, trai
             train.append(sample)
         elif prompt not in held_out or name < held_out[prompt][0]:
             held_out[prompt] = (name, sample)
-    if train_limit is not None:
-        kept = set(sorted({s.prompt_hash for s in train})[:train_limit])
-        train = [s for s in train if s.prompt_hash in kept]
+    kept = set(sorted({s.prompt_hash for s in train})[:train_limit])
+    all_of_them, train = len(train), [s for s in train if s.prompt_hash in kept]
     evaluation = [held_out[prompt][1] for prompt in sorted(held_out)[:eval_limit]]
     if not train or not evaluation:
         side, cure = ("train on", "a smaller") if not train else ("evaluate on", "a larger")
@@ -79,7 +80,7 @@ def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int, trai
             f"of {len(seen):,} distinct samples, none is left to {side} with data.eval_fraction={eval_fraction:g}; "
             f"give more data or {cure} data.eval_fraction"
         )
-    return Split(train, evaluation, duplicates, overlap(train, evaluation))
+    return Split(train, evaluation, duplicates, all_of_them - len(train), overlap(train, evaluation))
 
 
 def overlap(train: Sequence[Sample], evaluation: Sequence[Sample]) -> dict[str, Any]:

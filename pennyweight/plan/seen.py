@@ -38,7 +38,7 @@ def seen_rows(rows: Rows, seen: Seen) -> Rows:
         response=found["learnt"] * length,
         teacher=teacher and (teacher, teacher, teacher),
         bytes_of_a_token=seen["bytes_per_token"],
-        reason=f"{found['samples']:,.0f} samples were read: {length:,.1f} tokens on average",
+        reason=f"{found['samples']:,.0f} samples to train on were looked at: {length:,.1f} tokens on average",
     )
 
 
