@@ -117,7 +117,7 @@ def test_a_recipe_is_tried_by_its_own_code_and_the_plan_says_so(capfd, chain):
     found = json.loads(done.stdout[done.stdout.index("{") :])
     runs = list(found.get("runs", {"": found}).values())
     for run in runs:
-        assert "samples were read" in run["reasons"]["tokens"] and "tried here" in run["reasons"]["hours"]
+        assert "were looked at" in run["reasons"]["tokens"] and "tried here" in run["reasons"]["hours"]
         assert run["total"]["memory"]["middle"] > 2e8
         ends = run["rows"]["length"]
         assert ends["low"] == ends["high"] > 3
