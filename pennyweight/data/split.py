@@ -71,8 +71,10 @@ def split(samples: Iterable[Sample], eval_fraction: float, eval_limit: int, trai
             train.append(sample)
         elif prompt not in held_out or name < held_out[prompt][0]:
             held_out[prompt] = (name, sample)
-    kept = set(sorted({s.prompt_hash for s in train})[:train_limit])
-    all_of_them, train = len(train), [s for s in train if s.prompt_hash in kept]
+    all_of_them = len(train)
+    if train_limit is not None:
+        kept = set(sorted({s.prompt_hash for s in train})[:train_limit])
+        train = [s for s in train if s.prompt_hash in kept]
     evaluation = [held_out[prompt][1] for prompt in sorted(held_out)[:eval_limit]]
     if not train or not evaluation:
         side, cure = ("train on", "a smaller") if not train else ("evaluate on", "a larger")
