@@ -1,7 +1,7 @@
 """Own runs, foretold and then made: ``python -m benchmarks.forecast runs [NAME ...]``.
 
-Each recipe is planned by ``pennyweight plan --on this``, in a process of its own that finds no cache, and then run, in
-another. Beside what was metered stand the time that was foretold, the one that the run told anew 20 steps, or a minute,
+Each recipe is planned by ``pennyweight plan --on this``, in a process of its own, and then run, in another; both have
+an empty cache to themselves, so that the run finds what its plan has tried, and no teacher. Beside what was metered stand the time that was foretold, the one that the run told anew 20 steps, or a minute,
 after its first student began to train, and the same of the most memory; and the bytes of kept targets. Times are those
 of stages and what is between them, as the bill has them: the process's start and the drawing of the report are left
 out. Recipes are small, and of seven shapes.
@@ -185,10 +185,10 @@ def _made(name: str, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
         _wide(folders["wide"])
         file = scratch / f"{name}.toml"
         file.write_text(text if text is LONG else text.format(**folders))
-    plan = json.loads(_said(scratch / "before", "plan", str(file), *settings, "--on", "this", "--json"))
+    plan = json.loads(_said(scratch / "cache", "plan", str(file), *settings, "--on", "this", "--json"))
     plan["runs"] = list(plan.get("runs", {"": dict(plan)}).values())
     out = scratch / "run"
-    _said(scratch / "after", "run", str(file), *settings, "--out", str(out))
+    _said(scratch / "cache", "run", str(file), *settings, "--out", str(out))
     stages = [out] if (out / "summary.json").exists() else [out / r["name"].removeprefix("r1-") for r in plan["runs"]]
     summaries = [json.loads((s / "summary.json").read_text()) for s in stages]
     return plan, summaries, [s["bill"]["anew"] for s in summaries]

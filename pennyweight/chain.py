@@ -19,6 +19,7 @@ from pennyweight.model.device import choose, set_threads
 from pennyweight.plan.assumed import read_or_assume
 from pennyweight.plan.published import published
 from pennyweight.plan.reckon import foretell, together
+from pennyweight.plan.seen import trial_of
 from pennyweight.plan.subjects import made_by as shapes_made_by
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.progress import say
@@ -122,7 +123,8 @@ def _hold(chain: Chain, recipes: Mapping[str, Recipe], chosen: Sequence[str], ou
     for stage, recipe in recipes.items():
         c, threads = choose(recipe.compute.device, recipe.compute.dtype), set_threads(recipe.compute.threads)
         try:
-            told = foretell(recipe, c.hardware, processes, threads, c.autocast is not None, published, made)
+            where = (c.hardware, processes, threads, c.autocast is not None)
+            told = foretell(recipe, *where, published, trial_of(recipe), made)
             of = told.of if told else subjects_of(recipe, made, read_or_assume)
             made |= shapes_made_by(recipe, of, str(chain.place(out) / stage))
             finished = (out / stage / "summary.json").exists()

@@ -180,7 +180,7 @@ def _recipe(
     from pennyweight.plan.assumed import read_or_assume
     from pennyweight.plan.fits import Planned
     from pennyweight.plan.reckon import reckon, together
-    from pennyweight.plan.seen import seen_pace, seen_rows
+    from pennyweight.plan.seen import keep_trial, seen_pace, seen_rows
     from pennyweight.plan.serving import serving
     from pennyweight.plan.subjects import made_by, subjects_of
     from pennyweight.plan.work import rows_of
@@ -195,6 +195,8 @@ def _recipe(
         looked_at(recipe, length, place)
         seen = tried.get(stage, {})
         of = subjects_of(recipe, made, read_or_assume, seen.get("vocabulary"))
+        if machine.measured:
+            keep_trial(recipe, of, seen, machine.measured)
         pace, rented = seen_pace(machine(recipe, precision), of, seen), _price_of(known, machine.chip, recipe, price)
         rows = rows_of(recipe, length) if length else seen_rows(rows_of(recipe), seen)
         found[stage] = reckon(recipe, of, rows, pace, rented)

@@ -33,7 +33,7 @@ class Line:
 
     Args:
         foretold: ``plan.reckon``'s, of this run, if that could be.
-        retold: ``plan.seen``'s, which tells the rest of it anew.
+        retold: ``plan.seen``'s two, which tell the rest of it, and its memory, anew.
         chain: the budget of the chain that it is a part of, and the other parts: their recipes and folders.
 
     Raises:
@@ -131,13 +131,14 @@ class Line:
         over = self.run.stages()
         if "targets" not in over:
             return {}  # a teacher from nothing trains, and how long rows are is not known
-        rows = lengths(self.bench.encoded, self.recipe.train)
+        rows = lengths(self.bench.encoded, self.recipe.train) | {"train": len(self.bench.encoded)}
         took = {n: s["metered"]["seconds"] for n, s in over.items() if s["metered"]}
-        come = self._retold(*self.foretold.parts, rows, stage, whole, took)
+        come = self._retold[0](*self.foretold.parts, rows, stage, whole, took)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
-        peaks = (s.get("peak_memory_bytes") or 0 for s in over.values())
-        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": max(peak_memory(), *peaks)}
+        before = max(s.get("peak_memory_bytes") or 0 for s in over.values())
+        peak = self._retold[1](self.foretold.pace, stage, peak_memory(), before)
+        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": round(peak)}
 
     @contextmanager
     def counting(self, label: str, total: int, unit: str) -> Iterator[Counter]:

@@ -34,6 +34,7 @@ from pennyweight.data.store import read_samples, write_samples
 from pennyweight.errors import PennyweightError, Stopped, Tripped
 from pennyweight.evaluate.agreement import as_scorer, score
 from pennyweight.evaluate.held_out import learnt_bytes
+from pennyweight.fewer import by_programs, some_of, up_to
 from pennyweight.meter.peak import peak_memory, start_peak
 from pennyweight.methods import METHODS
 from pennyweight.model.generate import generate
@@ -56,12 +57,10 @@ from pennyweight.settings import TEXT_ONLY, Schedule, SftMethod
 from pennyweight.train.checkpoint import Checkpoints
 from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
-from pennyweight.verifiers.own import is_own
 
 _READ = 5000  # rows that are read at most, to know how many there are of each side, and how long
-_ROWS, _OWN, _HELD_OUT = 512, 128, 48  # that are worked on; of the teacher's own samples; to be scored
-_WRITTEN, _SCORED = 64, 64  # rows written at once, and scored
-_WIDTHS = 16  # of batches that are met first, since kernels are kept for each
+_WRITTEN, _SCORED = 128, 64  # rows written, and scored
+_SHAPES = 16  # of batches that are met first, since kernels are made, and kept, for each
 _LOOKED = 64  # steps in which they are looked for
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
 
@@ -76,7 +75,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if isinstance(recipe.teacher, EndpointTeacher | SeveralTeachers):
         return {}
     made = isinstance(recipe.teacher, TrainedTeacher) or _stands_in(recipe.teacher.path)
-    some = _some_of(recipe, made)
+    some = some_of(recipe, made)
     bench = Bench(some, folder)
     by = _Timing(bench)
     if isinstance(some.teacher, TrainedTeacher):
@@ -140,9 +139,10 @@ class _Timing:
     def counted(self, d: Data) -> dict[str, float] | None:
         """Lengths of the rows as the run will have them, and how many it will have of each side where that is known;
         None where a teacher writes some of them, or where judging so many takes programs."""
-        if isinstance(d.source, TeacherSamples) or d.responses.by == "teacher" or _by_programs(d.source):
+        if isinstance(d.source, TeacherSamples) or d.responses.by == "teacher" or by_programs(d.source):
             return None
-        source = _up_to(d.source, _READ)
+        source = up_to(d.source, _READ)
+        began = time.perf_counter()
         gathered = self._gathered(d.model_copy(update={"source": source}))
         whole = source == d.source
         if isinstance(source, FileData) and not whole:
@@ -150,7 +150,10 @@ class _Timing:
         if any(s.response is None for s in gathered):
             return None
         sides, found = both_sides(gathered, d, self._writer, judge_sample, check_golds, self.bench.encode)
-        known = lengths(self.bench.encode(sides["train"]), self.bench.recipe.train)
+        encoded = self.bench.encode(sides["train"])
+        took = time.perf_counter() - began
+        known = lengths(encoded, self.bench.recipe.train)
+        self.note("prepare", took, rows=len(gathered), length=known["length"], drawn=isinstance(source, TaskData))
         known["kept"] = found["train"] / (found["train"] + found["train_left_out"])
         if whole:
             known["held_out"] = len(self.bench.encode(sides["eval"]))
@@ -204,12 +207,14 @@ class _Timing:
         plain: Callable[[int], list[Batch]],
         encoded: Sequence[Encoded],
     ) -> None:
-        """A few steps of a training, the first of which meet its widths; ``seconds`` are those of the median of others.
+        """A few steps of a training, the first of which meet its shapes; ``seconds`` are those of the median of others,
+        and for each shape of the whole training what its first step took more.
 
         Args:
             plain: batches that nothing was made of.
         """
-        first = _of_each_width(plain, min(s.steps, _LOOKED))
+        shapes = _of_each_shape(plain, min(s.steps, _LOOKED))
+        first = shapes[:_SHAPES]
         stamps, began = [time.perf_counter()], time.perf_counter()
 
         def enough() -> bool:
@@ -235,8 +240,11 @@ class _Timing:
                     should_stop=enough,
                 )
         took = [b - a for a, b in itertools.pairwise(stamps[1:])] or [stamps[-1] - stamps[0]]
-        how = {"rows": s.batch, "rank": s.lora.rank if s.lora else 0, "recompute": s.gradient_checkpointing}
         seconds = median(took[len(first) :] or took)
+        met = [t - seconds for t in took[: len(first) - 1]]  # without the very first step, which opens more
+        seconds += max(0.0, fmean(met or [0.0])) * len(shapes) / s.steps
+        how = {"rows": s.batch, "rank": s.lora.rank if s.lora else 0, "recompute": s.gradient_checkpointing}
+        how |= {"micro": s.micro_batch or 0, "live": what == "kd" and self.bench.recipe.targets.kind == "dense"}
         self.note(f"train {what}", seconds, **mean_row(encoded) | how | padding(encoded, s))
 
     def scored(self, student: Loaded) -> None:
@@ -259,63 +267,20 @@ class _Timing:
             return
         prompts = [prompt_ids(s, model.tokenizer) for s in samples]
         prompts = (prompts * _WRITTEN)[:_WRITTEN]
-        new = round(fmean(len(e.loss_positions) for e in self.bench.encoded))
+        most = [max(1, len(e.loss_positions)) for e in itertools.islice(itertools.cycle(self.bench.encoded), _WRITTEN)]
         began = time.perf_counter()
         how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
-        generate(model.model, prompts, max_tokens=max(1, new), **how)
-        length = fmean(map(len, prompts))
+        generate(model.model, prompts, max_tokens=most, **how)
+        length, new = fmean(map(len, prompts)), fmean(most)
         self.note(f"write {who}", time.perf_counter() - began, rows=_WRITTEN, length=length, new=new)
 
 
-def _of_each_width(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:
-    """The first steps that have a width each."""
-    found: dict[tuple[int, ...], int] = {}
+def _of_each_shape(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:
+    """The first steps that have a shape each."""
+    found: dict[tuple[Any, ...], int] = {}
     for step in range(steps):
-        found.setdefault(tuple(b.ids.shape[1] for b in batches(step)), step)
-    return list(found.values())[:_WIDTHS]
-
-
-def _some_of(recipe: Recipe, made: bool) -> Recipe:
-    """The recipe with some of its rows; where its teacher is not there yet, nothing is written by it."""
-    whole = recipe.model_dump(mode="json")
-    source, data = whole["data"]["source"], whole["data"]
-    asked = data["responses"]["by"] == "teacher"
-    most = _OWN if asked and not made else _ROWS
-    if source["kind"] == "tasks":
-        source["tasks"] = [_fewer(t, most) for t in source["tasks"]]
-    elif source["kind"] == "files":
-        source["limit"] = min(source["limit"] or most, most)
-    else:
-        source["count"] = min(source["count"], _OWN)
-    if whole["teacher"]["kind"] == "trained":
-        whole["teacher"]["tasks"] = [_fewer(t, _ROWS) for t in whole["teacher"]["tasks"]]
-    data["responses"] |= {"keep": "all", "samples": 1, "most": None, "language": 0.0}
-    if asked and made:
-        data["responses"]["by"] = "auto"
-    data["eval_limit"] = min(data["eval_limit"], _HELD_OUT)
-    whole["evaluate"]["problems"] = min(whole["evaluate"]["problems"], _HELD_OUT)
-    return Recipe.model_validate(whole)
-
-
-def _up_to(source: TaskData | FileData, most: int) -> TaskData | FileData:
-    """The first rows of a file; of tasks fewer problems each."""
-    if isinstance(source, FileData):
-        return source.model_copy(update={"limit": min(source.limit or most, most)})
-    whole = sum(t.size for t in source.tasks)
-    if whole <= most:
-        return source
-    tasks = [t.model_copy(update={"size": max(1, t.size * most // whole)}) for t in source.tasks]
-    return source.model_copy(update={"tasks": tasks})
-
-
-def _by_programs(source: TaskData | FileData) -> bool:
-    """Whether a program is run for each answer that is judged."""
-    verifier = getattr(source, "verifier", None) or ""
-    return verifier == "code" or is_own(verifier)
-
-
-def _fewer(task: dict[str, Any], most: int) -> dict[str, Any]:
-    return task | {"size": min(task["size"], most)}
+        found.setdefault(tuple(tuple(b.ids.shape) for b in batches(step)), step)
+    return list(found.values())
 
 
 _MARK = ".stands-in"

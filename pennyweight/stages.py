@@ -30,7 +30,7 @@ from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
 from pennyweight.plan.published import published
 from pennyweight.plan.reckon import within_budget
-from pennyweight.plan.seen import retold
+from pennyweight.plan.seen import peak_retold, retold, trial_of
 from pennyweight.progress import counting, say, stoppable
 from pennyweight.quant.export import export, formats_of
 from pennyweight.quant.linear import compute_in
@@ -63,9 +63,9 @@ def run_line(recipe: Recipe, out: Path, chain: Chain | None = None) -> dict[str,
     check_teacher(recipe)
     check_verifiers(recipe)
     bench = Bench(recipe, out)
-    device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published)
+    device, foretold = bench.compute.device, within_budget(recipe, *bench.where, published, trial_of(recipe))
     opened = open_run(out, recipe, partial(peak, device), bench.group, gpu_of(device))
-    with opened as run, Line(run, bench, foretold, retold, chain) as line:
+    with opened as run, Line(run, bench, foretold, (retold, peak_retold), chain) as line:
         teacher = the_teacher(line)
         starts = the_starts(line, teacher)
         data = the_data(line, teacher)

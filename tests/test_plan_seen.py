@@ -124,7 +124,7 @@ def test_a_recipe_is_tried_by_its_own_code_and_the_plan_says_so(capfd, chain):
 
 
 def test_problems_that_a_teacher_at_hand_answers_are_fewer_and_still_a_recipe(tmp_path):
-    from pennyweight.rehearsal import _some_of
+    from pennyweight.fewer import some_of
 
     whole = load(TINY).model_dump(mode="json")
     whole["teacher"] = {"kind": "folder", "path": str(tmp_path)}
@@ -132,9 +132,9 @@ def test_problems_that_a_teacher_at_hand_answers_are_fewer_and_still_a_recipe(tm
     for t in whole["data"]["source"]["tasks"]:
         t["size"] = 5000
     recipe = Recipe.model_validate(whole)
-    sizes = {made: [t.size for t in _some_of(recipe, made).data.source.tasks] for made in (False, True)}
-    assert set(sizes[False]) == {128} and set(sizes[True]) == {512}
-    assert _some_of(recipe, False).data.responses.by == "teacher" and _some_of(recipe, True).data.responses.by == "auto"
+    sizes = {made: [t.size for t in some_of(recipe, made).data.source.tasks] for made in (False, True)}
+    assert set(sizes[False]) == {256} and set(sizes[True]) == {512}
+    assert some_of(recipe, False).data.responses.by == "teacher" and some_of(recipe, True).data.responses.by == "auto"
 
 
 def test_what_a_run_would_refuse_its_trial_does():
@@ -182,8 +182,9 @@ def test_the_teacher_writes_what_rows_have_no_answer_to(tmp_path, row, source, w
     whole = load(TINY).model_dump(mode="json")
     whole["data"]["source"] = {"kind": "files", "path": str(file), **source}
     recipe = Recipe.model_validate(whole)
-    stages = [w.stage for w in works(recipe, subjects_of(recipe), rows_of(recipe))]
-    assert ("data" in stages) is writes, settings
+    data = next(w for w in works(recipe, subjects_of(recipe), rows_of(recipe)) if w.stage == "data")
+    assert bool(data.passes) is writes and data.does == ("the teacher writes" if writes else "reads rows"), settings
+    assert writes or data.prepared == (1.0 + 1.0, rows_of(recipe).length[1])  # at least a row of each side
 
 
 @pytest.mark.parametrize(

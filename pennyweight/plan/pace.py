@@ -36,7 +36,8 @@ _LINEAR, _ATTENTION = 0.54, 4.5  # times what products of large matrices take
 _BYTES = 23.7  # times what is kept is copied
 _PARAMETER = 95.0  # bytes copied for each, of gradients, clipping and the optimizer
 _WRITING = 1.0e-3  # seconds of a layer's operations for a token of all rows that are written at once
-_OPENING = 0.1  # seconds: a model is opened, or saved
+OPENING = 0.1  # seconds: a model is opened, or saved
+_ROW, _TOKEN = 2e-4, 5e-6  # seconds of a row that is drawn or read, and of each of its tokens
 _MORE_THREADS = 0.85  # of each thread after the first
 _GPU_LAYER, _GPU_WRITING = 1.0e-3, 0.3e-3  # seconds, assumed: about 100 kernels of 10 microseconds, 30 of them
 
@@ -51,7 +52,8 @@ SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 class Pace:
     """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
     ``factors``: how many times what the formulas have was taken when it was tried, by what was done
-    (``train kd``, ``targets``, ``score``, ``write student``, ``data``); ``peak`` is the most bytes that this took."""
+    (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``); ``peak`` is the most bytes that
+    this took, ``peaks`` by what was done."""
 
     chip: Chip
     devices: int
@@ -62,6 +64,7 @@ class Pace:
     rate: Rate | None = None  # of chips of the catalogue
     factors: dict[str, float] = field(default_factory=dict)
     peak: float | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
 
     @property
     def on_cpu(self) -> bool:
@@ -114,6 +117,7 @@ class Pace:
         wanted = {
             "train": [f"train {arm}", *(k for k in reversed(self.factors) if k.startswith("train "))],
             "forward": [
+                *([f"train {arm}"] if arm == "kd" else []),  # beside its steps, and timed with them
                 {"targets": stage, "evaluate teacher": "score teacher"}.get(stage, "score"),
                 "score",
                 "targets",
@@ -122,11 +126,16 @@ class Pace:
         }[p.kind]
         return next((self.factors[k] for k in wanted if k in self.factors), 1.0)
 
+    def preparing(self, rows: float, tokens: float) -> float:
+        """Seconds in which so many rows of so many tokens are drawn or read, judged, divided and encoded."""
+        operation = self.chip["operation"] / SHIPPED["operation"] if self.on_cpu else 1.0
+        return rows * (_ROW + _TOKEN * tokens) * operation
+
     def ends(self, work: Work) -> Ends:
         """Hours by the clock of a stage: low, middle, high. A server takes its own, which nobody here knows."""
+        besides = OPENING * work.opens + self.factors.get("prepare", 1.0) * self.preparing(*work.prepared)
         low, middle, high = (
-            _OPENING * work.opens + sum(self.factor(work.stage, p) * self.seconds(p, end) for p in work.passes)
-            for end in (0, 1, 2)
+            besides + sum(self.factor(work.stage, p) * self.seconds(p, end) for p in work.passes) for end in (0, 1, 2)
         )
         return self.spread[0] * low / 3600, middle / 3600, self.spread[1] * high / 3600
 

@@ -122,6 +122,7 @@ def foretell(
     threads: int,
     autocast: bool,
     runs: Callable[[], Sequence[Published]],
+    trial: Any = None,
     known_shapes: Mapping[str, Shapes] | None = None,
 ) -> Foretold | None:
     """A run on this very machine: ``hardware`` is what the driver calls its GPU, if it has one. No measurement is made,
@@ -130,6 +131,7 @@ def foretell(
     Args:
         devices: GPUs; or processes, which share the processor with ``threads`` each.
         runs: gives published ones, where there is a GPU of the catalogue.
+        trial: ``plan.seen.Trial`` of the recipe, if a plan has tried it; of no use where there are several devices.
         known_shapes: of folders that are not there yet, by path.
 
     Raises:
@@ -139,11 +141,17 @@ def foretell(
     chip = known.called(hardware)
     if chip is None and not hardware.startswith("cpu"):
         return None
+    if trial and (devices > 1 or trial.on_cpu != (chip is None)):
+        trial = None
     if chip is None:
-        pace = on_this(None, threads * devices, autocast)
+        pace = on_this(trial and trial.chip, threads * devices, autocast)
     else:
+        chip = replace(chip, figures={**chip.figures, **trial.chip.figures}) if trial else chip
         pace = pace_on(chip, devices, None, runs(), "bf16" if autocast else "fp32")
-    of, rows = subjects_of(recipe, known_shapes, read_or_assume), rows_of(recipe)
+    vocabulary = trial and trial.seen.get("vocabulary")
+    of, rows = subjects_of(recipe, known_shapes, read_or_assume, vocabulary), rows_of(recipe)
+    if trial:
+        rows, pace = trial.put(of, rows, pace)
     return Foretold(reckon(recipe, of, rows, pace, price_of(recipe.budget, hardware)), recipe, of, rows, pace)
 
 

@@ -3,14 +3,23 @@ formulas have each kind of work takes. Arithmetic, no torch."""
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from pennyweight.plan.pace import Pace
+from pennyweight.atomic import write_whole
+from pennyweight.plan.hardware import Chip, Figure
+from pennyweight.plan.pace import OPENING, Pace
 from pennyweight.plan.passes import Pass, Subjects
-from pennyweight.plan.work import Rows, works
+from pennyweight.plan.work import DRAWING, Rows, works
 from pennyweight.recipe import Recipe
+from pennyweight.records import sha256_json
+from pennyweight.teacher.store import cache
+from pennyweight.version import __version__
 
 Seen = Mapping[str, Any]
 """``rehearsal.rehearse``'s, of one recipe"""
@@ -53,24 +62,40 @@ def retold(
     over: Mapping[str, float],
 ) -> float:
     """Seconds of the stages that are still to come after ``stage``, told by what is known once it trains: how long rows
-    are, and what its training takes.
+    are, and what its training takes. Where the recipe was tried before, by what it took then: other trainings are as
+    many times off as this one.
 
     Args:
         recipe, of, rows, pace: as they were taken before the run.
-        lengths: ``data.lengths``'s, of the samples to train on.
+        lengths: ``data.lengths``'s, of the samples to train on, and how many there are.
         seconds: of the stage's whole training, by the rate of its first steps.
         over: seconds of the stages that are finished.
     """
     known = {"rows": lengths, "timed": [], "bytes_per_token": None}
     each = works(recipe, of, seen_rows(rows, known))
-    said = {w.stage: sum(pace.seconds(p, 1) for p in w.passes) for w in each}
+    said = {w.stage: sum(pace.factor(w.stage, p) * pace.seconds(p, 1) for p in w.passes) for w in each}
     factor = seconds / said[stage] if said.get(stage) else 1.0
-    times = {s: over[s] / said[s] for s in ("data", "targets") if said.get(s) and over.get(s, 0.0) > _TELLING}
-    # A training tells of the machine and of its own formula alike: what is written goes by the former only.
-    labels, writes = times.get("targets", factor), times.get("data", factor**0.5)
-    factors = {f"train {stage.rpartition('-')[0]}": factor, "score": labels, "write student": writes}
-    pace = replace(pace, factors=factors | {"write teacher": writes})
+    if pace.factors:
+        factors = {k: v * factor if k.startswith("train ") else v for k, v in pace.factors.items()}
+    else:
+        times = {s: over[s] / said[s] for s in ("data", "targets") if said.get(s) and over.get(s, 0.0) > _TELLING}
+        # A training tells of the machine and of its own formula alike: what is written goes by the former only.
+        labels, writes = times.get("targets", factor), times.get("data", factor**0.5)
+        factors = {f"train {stage.rpartition('-')[0]}": factor, "score": labels, "write student": writes}
+        factors["write teacher"] = writes
+    pace = replace(pace, factors=factors)
     return sum(3600 * pace.ends(w)[1] for w in each if w.stage != stage and w.stage not in over)
+
+
+def peak_retold(pace: Pace, stage: str, now: float, over: float) -> float:
+    """Bytes of the run's peak, told by what its first steps take (``now``) and stages before took (``over``): what else
+    was tried takes as much more than it did then as these steps do."""
+    tried = pace.peaks.get(f"train {stage.rpartition('-')[0]}")
+    more = max(0.0, now - tried) if tried else 0.0
+    come = [
+        b for what, b in pace.peaks.items() if what not in ("prepare", "opening", "data", "targets", "train teacher")
+    ]
+    return max(now, over, *(b + more for b in come if tried))
 
 
 def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
@@ -80,27 +105,100 @@ def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
     reason = "as the recipe's own steps took when they were tried here; "
     reason += f"{TRIED[0]:g} to {TRIED[1]:g} times that, others' work on it included"
     factors = {t["what"]: t["seconds"] / said for t in seen["timed"] if (said := _said(pace, of, t)) > 0}
-    peak = max(t["memory"] for t in seen["timed"])
-    return replace(pace, factors=factors, spread=TRIED, reason=reason, peak=peak if pace.on_cpu else None)
+    peaks = {t["what"]: t["memory"] for t in seen["timed"]} if pace.on_cpu else {}
+    return replace(
+        pace, factors=factors, spread=TRIED, reason=reason, peak=max(peaks.values(), default=None), peaks=peaks
+    )
 
 
 def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
     """Seconds that the formulas have for what was timed; 0 where they have none for it."""
     what = timed["what"]
+    if what == "prepare":
+        return OPENING * DRAWING * timed["drawn"] + pace.preparing(timed["rows"], timed["length"])
     student = [("student", of.student)]
     teacher = [("teacher", of.teacher)] if of.teacher else []
     whose = teacher if what in ("train teacher", "write teacher", "score teacher", "data", "targets") else student
     if what == "score" and timed["both"]:
         whose = student + teacher
-    return sum(pace.seconds(_pass(timed, who, shapes), 1) for who, shapes in whose if what != "opening")
+    said = sum(pace.seconds(_pass(timed, who, shapes), 1) for who, shapes in whose if what != "opening")
+    if timed.get("live") and of.teacher:
+        said += pace.seconds(_pass(timed, "student", of.teacher, "forward"), 1)
+    return said
 
 
-def _pass(timed: Seen, who: str, shapes: Any) -> Pass:
+def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
+    """``kind``: where it is not what ``what`` says."""
     what, new = timed["what"], timed.get("new", 0.0)
-    kind = "train" if what.startswith("train") else "write" if what == "data" or what.startswith("write") else "forward"
+    beside = kind
+    if not kind:
+        written = what == "data" or what.startswith("write")
+        kind = "train" if what.startswith("train") else "write" if written else "forward"
     ends = (timed["length"],) * 3
-    at_once = min(timed["rows"], 16.0 if kind == "forward" else 64.0 if kind == "write" else timed["rows"])
+    most = timed["rows"] if beside or kind == "train" else 16.0 if kind == "forward" else 64.0
+    at_once = min(timed["rows"], most)
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
-    how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0)}
+    how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0), "micro": timed.get("micro", 0)}
     return Pass(kind, shapes, (steps,) * 3, at_once, ends, (new,) * 3, **how)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe as an earlier plan tried it on this machine: the machine as it was measured, and what was seen."""
+
+    chip: Chip
+    seen: Seen
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.chip.name.startswith("this machine")
+
+    def put(self, of: Subjects, rows: Rows, pace: Pace) -> tuple[Rows, Pace]:
+        """Both with what was seen in them; as they are where it was of other models."""
+        if self.seen.get("parameters") != of.student.parameters:
+            return rows, pace
+        return seen_rows(rows, self.seen), seen_pace(pace, of, self.seen)
+
+
+def keep_trial(recipe: Recipe, of: Subjects, seen: Seen, chip: Chip) -> None:
+    """Keep what was seen for the run of the same recipe, which then is foretold as its plan was. A cache that cannot be
+    written is no reason to fail."""
+    if not seen:
+        return
+    file = _place_of(recipe)
+    figures = {k: asdict(f) for k, f in chip.figures.items()}
+    kept = {"seen": {**seen, "parameters": of.student.parameters}, "chip": {"name": chip.name, "figures": figures}}
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(kept))
+
+
+def trial_of(recipe: Recipe) -> Trial | None:
+    """What an earlier plan of just this recipe, its files as they are, saw on this machine."""
+    try:
+        kept = json.loads(_place_of(recipe).read_text())
+        figures = {k: Figure(**f) for k, f in kept["chip"]["figures"].items()}
+        return Trial(Chip("this", kept["chip"]["name"], figures), kept["seen"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _place_of(recipe: Recipe) -> Path:
+    whole = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in ("name", "log", "budget")}
+    return cache() / "trials" / f"{sha256_json([__version__, platform.node(), _by_what_it_is(whole)])}.json"
+
+
+def _by_what_it_is(part: Any) -> Any:
+    """Settings, with files by their size and time too, and folders, which a plan has elsewhere, by their last names."""
+    if isinstance(part, list):
+        return [_by_what_it_is(x) for x in part]
+    if not isinstance(part, dict):
+        return part
+    out = {k: _by_what_it_is(v) for k, v in part.items()}
+    if isinstance(path := part.get("path"), str):
+        file = Path(path).expanduser()
+        out["path"] = [*file.parts[-2:]]
+        if file.is_file():
+            out["path"] += [file.stat().st_size, file.stat().st_mtime_ns]
+    return out

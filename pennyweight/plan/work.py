@@ -120,9 +120,8 @@ def works(recipe: Recipe, of: Subjects, rows: Rows) -> list[Work]:
     return [*out, *_evaluations(recipe, of, rows, list(methods))]
 
 
-def _drawing(problems: int) -> float:
-    """Problems are drawn in a process of its own: what that takes, as times a model is opened."""
-    return 12 + problems / 750
+DRAWING = 12.0
+"""Problems are drawn in a process of its own: what that takes, as times a model is opened."""
 
 
 def _always(n: float) -> Ends:
@@ -147,7 +146,8 @@ def _teacher(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     length = rows.teacher or (rows.length if isinstance(recipe.data.source, TaskData) else shares(t.context))
     size = _always(4.0 * of.teacher.parameters)
     passes = (_trained(of.teacher, t.schedule, length, rows),)
-    return Work("teacher", "trains the teacher", passes, size, opens=1 + _drawing(sum(x.size for x in t.tasks)))
+    drawn = float(sum(x.size for x in t.tasks)), length[1]
+    return Work("teacher", "trains the teacher", passes, size, opens=1 + DRAWING, prepared=drawn)
 
 
 def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
@@ -159,9 +159,9 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         count, prompt = rows.train * (r.samples if r.by == "teacher" else 1) + rows.held_out, rows.prompt
         new = rows.written(min(r.max_tokens, recipe.data.context))
     elif isinstance(source, TaskData):
-        return Work("data", "draws problems", opens=_drawing(sum(t.size for t in source.tasks)))
+        return Work("data", "draws problems", opens=DRAWING, prepared=(rows.train + rows.held_out, rows.length[1]))
     else:
-        return None
+        return Work("data", "reads rows", prepared=(rows.train + rows.held_out, rows.length[1]))
     if of.teacher is None:
         sent, got = (tuple(count * n for n in ends) for ends in (prompt, new))
         return Work("data", "a server writes", sent=sent, got=got)  # type: ignore[arg-type]

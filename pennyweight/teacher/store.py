@@ -12,10 +12,14 @@ from pathlib import Path
 from pennyweight.ledger.hashing import hash_folder
 
 
+def cache() -> Path:
+    """The folder of what is kept between runs."""
+    return Path(os.environ.get("PENNYWEIGHT_CACHE") or Path.home() / ".cache" / "pennyweight")
+
+
 def place_of(key: str) -> Path:
     """Where the teacher made from ``key`` is, or would be kept."""
-    root = os.environ.get("PENNYWEIGHT_CACHE") or Path.home() / ".cache" / "pennyweight"
-    return Path(root) / "teachers" / key
+    return cache() / "teachers" / key
 
 
 def adopt(kept: Path, to: Path) -> bool:
