@@ -59,7 +59,7 @@ from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
 _READ = 5000  # rows that are read at most, to know how many there are of each side, and how long
-_WRITTEN, _SCORED = 128, 64  # rows written, and scored
+_SCORED, _WRITTEN = 64, (64, 512)  # rows scored; written, at the least and at the most: as an evaluation has them
 _SHAPES = 16  # of batches that are met first, since kernels are made, and kept, for each
 _LOOKED = 64  # steps in which they are looked for
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
@@ -87,9 +87,10 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
         by.arm(arm)
     by.scored(student)
-    by.written("student", student)
+    asked = recipe.evaluate.problems
+    by.written("student", student, asked)
     if made if recipe.data.responses.by == "teacher" else recipe.evaluate.problems:  # one at hand wrote the data
-        by.written("teacher", bench.teacher)
+        by.written("teacher", bench.teacher, asked)
     return {
         "rows": by.counted(recipe.data) or lengths(bench.encoded, recipe.train) | {"kept": kept},
         "timed": by.timed,
@@ -260,19 +261,21 @@ class _Timing:
             score(encoded, spelt, reference, None, student.pad_id)
             self.note("score teacher", time.perf_counter() - began, **mean_row(encoded))
 
-    def written(self, who: str, model: Loaded) -> None:
-        """Rows written from the prompts there are, as many tokens as their responses have."""
-        samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:_WRITTEN]
+    def written(self, who: str, model: Loaded, asked: int) -> None:
+        """Rows written from the prompts there are, as many tokens as their responses have, as an evaluation of so many
+        problems has them."""
+        count = max(_WRITTEN[0], min(asked, _WRITTEN[1]))
+        samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:count]
         if not samples or not model.writes:
             return
         prompts = [prompt_ids(s, model.tokenizer) for s in samples]
-        prompts = (prompts * _WRITTEN)[:_WRITTEN]
-        most = [max(1, len(e.loss_positions)) for e in itertools.islice(itertools.cycle(self.bench.encoded), _WRITTEN)]
+        prompts = [*islice(itertools.cycle(prompts), count)]
+        most = [max(1, len(e.loss_positions)) for e in islice(itertools.cycle(self.bench.encoded), count)]
         began = time.perf_counter()
         how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
-        generate(model.model, prompts, max_tokens=most, **how)
+        generate(model.model, prompts, max_tokens=most, batch=256, **how)
         length, new = fmean(map(len, prompts)), fmean(most)
-        self.note(f"write {who}", time.perf_counter() - began, rows=_WRITTEN, length=length, new=new)
+        self.note(f"write {who}", time.perf_counter() - began, rows=count, length=length, new=new)
 
 
 def _of_each_shape(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:

@@ -288,14 +288,15 @@ def _copy(recipe: Recipe, of: Subjects, rows: Rows, fmt: str) -> Work:
     q, s, student = recipe.quantize, recipe.train, of.student
     bits = 8 if fmt not in _BELOW_8 else 4
     steps = round(q.recover * s.steps) if bits < 8 else 0
-    looked = _forward(student, min(rows.train, _CALIBRATED) * (1 if not steps else 2), rows.length, 0.0)
+    # Before a block is rounded, and after; of a copy that is taught, the one that is rounded only comes beside it.
+    looked = _forward(student, 2 * min(rows.train, _CALIBRATED) * (2 if steps else 1), rows.length, 0.0)
     passes = [looked]
     if steps:
         plain = s.model_copy(update={"lora": None})
         passes += [_trained(student, plain, rows.length, rows, steps, distilled=True)]
         passes += [_forward(student, min(rows.train, steps * s.batch), rows.length, rows.learnt)]
     size = _always(student.parameters * bits / 8 * 1.15)
-    return Work(fmt, "rounds, and is taught" if steps else "rounds", tuple(passes), size, opens=2 if steps else 1)
+    return Work(fmt, "rounds, and is taught" if steps else "rounds", tuple(passes), size, opens=10 if steps else 5)
 
 
 def _evaluations(recipe: Recipe, of: Subjects, rows: Rows, arms: list[str]) -> list[Work]:
