@@ -1,10 +1,11 @@
 """Own runs, foretold and then made: ``python -m benchmarks.forecast runs [NAME ...]``.
 
 Each recipe is planned by ``pennyweight plan --on this``, in a process of its own, and then run, in another; both have
-an empty cache to themselves, so that the run finds what its plan has tried, and no teacher. Beside what was metered stand the time that was foretold, the one that the run told anew 20 steps, or a minute,
-after its first student began to train, and the same of the most memory; and the bytes of kept targets. Times are those
-of stages and what is between them, as the bill has them: the process's start and the drawing of the report are left
-out. Recipes are small, and of seven shapes.
+an empty cache to themselves, so that the run finds what its plan has tried, and no teacher. Beside what was metered
+stand the time that was foretold, the one that the run told anew 20 steps, or a minute, after its first student began to
+train, and the same of the most memory; and the bytes of kept targets. Times are those of stages and what is between
+them, as the bill has them: the process's start and the drawing of the report are left out. Recipes are small, and of
+seven shapes.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for arm in dict.fromkeys(["sft", recipe.method.kind] if recipe.control else [recipe.method.kind]):
         by.arm(arm)
     by.scored(student)
-    asked = recipe.evaluate.problems
+    asked = recipe.evaluate.problems if bench.held_out.problems else 0
     by.written("student", student, asked)
     if made if recipe.data.responses.by == "teacher" else recipe.evaluate.problems:  # one at hand wrote the data
         by.written("teacher", bench.teacher, asked)

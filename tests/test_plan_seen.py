@@ -12,9 +12,11 @@ import pytest
 
 from pennyweight.data.sources import read
 from pennyweight.errors import RecipeError
-from pennyweight.plan.pace import Pace, on_this
+from pennyweight.plan.hardware import Chip
+from pennyweight.plan.pace import GROWS, SHIPPED, Pace, on_this
 from pennyweight.plan.passes import Pass, Subjects, Work
-from pennyweight.plan.seen import retold, seen_pace, seen_rows
+from pennyweight.plan.reckon import foretell
+from pennyweight.plan.seen import keep_trial, peak_retold, retold, seen_pace, seen_rows, trial_of
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
 from pennyweight.recipe import Recipe
@@ -103,6 +105,90 @@ def test_the_rest_of_a_run_goes_by_the_rate_of_its_training_and_by_the_stages_th
     assert retold(recipe, of, rows, pace, lengths, stage, 5.0, over) == 0
     slow = {"targets": 60.0, "teacher": 1.0, "data": 0.1}
     assert retold(recipe, of, rows, pace, lengths, stage, 5.0, slow) != once
+
+
+def test_where_a_recipe_was_tried_the_rest_goes_by_that_and_other_trainings_are_as_far_off():
+    recipe, of, rows, pace = parts()
+    lengths = {"rows": 40, "samples": 40.0, "length": 20.0, "learnt": 0.5, "padded": 1.0, "train": 40.0}
+    each = [timed("train sft", 2.0), timed("train kd", 3.0), timed("score", 1.0, both=True), timed("targets", 1.0)]
+    tried, stage = seen_pace(pace, of, {"timed": each}), f"sft-{recipe.seeds[0]}"
+    over = {w.stage: 0.1 for w in works(recipe, of, rows) if w.stage != stage and not w.stage.startswith("evaluate")}
+    sft = next(w for w in works(recipe, of, seen_rows(rows, {"rows": lengths, "timed": [], "bytes_per_token": None})))
+    assert sft.stage == "teacher"  # which is over
+    as_tried = retold(recipe, of, rows, tried, lengths, stage, 1.0, over)
+    assert as_tried == pytest.approx(
+        retold(recipe, of, rows, tried, lengths, stage, 9.0, over)
+    )  # evaluations go by trial
+    del over[f"kd-{recipe.seeds[0]}"]
+    slow, slower = (retold(recipe, of, rows, tried, lengths, stage, s, over) - as_tried for s in (1.0, 2.0))
+    assert slower == pytest.approx(2 * slow, rel=0.2)  # but for what a model takes to be opened
+
+
+def test_memory_told_anew_adds_what_a_training_takes_more_than_it_did_in_the_trial():
+    pace = replace(parts()[3], peaks={"train sft": 5e8, "train kd": 6e8, "write teacher": 8e8, "train teacher": 2e9})
+    assert peak_retold(pace, "sft-0", 5.5e8, 4e8) == pytest.approx(GROWS["training"] * 8.5e8)
+    assert peak_retold(pace, "sft-0", 4e8, 9e8) == 9e8  # a stage before took more
+    assert peak_retold(replace(pace, peaks={}), "sft-0", 5.5e8, 4e8) == 5.5e8
+
+
+def test_a_live_teacher_is_timed_with_the_steps_and_counted_once():
+    recipe = load(TINY, ["targets.kind=dense"])
+    of, pace = subjects_of(recipe), on_this(None, 1, False)
+    rows = replace(rows_of(recipe), length=(40.0,) * 3, learnt=0.5, padded=1.0)
+    work = next(w for w in works(recipe, of, rows) if w.stage.startswith("kd"))
+    step = timed("train kd", 0.25, live=True) | {"rows": float(recipe.train.batch), "micro": 0, "padded": 1.0}
+    found = seen_pace(pace, of, {"timed": [step, timed("score", 1.0, both=True)]})
+    hours = found.ends(replace(work, opens=0))[1]
+    assert len(work.passes) == 2 and 3600 * hours == pytest.approx(0.25 * recipe.train.steps)
+
+
+def test_rows_take_as_long_to_prepare_as_those_that_were_timed():
+    pace, of = parts()[3], parts()[1]
+    work = Work("data", "reads rows", opens=0, prepared=(1000.0, 50.0))
+    plain = 3600 * pace.ends(work)[1]
+    each = [timed("prepare", 2.0, drawn=False) | {"rows": 500, "length": 50.0}]
+    assert 3600 * seen_pace(pace, of, {"timed": each}).ends(work)[1] == pytest.approx(4.0) != pytest.approx(plain)
+
+
+def test_a_run_is_foretold_by_the_trial_of_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path))
+    recipe, of, _, _ = parts()
+    here = Chip("this", "this machine, 1 threads", SHIPPED.figures)
+    seen = {"rows": SEEN, "timed": [timed("train sft", 2.0)], "bytes_per_token": None, "vocabulary": None}
+    untried = foretell(recipe, "cpu float32", 1, 1, False, tuple, trial_of(recipe))
+    keep_trial(recipe, of, seen, here)
+    assert trial_of(recipe).seen["timed"] == seen["timed"] and trial_of(recipe).chip == here
+    tried = foretell(recipe, "cpu float32", 1, 1, False, tuple, trial_of(recipe))
+    assert tried.found["rows"]["length"]["middle"] == 40.0 and "tried here" in tried.found["reasons"]["hours"]
+    assert "tried here" not in untried.found["reasons"]["hours"]
+    same = load(TINY, ["name=other", "budget.hours=5"])  # neither of which is work
+    assert trial_of(same) and trial_of(load(TINY, ["train.steps=3"])) is None
+    two = foretell(recipe, "cpu float32", 2, 1, False, tuple, trial_of(recipe))
+    assert "tried here" not in two.found["reasons"]["hours"]  # one process was tried
+    keep_trial(recipe, of.__class__(of.teacher, of.teacher), seen, here)  # of another student
+    assert (
+        "tried here"
+        not in foretell(recipe, "cpu float32", 1, 1, False, tuple, trial_of(recipe)).found["reasons"]["hours"]
+    )
+    next(tmp_path.glob("trials/*.json")).write_text("{")
+    assert trial_of(recipe) is None
+
+
+def test_a_trial_is_of_files_as_they_are_and_of_folders_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
+    file, (_, of, _, _) = tmp_path / "rows.jsonl", parts()
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+
+    def recipe(place: str) -> Recipe:
+        whole = load(TINY).model_dump(mode="json")
+        whole["data"]["source"] = {"kind": "files", "path": str(file)}
+        whole["teacher"] = {"kind": "folder", "path": f"{place}/cold/student"}
+        return Recipe.model_validate(whole)
+
+    keep_trial(recipe("/tmp/one"), of, {"timed": []}, SHIPPED)
+    assert trial_of(recipe("runs/r1")) is not None
+    file.write_text('{"prompt": "a", "response": "bb"}\n')
+    assert trial_of(recipe("runs/r1")) is None
 
 
 @pytest.mark.parametrize("chain", [False, True])

@@ -44,6 +44,11 @@ _GPU_LAYER, _GPU_WRITING = 1.0e-3, 0.3e-3  # seconds, assumed: about 100 kernels
 Rate = Callable[[Pass, float, float], float]
 """A pass, its FLOPs, padding's among them, and its tokens -> seconds of a device"""
 
+GROWS = {"before": 1.08, "training": 1.03}
+"""How many times a trial's peak memory a run comes to, which does more of everything: middles of six recipes on a
+processor (``python -m benchmarks.forecast runs``), which took 1.01 to 1.18 times; and what is left of it once training
+has taken its first steps."""
+
 SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 """Ends of a time on this machine, as times the middle: what is left when rows are as long as they are taken to be."""
 

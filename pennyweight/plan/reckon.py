@@ -28,7 +28,7 @@ from pennyweight.plan.forecast import (
     said_of,
 )
 from pennyweight.plan.hardware import Chip, PriceRange, catalogue
-from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
+from pennyweight.plan.pace import GROWS, Pace, flops_of, on_chips, on_this
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
 from pennyweight.plan.room import of_stage
 from pennyweight.plan.shapes import Shapes
@@ -95,7 +95,7 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
     total["disk"] = _added([*filter(None, [total.get("disk")]), _ends(beside(recipe, of))])
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
     if pace.peak is not None:  # what the process takes was seen, which no formula knows better
-        total["memory"] = _ends((0.9 * pace.peak, pace.peak, 1.25 * pace.peak))
+        total["memory"] = _ends((pace.peak, GROWS["before"] * pace.peak, 1.25 * pace.peak))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,

@@ -13,7 +13,7 @@ from typing import Any
 
 from pennyweight.atomic import write_whole
 from pennyweight.plan.hardware import Chip, Figure
-from pennyweight.plan.pace import OPENING, Pace
+from pennyweight.plan.pace import GROWS, OPENING, Pace
 from pennyweight.plan.passes import Pass, Subjects
 from pennyweight.plan.work import DRAWING, Rows, works
 from pennyweight.recipe import Recipe
@@ -95,7 +95,7 @@ def peak_retold(pace: Pace, stage: str, now: float, over: float) -> float:
     come = [
         b for what, b in pace.peaks.items() if what not in ("prepare", "opening", "data", "targets", "train teacher")
     ]
-    return max(now, over, *(b + more for b in come if tried))
+    return max(now, over, *(GROWS["training"] * (b + more) for b in come if tried))
 
 
 def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
