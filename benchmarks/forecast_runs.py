@@ -190,7 +190,8 @@ def _made(name: str, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     plan["runs"] = list(plan.get("runs", {"": dict(plan)}).values())
     out = scratch / "run"
     _said(scratch / "cache", "run", str(file), *settings, "--out", str(out))
-    stages = [out] if (out / "summary.json").exists() else [out / r["name"].removeprefix("r1-") for r in plan["runs"]]
+    chain = (out / "chain.json").exists()
+    stages = [out / r["name"].removeprefix("r1-") for r in plan["runs"]] if chain else [out]
     summaries = [json.loads((s / "summary.json").read_text()) for s in stages]
     return plan, summaries, [s["bill"]["anew"] for s in summaries]
 

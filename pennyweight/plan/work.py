@@ -159,7 +159,8 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         count, prompt = rows.train * (r.samples if r.by == "teacher" else 1) + rows.held_out, rows.prompt
         new = rows.written(min(r.max_tokens, recipe.data.context))
     elif isinstance(source, TaskData):
-        return Work("data", "draws problems", opens=DRAWING, prepared=(rows.train + rows.held_out, rows.length[1]))
+        drawn = float(sum(t.size for t in source.tasks)), rows.length[1]
+        return Work("data", "draws problems", opens=DRAWING, prepared=drawn)
     else:
         return Work("data", "reads rows", prepared=(rows.train + rows.held_out, rows.length[1]))
     if of.teacher is None:
