@@ -144,7 +144,7 @@ def runs(bars: Bars, names: Sequence[str] = ()) -> None:
         whole = sum(s["bill"]["whole"] for s in summaries)
         ends = {end: 3600 * h for end, h in plan["total"]["hours"].items()}
         peak = max(st["peak_memory_bytes"] or 0 for s in summaries for st in s["stages"].values())
-        again = _told_anew(summaries, told)
+        again = _told_anew(plan["runs"], told)
         before.append(ends["middle"] / whole - 1)
         anew.append(again[0] / whole - 1)
         memory.append(plan["total"]["memory"]["middle"] / peak - 1)
@@ -205,11 +205,14 @@ def _said(cache: Path, *words: str) -> str:
     return done.stdout
 
 
-def _told_anew(summaries: Sequence[dict[str, Any]], told: Sequence[list[dict[str, Any]]]) -> tuple[float, float]:
-    """Seconds and bytes as first told anew; of a chain each run's own."""
-    first = [t[0] for t in told if t]
-    seconds = sum(t[0]["whole_seconds"] if t else s["bill"]["whole"] for s, t in zip(summaries, told, strict=True))
-    return seconds, max((t["peak_memory_bytes"] for t in first), default=0)
+def _told_anew(plans: Sequence[dict[str, Any]], told: Sequence[list[dict[str, Any]]]) -> tuple[float, float]:
+    """Seconds and bytes as first told anew; of a chain each run's own, and the plan's of one that is too short."""
+    seconds = size = 0.0
+    for plan, t in zip(plans, told, strict=True):
+        total = plan["total"]
+        seconds += t[0]["whole_seconds"] if t else 3600 * total["hours"]["middle"]
+        size = max(size, t[0]["peak_memory_bytes"] if t else total["memory"]["middle"])
+    return seconds, size
 
 
 def _wide(folder: Path) -> None:
