@@ -88,8 +88,9 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
         by.arm(arm)
     by.scored(student)
     asked = recipe.evaluate.problems if bench.held_out.problems else 0
-    by.written("student", student, asked)
-    if made if recipe.data.responses.by == "teacher" else recipe.evaluate.problems:  # one at hand wrote the data
+    if asked or METHODS[recipe.method.kind].rolls:
+        by.written("student", student, asked)
+    if made if recipe.data.responses.by == "teacher" else asked:  # one at hand wrote the data
         by.written("teacher", bench.teacher, asked)
     return {
         "rows": by.counted(recipe.data) or lengths(bench.encoded, recipe.train) | {"kept": kept},
