@@ -46,16 +46,18 @@ def test_the_whole_run_is_told_anew_by_what_is_over_and_what_is_to_come(monkeypa
     took = {"data": 5.0, "targets": 15.0, "sft-0": None}
     stages = {n: {"metered": s and {"seconds": s}, "peak_memory_bytes": 10} for n, s in took.items()}
     held, seen = object.__new__(Line), []
-    held.foretold, held.recipe = SimpleNamespace(parts=("recipe",)), SimpleNamespace(train="schedule")
+    held.foretold, held.recipe = SimpleNamespace(parts=("recipe",), pace="pace"), SimpleNamespace(train="schedule")
     held.bench = SimpleNamespace(encoded=[], group=SimpleNamespace(first=True))
     held.run = SimpleNamespace(
         stages=lambda: stages, meter=SimpleNamespace(whole=lambda: SimpleNamespace(seconds=30.0))
     )
     monkeypatch.setattr(line, "lengths", lambda *of: {"rows": 3})
-    held._retold = lambda *of: seen.append(of) or 100.0
+    peaks = []
+    held._retold = lambda *of: seen.append(of) or 100.0, lambda *of: peaks.append(of) or 12345.6
     told = held._whole("sft-0", 40.0, 60.0)
-    assert told["whole_seconds"] == 170.0 and told["peak_memory_bytes"] > 10
-    assert seen == [("recipe", {"rows": 3}, "sft-0", 60.0, {"data": 5.0, "targets": 15.0})]
+    assert told["whole_seconds"] == 170.0 and told["peak_memory_bytes"] == 12346
+    assert peaks[0][:2] == ("pace", "sft-0") and peaks[0][2] > 1e7 and peaks[0][3] == 10
+    assert seen == [("recipe", {"rows": 3, "train": 0}, "sft-0", 60.0, {"data": 5.0, "targets": 15.0})]
     del stages["targets"]
     assert held._whole("teacher-0", 40.0, 60.0) == {}
     held.bench.group.first = False
