@@ -18,13 +18,13 @@ def some_of(recipe: Recipe, made: bool) -> Recipe:
     asked = data["responses"]["by"] == "teacher"
     most = OWN if asked and not made else ROWS  # which a teacher takes its time for
     if source["kind"] == "tasks":
-        source["tasks"] = [fewer(t, most) for t in source["tasks"]]
+        source["tasks"] = [_fewer(t, most) for t in source["tasks"]]
     elif source["kind"] == "files":
         source["limit"] = min(source["limit"] or most, most)
     else:
         source["count"] = min(source["count"], OWN)
     if whole["teacher"]["kind"] == "trained":
-        whole["teacher"]["tasks"] = [fewer(t, ROWS) for t in whole["teacher"]["tasks"]]
+        whole["teacher"]["tasks"] = [_fewer(t, ROWS) for t in whole["teacher"]["tasks"]]
     data["responses"] |= {"keep": "all", "samples": 1, "most": None, "language": 0.0}
     if asked and made:
         data["responses"]["by"] = "auto"
@@ -50,6 +50,6 @@ def by_programs(source: TaskData | FileData) -> bool:
     return verifier == "code" or is_own(verifier)
 
 
-def fewer(task: dict[str, Any], most: int) -> dict[str, Any]:
+def _fewer(task: dict[str, Any], most: int) -> dict[str, Any]:
     """A task of at most so many problems."""
     return task | {"size": min(task["size"], most)}

@@ -57,8 +57,8 @@ SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 class Pace:
     """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
     ``factors``: how many times what the formulas have was taken when it was tried, by what was done
-    (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``); ``peak`` is the most bytes that
-    this took, ``peaks`` by what was done."""
+    (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``); ``peaks``: the most bytes that
+    each of these took."""
 
     chip: Chip
     devices: int
@@ -68,8 +68,12 @@ class Pace:
     reason: str
     rate: Rate | None = None  # of chips of the catalogue
     factors: dict[str, float] = field(default_factory=dict)
-    peak: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float | None:
+        """The most bytes that a trial took; None where none was made."""
+        return max(self.peaks.values(), default=None)
 
     @property
     def on_cpu(self) -> bool:

@@ -106,9 +106,7 @@ def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
     reason += f"{TRIED[0]:g} to {TRIED[1]:g} times that, others' work on it included"
     factors = {t["what"]: t["seconds"] / said for t in seen["timed"] if (said := _said(pace, of, t)) > 0}
     peaks = {t["what"]: t["memory"] for t in seen["timed"]} if pace.on_cpu else {}
-    return replace(
-        pace, factors=factors, spread=TRIED, reason=reason, peak=max(peaks.values(), default=None), peaks=peaks
-    )
+    return replace(pace, factors=factors, spread=TRIED, reason=reason, peaks=peaks)
 
 
 def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
@@ -130,12 +128,11 @@ def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
 def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
     """``kind``: where it is not what ``what`` says."""
     what, new = timed["what"], timed.get("new", 0.0)
-    beside = kind
     if not kind:
         written = what == "data" or what.startswith("write")
         kind = "train" if what.startswith("train") else "write" if written else "forward"
     ends = (timed["length"],) * 3
-    most = timed["rows"] if beside or kind == "train" else 16.0 if kind == "forward" else 64.0
+    most = timed["rows"] if what.startswith("train") else 16.0 if kind == "forward" else 64.0
     at_once = min(timed["rows"], most)
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
