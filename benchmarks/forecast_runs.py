@@ -143,7 +143,8 @@ def runs(bars: Bars, names: Sequence[str] = ()) -> None:
                 continue
         whole = sum(s["bill"]["whole"] for s in summaries)
         ends = {end: 3600 * h for end, h in plan["total"]["hours"].items()}
-        peak = max(st["peak_memory_bytes"] or 0 for s in summaries for st in s["stages"].values())
+        taken = [st for s in summaries for st in s["stages"].values()]
+        peak = max(st["peak_device_memory_bytes"] or st["peak_memory_bytes"] or 0 for st in taken)
         again = _told_anew(plan["runs"], told)
         before.append(ends["middle"] / whole - 1)
         anew.append(again[0] / whole - 1)

@@ -16,6 +16,7 @@ from pennyweight.meter.bill import bill, per_point
 from pennyweight.meter.meter import BETWEEN
 from pennyweight.meter.peak import peak_memory
 from pennyweight.meter.rates import allowance_of, servers_of, spent_in
+from pennyweight.model.device import peak
 from pennyweight.progress import Counter, counting, say
 from pennyweight.report.trackers import trackers
 from pennyweight.settings import Budget
@@ -136,9 +137,10 @@ class Line:
         come = self._retold[0](*self.foretold.parts, rows, stage, whole, took)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
-        before = max(s.get("peak_memory_bytes") or 0 for s in over.values())
-        peak = self._retold[1](self.foretold.pace, stage, peak_memory(), before)
-        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": round(peak)}
+        before = max(s.get("peak_device_memory_bytes") or s.get("peak_memory_bytes") or 0 for s in over.values())
+        now = peak(self.compute.device, False) or peak_memory()
+        most = self._retold[1](self.foretold.pace, stage, now, before)
+        return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": round(most)}
 
     @contextmanager
     def counting(self, label: str, total: int, unit: str) -> Iterator[Counter]:

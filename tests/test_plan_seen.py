@@ -12,10 +12,11 @@ import pytest
 
 from pennyweight.data.sources import read
 from pennyweight.errors import RecipeError
+from pennyweight.model.device import choose
 from pennyweight.plan.hardware import Chip
 from pennyweight.plan.pace import GROWS, SHIPPED, Pace, on_this
 from pennyweight.plan.passes import Pass, Subjects, Work
-from pennyweight.plan.reckon import foretell
+from pennyweight.plan.reckon import foretell, reckon
 from pennyweight.plan.seen import keep_trial, peak_retold, retold, seen_pace, seen_rows, trial_of
 from pennyweight.plan.subjects import subjects_of
 from pennyweight.plan.work import Rows, rows_of, works
@@ -51,7 +52,7 @@ def test_rows_are_those_that_were_read_windows_and_what_is_left_out_counted():
 @pytest.mark.parametrize("limit,whole", [(None, True), (700, True), (5000, True), (6000, False)])
 def test_where_all_rows_are_read_they_are_counted_as_a_run_counts_them(tmp_path, monkeypatch, limit, whole):
     from pennyweight.data.split import split
-    from pennyweight.rehearsal import _Timing
+    from pennyweight.timing import Timing
 
     rows = [{"prompt": f"{i} and {i + 1}?", "response": "1 " * (1 + i % 7)} for i in range(900)]
     file = tmp_path / "rows.jsonl"
@@ -59,12 +60,17 @@ def test_where_all_rows_are_read_they_are_counted_as_a_run_counts_them(tmp_path,
     file.write_text("".join(json.dumps(r) + "\n" for r in [blank, *rows] * (7 if limit == 6000 else 1)))
     source = {"kind": "files", "path": str(file), "limit": limit}
     recipe = Recipe.model_validate(load(TINY).model_dump(mode="json") | {"data": {"context": 64, "source": source}})
-    bench = SimpleNamespace(recipe=recipe, folder=tmp_path, encode=lambda samples: [row_of(s) for s in samples])
-    known = _Timing(bench).counted(recipe.data)
+    bench = SimpleNamespace(
+        recipe=recipe,
+        folder=tmp_path,
+        compute=choose("cpu", "float32"),
+        encode=lambda samples: [row_of(s) for s in samples],
+    )
+    known = Timing(bench).counted(recipe.data)
     if not whole:
         assert known["rows"] > 600 and "train" not in known  # repeats apart, of the first rows alone
         few = recipe.data.model_copy(update={"train_limit": 50})
-        assert _Timing(bench).counted(few)["train"] == 50  # however many more there are
+        assert Timing(bench).counted(few)["train"] == 50  # however many more there are
         return
     parts = split(read(recipe.data.source, None), recipe.data.eval_fraction, recipe.data.eval_limit)
     assert (known["train"], known["held_out"]) == (len(parts.train), len(parts.evaluation))
@@ -146,8 +152,29 @@ def test_rows_take_as_long_to_prepare_as_those_that_were_timed():
     pace, of = parts()[3], parts()[1]
     work = Work("data", "reads rows", opens=0, prepared=(1000.0, 50.0))
     plain = 3600 * pace.ends(work)[1]
-    each = [timed("prepare", 2.0, drawn=False) | {"rows": 500, "length": 50.0}]
+    each = [timed("prepare", 2.0) | {"rows": 500, "length": 50.0}]
     assert 3600 * seen_pace(pace, of, {"timed": each}).ends(work)[1] == pytest.approx(4.0) != pytest.approx(plain)
+    each += [{"what": "draw", "seconds": 3.0, "memory": 7e8, "tasks": 1}]
+    each += [timed("prepare teacher", 1.0) | {"rows": 500, "length": 50.0}]
+    drawn = replace(work, tasks=2)  # each by a process, which takes 3 s to begin
+    assert 3600 * seen_pace(pace, of, {"timed": each}).ends(drawn)[1] == pytest.approx(10.0)
+    taught = replace(work, stage="teacher", prepared=(0.55 * 1000.0, 50.0))  # neither judged nor divided
+    assert 3600 * seen_pace(pace, of, {"timed": each}).ends(taught)[1] == pytest.approx(2.0)
+
+
+def test_energy_is_what_the_trial_took_by_its_counter():
+    recipe, of, rows, pace = parts()
+    tried = seen_pace(pace, of, {"timed": [timed("train sft", 2.0)], "watts": 50.0})
+    found = reckon(recipe, of, rows, tried, None)
+    hours, kwh = found["total"]["hours"], found["total"]["kwh"]
+    assert list(kwh.values()) == pytest.approx([0.05 * h for h in hours.values()])
+    assert found["reasons"]["kwh"].startswith("50 W, which counters told")
+
+
+def test_on_a_gpu_a_trial_s_bytes_are_the_run_s():
+    on = replace(parts()[3], threads=0, peaks={"train sft": 5e8, "write teacher": 8e8})
+    assert on.grown(8e8, "before") == 8e8 and parts()[3].grown(8e8, "before") == GROWS["before"] * 8e8
+    assert peak_retold(on, "sft-0", 5e8, 4e8) == 8e8
 
 
 def test_a_run_is_foretold_by_the_trial_of_its_plan(tmp_path, monkeypatch):

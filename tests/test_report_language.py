@@ -56,7 +56,8 @@ SHOWN = [
 
 NAMES = {
     "evaluate teacher", "evaluate students", "train teacher", "write student", "write teacher", "score teacher",
-    "pennyweight ledger verify RUN", "git dirty", "dense, new", "outputs pairs", "light dark", "the chips'",
+    "prepare teacher", "pennyweight ledger verify RUN", "git dirty", "dense, new", "outputs pairs",
+    "light dark", "the chips'",
     "a thread of an AMD EPYC", "measured on a virtual machine with two cores of an AMD EPYC", "devices at once",
     "config of", "the model takes", "budget.usd_per_hour (of a device and an hour", "of a million tokens",
     "is in no catalogue of chips, or not in this precision", "nothing can be foretold, since",

@@ -37,6 +37,7 @@ _BYTES = 23.7  # times what is kept is copied
 _PARAMETER = 95.0  # bytes copied for each, of gradients, clipping and the optimizer
 _WRITING = 1.0e-3  # seconds of a layer's operations for a token of all rows that are written at once
 OPENING = 0.1  # seconds: a model is opened, or saved
+DRAWING = 1.2  # seconds until a process begins to draw problems
 _ROW, _TOKEN = 2e-4, 5e-6  # seconds of a row that is drawn or read, and of each of its tokens
 _MORE_THREADS = 0.85  # of each thread after the first
 _GPU_LAYER, _GPU_WRITING = 1.0e-3, 0.3e-3  # seconds, assumed: about 100 kernels of 10 microseconds, 30 of them
@@ -47,7 +48,7 @@ Rate = Callable[[Pass, float, float], float]
 GROWS = {"before": 1.08, "training": 1.03}
 """How many times a trial's peak memory a run comes to, which does more of everything: middles of six recipes on a
 processor (``python -m benchmarks.forecast runs``), which took 1.01 to 1.18 times; and what is left of it once training
-has taken its first steps."""
+has taken its first steps. A GPU's tensors take what they took."""
 
 SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 """Ends of a time on this machine, as times the middle: what is left when rows are as long as they are taken to be."""
@@ -58,7 +59,7 @@ class Pace:
     """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
     ``factors``: how many times what the formulas have was taken when it was tried, by what was done
     (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``); ``peaks``: the most bytes that
-    each of these took."""
+    each of these took; ``watts``: of the whole trial, where a counter told."""
 
     chip: Chip
     devices: int
@@ -69,11 +70,16 @@ class Pace:
     rate: Rate | None = None  # of chips of the catalogue
     factors: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
+    watts: float | None = None
 
     @property
     def peak(self) -> float | None:
         """The most bytes that a trial took; None where none was made."""
         return max(self.peaks.values(), default=None)
+
+    def grown(self, size: float, when: str) -> float:
+        """A trial's bytes as a run comes to them; ``when`` is of ``GROWS``."""
+        return size * GROWS[when] if self.on_cpu else size
 
     @property
     def on_cpu(self) -> bool:
@@ -142,7 +148,11 @@ class Pace:
 
     def ends(self, work: Work) -> Ends:
         """Hours by the clock of a stage: low, middle, high. A server takes its own, which nobody here knows."""
-        besides = OPENING * work.opens + self.factors.get("prepare", 1.0) * self.preparing(*work.prepared)
+        prepares = self.factors.get("prepare", 1.0)
+        if work.stage == "teacher":
+            prepares = self.factors.get("prepare teacher", prepares)
+        besides = OPENING * work.opens + self.factors.get("draw", 1.0) * DRAWING * work.tasks
+        besides += prepares * self.preparing(*work.prepared)
         low, middle, high = (
             besides + sum(self.factor(work.stage, p) * self.seconds(p, end) for p in work.passes) for end in (0, 1, 2)
         )

@@ -28,7 +28,7 @@ from pennyweight.plan.forecast import (
     said_of,
 )
 from pennyweight.plan.hardware import Chip, PriceRange, catalogue
-from pennyweight.plan.pace import GROWS, Pace, flops_of, on_chips, on_this
+from pennyweight.plan.pace import Pace, flops_of, on_chips, on_this
 from pennyweight.plan.passes import Ends, Pass, Subjects, Work
 from pennyweight.plan.room import of_stage
 from pennyweight.plan.shapes import Shapes
@@ -95,7 +95,7 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
     total["disk"] = _added([*filter(None, [total.get("disk")]), _ends(beside(recipe, of))])
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
     if pace.peak is not None:  # what the process takes was seen, which no formula knows better
-        total["memory"] = _ends((pace.peak, GROWS["before"] * pace.peak, 1.25 * pace.peak))
+        total["memory"] = _ends((pace.peak, pace.grown(pace.peak, "before"), 1.25 * pace.peak))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,
@@ -247,6 +247,8 @@ def _added(some: Sequence[dict[str, float]]) -> dict[str, float] | None:
 
 
 def _energy(held: Range, pace: Pace) -> Ends:
+    if pace.watts:
+        return tuple(pace.watts / 1000 * h for h in (held.low, held.middle, held.high))  # type: ignore[return-value]
     if pace.on_cpu:
         low, middle, high = (w * pace.threads / 1000 for w in WATTS)
         return low * held.low, middle * held.middle, high * held.high
@@ -276,7 +278,9 @@ def _memory(work: Work, recipe: Recipe, of: Subjects, pace: Pace) -> dict[str, A
 
 
 def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -> dict[str, str]:
-    if pace.on_cpu:
+    if pace.watts:
+        watts = f"{pace.watts:,.0f} W, which counters told while the recipe was tried here; {AROUND}"
+    elif pace.on_cpu:
         watts = f"an estimate: {WATTS[0]:g} to {WATTS[2]:g} W for each of {pace.threads} busy threads"
     else:
         shares = f"{POWER[0]:.0%} to {POWER[2]:.0%} of {pace.chip['power']:,.0f} W"

@@ -13,9 +13,9 @@ from typing import Any
 
 from pennyweight.atomic import write_whole
 from pennyweight.plan.hardware import Chip, Figure
-from pennyweight.plan.pace import GROWS, OPENING, Pace
+from pennyweight.plan.pace import DRAWING, Pace
 from pennyweight.plan.passes import Pass, Subjects
-from pennyweight.plan.work import DRAWING, Rows, works
+from pennyweight.plan.work import ENCODED_ONLY, Rows, works
 from pennyweight.recipe import Recipe
 from pennyweight.records import sha256_json
 from pennyweight.teacher.store import cache
@@ -25,6 +25,9 @@ Seen = Mapping[str, Any]
 """``rehearsal.rehearse``'s, of one recipe"""
 
 _TELLING = 0.5  # seconds of a stage that tell how long others of its kind take
+
+_PAST = ("prepare", "prepare teacher", "draw", "opening", "first", "data", "targets", "train teacher")
+"""What is over when students train."""
 
 TRIED = (0.8, 1.3)
 """Ends of a time, as times the middle, where the recipe's own steps were timed."""
@@ -92,10 +95,8 @@ def peak_retold(pace: Pace, stage: str, now: float, over: float) -> float:
     was tried takes as much more than it did then as these steps do."""
     tried = pace.peaks.get(f"train {stage.rpartition('-')[0]}")
     more = max(0.0, now - tried) if tried else 0.0
-    come = [
-        b for what, b in pace.peaks.items() if what not in ("prepare", "opening", "data", "targets", "train teacher")
-    ]
-    return max(now, over, *(GROWS["training"] * (b + more) for b in come if tried))
+    come = [b for what, b in pace.peaks.items() if what not in _PAST]
+    return max(now, over, *(pace.grown(b + more, "training") for b in come if tried))
 
 
 def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
@@ -105,21 +106,25 @@ def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
     reason = "as the recipe's own steps took when they were tried here; "
     reason += f"{TRIED[0]:g} to {TRIED[1]:g} times that, others' work on it included"
     factors = {t["what"]: t["seconds"] / said for t in seen["timed"] if (said := _said(pace, of, t)) > 0}
-    peaks = {t["what"]: t["memory"] for t in seen["timed"]} if pace.on_cpu else {}
-    return replace(pace, factors=factors, spread=TRIED, reason=reason, peaks=peaks)
+    peaks = {t["what"]: t["memory"] for t in seen["timed"]}
+    return replace(pace, factors=factors, spread=TRIED, reason=reason, peaks=peaks, watts=seen.get("watts"))
 
 
 def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
     """Seconds that the formulas have for what was timed; 0 where they have none for it."""
     what = timed["what"]
-    if what == "prepare":
-        return OPENING * DRAWING * timed["drawn"] + pace.preparing(timed["rows"], timed["length"])
+    if what in ("opening", "first"):
+        return 0.0
+    if what == "draw":
+        return DRAWING * timed["tasks"]
+    if what.startswith("prepare"):
+        return pace.preparing(timed["rows"] * (ENCODED_ONLY if what == "prepare teacher" else 1), timed["length"])
     student = [("student", of.student)]
     teacher = [("teacher", of.teacher)] if of.teacher else []
     whose = teacher if what in ("train teacher", "write teacher", "score teacher", "data", "targets") else student
     if what == "score" and timed["both"]:
         whose = student + teacher
-    said = sum(pace.seconds(_pass(timed, who, shapes), 1) for who, shapes in whose if what != "opening")
+    said = sum(pace.seconds(_pass(timed, who, shapes), 1) for who, shapes in whose)
     if timed.get("live") and of.teacher:
         said += pace.seconds(_pass(timed, "student", of.teacher, "forward"), 1)
     return said

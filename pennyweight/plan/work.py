@@ -120,8 +120,8 @@ def works(recipe: Recipe, of: Subjects, rows: Rows) -> list[Work]:
     return [*out, *_evaluations(recipe, of, rows, list(methods))]
 
 
-DRAWING = 12.0
-"""Problems are drawn in a process of its own: what that takes, as times a model is opened."""
+ENCODED_ONLY = 0.55
+"""What a problem of a teacher that is trained takes, as times one of the data's, which is judged and divided, too."""
 
 
 def _always(n: float) -> Ends:
@@ -146,8 +146,8 @@ def _teacher(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     length = rows.teacher or (rows.length if isinstance(recipe.data.source, TaskData) else shares(t.context))
     size = _always(4.0 * of.teacher.parameters)
     passes = (_trained(of.teacher, t.schedule, length, rows),)
-    drawn = float(sum(x.size for x in t.tasks)), length[1]
-    return Work("teacher", "trains the teacher", passes, size, opens=1 + DRAWING, prepared=drawn)
+    drawn = ENCODED_ONLY * sum(x.size for x in t.tasks), length[1]
+    return Work("teacher", "trains the teacher", passes, size, prepared=drawn, tasks=len(t.tasks))
 
 
 def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
@@ -160,7 +160,7 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         new = rows.written(min(r.max_tokens, recipe.data.context))
     elif isinstance(source, TaskData):
         drawn = float(sum(t.size for t in source.tasks)), rows.length[1]
-        return Work("data", "draws problems", opens=DRAWING, prepared=drawn)
+        return Work("data", "draws problems", opens=0, prepared=drawn, tasks=len(source.tasks))
     else:
         return Work("data", "reads rows", prepared=(rows.train + rows.held_out, rows.length[1]))
     if of.teacher is None:
