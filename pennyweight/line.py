@@ -26,7 +26,7 @@ from pennyweight.version import __version__
 Chain = tuple[Budget, Sequence[tuple[Any, Path]]]
 """A budget of several runs together, and the recipes and folders of the others"""
 
-_STEPS, _SECONDS = 20, 60.0  # of a training, after which its length is foretold anew
+_STEPS, _SHARE, _SECONDS = 20, 0.25, 60.0  # of a training, after which its length is foretold anew
 
 
 class Line:
@@ -103,8 +103,10 @@ class Line:
         return self.allowance is not None and self.allowance.over() is not None
 
     def paced(self, stage: str, steps: int, reach: Callable[[int, str], None]) -> Callable[[int, str], None]:
-        """``reach`` of a training, whose length is foretold anew from its first ``_STEPS`` steps, or minute."""
+        """``reach`` of a training, whose length is foretold anew from its first ``_STEPS`` steps, or minute; of a short
+        one from a quarter of them."""
         began: list[tuple[int, float]] = []
+        enough = min(_STEPS, max(1, round(_SHARE * steps)))
 
         def reached(step: int, note: str) -> None:
             if self.allowance is not None:
@@ -114,7 +116,7 @@ class Line:
             if not began:
                 began.append((step, now))  # the first step opens what others find open
             done, took = step - began[0][0], now - began[0][1]
-            if len(began) > 1 or step >= steps or not done or (done < _STEPS and took < _SECONDS):
+            if len(began) > 1 or step >= steps or not done or (done < enough and took < _SECONDS):
                 return
             began.append((step, now))
             left = (steps - step) * took / done

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pennyweight.report.draw  # noqa: F401  whose libraries are in the memory of a run's process
 from pennyweight.bench import Bench
 from pennyweight.data.lengths import lengths
 from pennyweight.errors import PennyweightError

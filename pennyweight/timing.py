@@ -46,7 +46,7 @@ from pennyweight.train.loop import train
 from pennyweight.verifiers import check_golds, judge_sample
 
 _READ = 5000  # rows that are read at most, to know how many there are of each side, and how long
-_SCORED, _WRITTEN = 64, (64, 512)  # rows scored; written, at the least and at the most: as an evaluation has them
+_SCORED, _WRITTEN = 64, (64, 512)  # rows scored; written where no problems are asked, and at the most
 _SHAPES = 16  # of batches that are met first, since kernels are made, and kept, for each
 _LOOKED = 64  # steps in which they are looked for
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
@@ -252,7 +252,7 @@ class Timing:
     def written(self, who: str, model: Loaded, asked: int) -> None:
         """Rows written from the prompts there are, as many tokens as their responses have, as an evaluation of so many
         problems has them."""
-        count = max(_WRITTEN[0], min(asked, _WRITTEN[1]))
+        count = min(asked or _WRITTEN[0], _WRITTEN[1])
         samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:count]
         if not samples or not model.writes:
             return
@@ -267,8 +267,9 @@ class Timing:
 
 
 def _of_each_shape(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:
-    """The first steps that have a shape each."""
+    """The first steps that have a shape each; before them that of the most tokens, which takes the most memory."""
     found: dict[tuple[Any, ...], int] = {}
     for step in range(steps):
         found.setdefault(tuple(tuple(b.ids.shape) for b in batches(step)), step)
-    return list(found.values())
+    largest = max(found, key=lambda shape: max((rows * width for rows, width in shape), default=0))
+    return [found.pop(largest), *found.values()]

@@ -141,6 +141,7 @@ def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
     at_once = min(timed["rows"], most)
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
+    how["distilled"] = what in ("train kd", "train on_policy", "train offline")  # as plan/work.py has them
     how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0), "micro": timed.get("micro", 0)}
     return Pass(kind, shapes, (steps,) * 3, at_once, ends, (new,) * 3, **how)  # type: ignore[arg-type]
 
