@@ -26,7 +26,7 @@ from pennyweight.version import __version__
 Chain = tuple[Budget, Sequence[tuple[Any, Path]]]
 """A budget of several runs together, and the recipes and folders of the others"""
 
-_STEPS, _SHARE, _SECONDS = 20, 0.25, 60.0  # of a training, after which its length is foretold anew
+_STEPS, _SHARE, _SECONDS = 20, 0.5, 60.0  # of a training, after which its length is foretold anew
 
 
 class Line:
@@ -104,7 +104,7 @@ class Line:
 
     def paced(self, stage: str, steps: int, reach: Callable[[int, str], None]) -> Callable[[int, str], None]:
         """``reach`` of a training, whose length is foretold anew from its first ``_STEPS`` steps, or minute; of a short
-        one from a quarter of them."""
+        one from half of them."""
         began: list[tuple[int, float]] = []
         enough = min(_STEPS, max(1, round(_SHARE * steps)))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from pennyweight import line
 from pennyweight.ledger.entries import entry_body
 from pennyweight.line import Line
+from pennyweight.model.device import choose
 
 
 def paced(monkeypatch, steps: int, first: int = 1, each: float = 2.0) -> list[tuple[str, dict]]:
@@ -38,8 +39,12 @@ def test_from_where_a_checkpoint_left_off(monkeypatch):
     assert [e["step"] for _, e in paced(monkeypatch, 200, first=101)] == [121]
 
 
+def test_of_a_short_training_after_half_of_it(monkeypatch):
+    assert [[e["step"] for _, e in paced(monkeypatch, steps)] for steps in (4, 8, 21, 39)] == [[3], [5], [11], [21]]
+
+
 def test_not_where_nothing_is_left(monkeypatch):
-    assert paced(monkeypatch, 21) == [] and paced(monkeypatch, 3) == []
+    assert paced(monkeypatch, 2) == [] and paced(monkeypatch, 200, first=185) == []
 
 
 def test_the_whole_run_is_told_anew_by_what_is_over_and_what_is_to_come(monkeypatch):
@@ -48,6 +53,7 @@ def test_the_whole_run_is_told_anew_by_what_is_over_and_what_is_to_come(monkeypa
     held, seen = object.__new__(Line), []
     held.foretold, held.recipe = SimpleNamespace(parts=("recipe",), pace="pace"), SimpleNamespace(train="schedule")
     held.bench = SimpleNamespace(encoded=[], group=SimpleNamespace(first=True))
+    held.compute = choose("cpu", "float32")
     held.run = SimpleNamespace(
         stages=lambda: stages, meter=SimpleNamespace(whole=lambda: SimpleNamespace(seconds=30.0))
     )

@@ -39,11 +39,17 @@ def parts() -> tuple[Recipe, Subjects, Rows, Pace]:
 
 def test_rows_are_those_that_were_read_windows_and_what_is_left_out_counted():
     rows = replace(parts()[2], train=200.0, held_out=20.0)
-    seen = {"rows": SEEN, "timed": [timed("train teacher", 1.0, length=30.0)], "bytes_per_token": 12.5}
+    seen = {
+        "rows": SEEN,
+        "timed": [timed("train teacher", 1.0) | {"length": 30.0, "padded": 2.0}],
+        "bytes_per_token": 12.5,
+    }
     found = seen_rows(rows, seen)
     assert found.train == pytest.approx(200 * 0.9 * 2) and found.held_out == pytest.approx(20 * 0.9 * 2)
     assert found.length == (40.0, 40.0, 40.0) and found.response == 20.0 and found.prompt == (20.0, 20.0, 20.0)
-    assert found.teacher == (30.0, 30.0, 30.0) and found.bytes_of_a_token == 12.5 and found.written(15.0) == (15.0,) * 3
+    taught = works(parts()[0], parts()[1], found)[0].passes[0]  # rows of its own, filled up as they are
+    assert (taught.length, taught.padded, taught.learnt) == ((30.0, 30.0, 30.0), 2.0, 0.5)
+    assert found.bytes_of_a_token == 12.5 and found.written(15.0) == (15.0,) * 3
     assert seen_rows(rows, {}) is rows
     counted = seen_rows(rows, seen | {"rows": SEEN | {"train": 171.0, "held_out": 19.0}})
     assert (counted.train, counted.held_out) == (171.0, 19.0)  # where all were read, nothing is carried over
@@ -158,6 +164,8 @@ def test_rows_take_as_long_to_prepare_as_those_that_were_timed():
     each += [timed("prepare teacher", 1.0) | {"rows": 500, "length": 50.0}]
     drawn = replace(work, tasks=2)  # each by a process, which takes 3 s to begin
     assert 3600 * seen_pace(pace, of, {"timed": each}).ends(drawn)[1] == pytest.approx(10.0)
+    written = [timed("data", 1.0, new=10.0)]  # which are judged and divided in that time
+    assert seen_pace(pace, of, {"timed": each + written}).ends(work)[1] == 0
     taught = replace(work, stage="teacher", prepared=(0.55 * 1000.0, 50.0))  # neither judged nor divided
     assert 3600 * seen_pace(pace, of, {"timed": each}).ends(taught)[1] == pytest.approx(2.0)
 

@@ -152,7 +152,8 @@ class Pace:
         if work.stage == "teacher":
             prepares = self.factors.get("prepare teacher", prepares)
         besides = OPENING * work.opens + self.factors.get("draw", 1.0) * DRAWING * work.tasks
-        besides += prepares * self.preparing(*work.prepared)
+        if "data" not in self.factors or work.stage != "data":  # else timed with what was written
+            besides += prepares * self.preparing(*work.prepared)
         low, middle, high = (
             besides + sum(self.factor(work.stage, p) * self.seconds(p, end) for p in work.passes) for end in (0, 1, 2)
         )

@@ -39,7 +39,7 @@ def seen_rows(rows: Rows, seen: Seen) -> Rows:
     if not found:
         return rows
     length, times = found["length"], found.get("kept", 1.0) * found["rows"] / max(1.0, found["samples"])
-    teacher = next((t["length"] for t in seen["timed"] if t["what"] == "train teacher"), None)
+    of_teacher = next((t for t in seen["timed"] if t["what"] == "train teacher"), None)
     return replace(
         rows,
         train=found.get("train") or max(1.0, rows.train * times),
@@ -48,7 +48,8 @@ def seen_rows(rows: Rows, seen: Seen) -> Rows:
         learnt=found["learnt"],
         padded=found["padded"],
         response=found["learnt"] * length,
-        teacher=teacher and (teacher, teacher, teacher),
+        teacher=of_teacher
+        and replace(rows, length=(of_teacher["length"],) * 3, learnt=of_teacher["learnt"], padded=of_teacher["padded"]),
         bytes_of_a_token=seen["bytes_per_token"],
         reason=f"{found['samples']:,.0f} samples to train on were looked at: {length:,.1f} tokens on average",
     )
@@ -141,7 +142,7 @@ def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
     at_once = min(timed["rows"], most)
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
-    how["distilled"] = what in ("train kd", "train on_policy", "train offline")  # as plan/work.py has them
+    how["distilled"] = what.removeprefix("train ") in ("kd", "on_policy", "offline")  # as plan/work.py has it
     how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0), "micro": timed.get("micro", 0)}
     return Pass(kind, shapes, (steps,) * 3, at_once, ends, (new,) * 3, **how)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Rows:
 
     ``learnt`` is the share of tokens whose logits are made, where prompts are not learnt; ``padded`` how many times the
     tokens of training are computed, rows being filled up to the longest of their batch; ``response`` the tokens of a
-    mean one, where some were looked at; ``teacher`` the length of those that a teacher from nothing learns;
+    mean one, where some were looked at; ``teacher`` those that a teacher from nothing learns, where they were, too;
     ``bytes_of_a_token`` what targets of some were found to take.
     """
 
@@ -51,7 +51,7 @@ class Rows:
     learnt: float = 0.6
     padded: float = PADDED
     response: float | None = None
-    teacher: Ends | None = None
+    teacher: Rows | None = None
     bytes_of_a_token: float | None = None
 
     @property
@@ -143,10 +143,12 @@ def _teacher(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
     if not isinstance(t, TrainedTeacher) or of.teacher is None:
         return None
     # Its problems are of the kind of the data's, where those are tasks, too.
-    length = rows.teacher or (rows.length if isinstance(recipe.data.source, TaskData) else shares(t.context))
+    if rows.teacher is None and not isinstance(recipe.data.source, TaskData):
+        rows = replace(rows, length=shares(t.context))
+    rows = rows.teacher or rows
     size = _always(4.0 * of.teacher.parameters)
-    passes = (_trained(of.teacher, t.schedule, length, rows),)
-    drawn = ENCODED_ONLY * sum(x.size for x in t.tasks), length[1]
+    passes = (_trained(of.teacher, t.schedule, rows.length, rows),)
+    drawn = ENCODED_ONLY * sum(x.size for x in t.tasks), rows.length[1]
     return Work("teacher", "trains the teacher", passes, size, prepared=drawn, tasks=len(t.tasks))
 
 
@@ -168,7 +170,7 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         return Work("data", "a server writes", sent=sent, got=got)  # type: ignore[arg-type]
     steps = _always(max(1.0, count / _WRITTEN_AT_ONCE))
     writes = Pass("write", of.teacher, steps, min(count, _WRITTEN_AT_ONCE), prompt, new, who="teacher")
-    return Work("data", "the teacher writes", (writes,))
+    return Work("data", "the teacher writes", (writes,), prepared=(count, rows.length[1]))
 
 
 def _without_responses(source: Any) -> bool:
