@@ -1,7 +1,7 @@
 """What a training takes, foretold: FLOPs beside published ones, claims checked, hours of published runs foretold from
 others.
 
-    python -m benchmarks.forecast [flops|claims|published|runs ...]
+    python -m benchmarks.forecast [flops|claims|published|runs [NAME ...] ...]
 
 ``flops``: FLOPs of a token in training, from a model's shapes, beside what Megatron-Bridge and NeMo publish: model
 TFLOP/s over tokens/s of a device, both to whole numbers, which leaves "rounded" open. Megatron-Bridge counts half of
@@ -13,7 +13,7 @@ routers.
 ``published``: device-hours of the 17 runs of the table, each foretold from runs without it; then without its whole
 family (the same makers, often the same machines). Bars are on the former; classes were drawn with the runs in view.
 
-``runs``: recipes planned, run and metered on this machine (``benchmarks/forecast_runs.py``).
+``runs``: recipes, or those that are named, planned, run and metered on this machine (``benchmarks/forecast_runs.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable
 from statistics import median
 
 from benchmarks.bars import Bars, run_parts
-from benchmarks.forecast_runs import runs
+from benchmarks.forecast_runs import RECIPES, runs
 from pennyweight.plan.claim import check
 from pennyweight.plan.claim_file import read_claim, shipped
 from pennyweight.plan.flops import Training, gating, training
@@ -127,4 +127,6 @@ def _shown(title: str, rows: tuple[Published, ...], group: Callable[[Published],
 
 
 if __name__ == "__main__":
-    run_parts({"flops": flops, "claims": claims, "published": foretold, "runs": runs}, sys.argv[1:])
+    names = [a for a in sys.argv[1:] if a in RECIPES]
+    known = {"flops": flops, "claims": claims, "published": foretold, "runs": lambda bars: runs(bars, names)}
+    run_parts(known, [a for a in sys.argv[1:] if a not in RECIPES])

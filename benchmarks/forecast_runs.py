@@ -2,10 +2,10 @@
 
 Each recipe is planned by ``pennyweight plan --on this``, in a process of its own, and then run, in another; both have
 an empty cache to themselves, so that the run finds what its plan has tried, and no teacher. Beside what was metered
-stand the time that was foretold, the one that the run told anew 20 steps, or a minute, after its first student began to
-train, and the same of the most memory; and the bytes of kept targets. Times are those of stages and what is between
-them, as the bill has them: the process's start and the drawing of the report are left out. Recipes are small, and of
-seven shapes.
+stand the time that was foretold, the one that the run told anew 20 steps (of a short training half of them), or a
+minute, after its first student began to train, and the same of the most memory, of a GPU that of its tensors; and the
+bytes of kept targets. Times are those of stages and what is between them, as the bill has them: the process's start and
+the drawing of the report are left out. Recipes are small, and of seven shapes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def runs(bars: Bars, names: Sequence[str] = ()) -> None:
         whole = sum(s["bill"]["whole"] for s in summaries)
         ends = {end: 3600 * h for end, h in plan["total"]["hours"].items()}
         taken = [st for s in summaries for st in s["stages"].values()]
-        peak = max(st["peak_device_memory_bytes"] or st["peak_memory_bytes"] or 0 for st in taken)
+        of = "peak_memory_bytes" if taken[0]["peak_device_memory_bytes"] is None else "peak_device_memory_bytes"
+        peak = max(st[of] or 0 for st in taken)
         again = _told_anew(plan["runs"], told)
         before.append(ends["middle"] / whole - 1)
         anew.append(again[0] / whole - 1)

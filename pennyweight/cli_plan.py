@@ -189,7 +189,8 @@ def _recipe(
     read = load(file, settings)
     place = Path("runs") / read.name
     recipes = {"": read} if isinstance(read, Recipe) else read.recipes(place)
-    found, made, machine, plans = {}, {}, _machine(known, on), []
+    device = next(iter(recipes.values())).compute.device
+    found, made, machine, plans = {}, {}, _machine(known, on, "cpu" if device.startswith("cpu") else None), []
     tried = _tried(read) if machine.measured else {}
     for stage, recipe in recipes.items():
         looked_at(recipe, length, place)
@@ -265,9 +266,10 @@ def _tried(read: Any) -> dict[str, Any]:
 
 
 class _machine:
-    """recipe, precision -> what it runs on; ``chip`` is None where that is this machine."""
+    """recipe, precision -> what it runs on; ``chip`` is None where that is this machine. ``device``: that is measured,
+    in place of the GPU that is there."""
 
-    def __init__(self, known: Any, on: str | None):
+    def __init__(self, known: Any, on: str | None, device: str | None = None):
         self.chip, self.devices, self.measured = None, 1, None
         if on is None:
             return
@@ -278,7 +280,7 @@ class _machine:
 
         from pennyweight.plan.measure import measure
 
-        self.measured = measure()
+        self.measured = measure(device)
         if self.measured.name.startswith("this machine"):
             return
         listed = known.called(self.measured.name)  # power and price are not measured

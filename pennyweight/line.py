@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,8 @@ class Line:
         """``reach`` of a training, whose length is foretold anew from its first ``_STEPS`` steps, or minute; of a short
         one from half of them."""
         began: list[tuple[int, float]] = []
-        enough = min(_STEPS, max(1, round(_SHARE * steps)))
+        each = getattr(self.recipe.method, "updates", 1)  # steps for what is written once
+        enough = each * math.ceil(min(_STEPS, max(1, math.ceil(_SHARE * steps))) / each)
 
         def reached(step: int, note: str) -> None:
             if self.allowance is not None:
@@ -139,8 +141,10 @@ class Line:
         come = self._retold[0](*self.foretold.parts, rows, stage, whole, took)
         seconds = self.run.meter.whole().seconds + left + come
         say(f"the run: {seconds:,.0f} s in all, by what was seen of it; {left + come:,.0f} s to go")
-        before = max(s.get("peak_device_memory_bytes") or s.get("peak_memory_bytes") or 0 for s in over.values())
-        now = peak(self.compute.device, False) or peak_memory()
+        now, of = peak(self.compute.device, False), "peak_device_memory_bytes"
+        if now is None:
+            now, of = peak_memory(), "peak_memory_bytes"
+        before = max(s.get(of) or 0 for s in over.values())
         most = self._retold[1](self.foretold.pace, stage, now, before)
         return {"whole_seconds": round(seconds, 3), "peak_memory_bytes": round(most)}
 

@@ -59,7 +59,9 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     by.scored(student)
     asked = recipe.evaluate.problems if bench.held_out.problems else 0
     if asked or METHODS[recipe.method.kind].rolls:
-        by.written("student", student, asked)
+        rolls = METHODS[recipe.method.kind].rolls
+        at_once = recipe.train.batch * getattr(recipe.method, "updates", 1) if rolls else 0
+        by.written("student", student, max(asked, at_once))
     if made if recipe.data.responses.by == "teacher" else asked:  # one at hand wrote the data
         by.written("teacher", bench.teacher, asked)
     rows = by.counted(recipe.data) or lengths(bench.encoded, recipe.train) | {"kept": kept}

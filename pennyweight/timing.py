@@ -32,6 +32,9 @@ from pennyweight.model.load import save
 from pennyweight.model.loaded import Loaded
 from pennyweight.model.student import from_shape
 from pennyweight.model.tokenizer import PAD_ID, train_tokenizer
+from pennyweight.plan.pace import DRAWING
+from pennyweight.plan.precision import of_linears
+from pennyweight.quant.linear import compute_in
 from pennyweight.recipe import (
     Data,
     FileData,
@@ -66,7 +69,8 @@ class Timing:
 
     def note(self, what: str, seconds: float, **of: Any) -> None:
         """``seconds`` for so many ``rows`` of ``length`` tokens and ``new`` ones."""
-        memory = peak(self.bench.compute.device, False) or peak_memory()
+        device = peak(self.bench.compute.device, False)
+        memory = peak_memory() if device is None else device
         self.timed.append({"what": what, "seconds": seconds, "memory": memory, **of})
         self.start_peaks()
 
@@ -78,12 +82,11 @@ class Timing:
         """A GPU makes its kernels ready when they are first asked for, once in a process: not what the rest takes."""
         if not self.on_gpu:
             return
-        began, some = time.perf_counter(), [Encoded("", tuple(range(8)), (True,) * 8)] * 32
+        some = [Encoded("", tuple(range(8)), (True,) * 8)] * 32
         score(some, [8] * 32, as_scorer(model, self.bench.compute.measuring), None, model.pad_id)
         if model.writes:
             how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": 16}
             generate(model.model, [list(some[0].ids)] * 64, max_tokens=8, batch=64, **how)
-        self.note("first", time.perf_counter() - began)
 
     def teacher(self, t: TrainedTeacher, held_out: float) -> None:
         problems = problems_of(t.tasks, t.seed, held_out)
@@ -99,7 +102,10 @@ class Timing:
         """The share of samples that is kept: those that are too long are not."""
         bench, d = self.bench, self.bench.recipe.data
         began = time.perf_counter()
-        sides, found = both_sides(self._gathered(d), d, self._writer, judge_sample, check_golds, bench.encode)
+        gathered = self._gathered(d)
+        if isinstance(d.source, TaskData):
+            began = time.perf_counter()  # a process that draws is told apart
+        sides, found = both_sides(gathered, d, self._writer, judge_sample, check_golds, bench.encode)
         took = time.perf_counter() - began
         for name, samples in sides.items():
             write_samples(self.folder / "data" / f"{name}.jsonl", samples)
@@ -132,7 +138,9 @@ class Timing:
         of = {"rows": len(gathered), "length": known["length"]}
         if isinstance(source, TaskData):
             (few, a), (many, b) = self.gathered[-2:]
-            start = max(0.0, a - few * (b - a) / (many - few)) if many > few else min(a, b)
+            start = min(a, b, DRAWING * len(source.tasks))  # where both drew as many
+            if many > few:
+                start = min(b, max(0.0, a - few * (b - a) / (many - few)))
             self.note("draw", start, tasks=len(source.tasks))
             self.note("prepare teacher", max(0.0, b - start) + encoding, **of)
             took = max(0.0, took - start)
@@ -157,15 +165,11 @@ class Timing:
         return Writer(*place, bench.recipe.seed, bench.counting, bench.asked_in, bench.recipe.data.too_long)
 
     def start(self) -> Loaded:
-        """The student as it would begin, saved and opened again: how long that takes is what opening takes."""
-        seed, place = self.bench.recipe.seeds[0], self.folder / "student"
-        model = self.bench.first_student(seed)
-        self.start_peaks()
-        began = time.perf_counter()
+        """The student as it would begin, saved and opened again."""
+        place = self.folder / "student"
+        model = self.bench.first_student(self.bench.recipe.seeds[0])
         save(model, self.bench.language.tokenizer, place, self.bench.student_dtype)
-        opened = self.bench.opened(place)
-        self.note("opening", (time.perf_counter() - began) / 2)
-        return opened
+        return self.bench.opened(place)
 
     def targets(self) -> float:
         """Bytes a token."""
@@ -201,6 +205,7 @@ class Timing:
         Args:
             plain: batches that nothing was made of.
         """
+        compute_in(model, s.precision, s.weights)
         shapes = _of_each_shape(plain, min(s.steps, _LOOKED))
         first = shapes[:_SHAPES]
         stamps, began = [time.perf_counter()], time.perf_counter()
@@ -233,7 +238,11 @@ class Timing:
         met = [] if self.on_gpu else [t - seconds for t in took[: len(first) - 1]]
         seconds += max(0.0, fmean(met or [0.0])) * len(shapes) / s.steps
         how = {"rows": s.batch, "rank": s.lora.rank if s.lora else 0, "recompute": s.gradient_checkpointing}
-        how |= {"micro": s.micro_batch or 0, "live": what == "kd" and self.bench.recipe.targets.kind == "dense"}
+        how |= {
+            "precision": of_linears(s.precision),
+            "micro": s.micro_batch or 0,
+            "live": what == "kd" and self.bench.recipe.targets.kind == "dense",
+        }
         self.note(f"train {what}", seconds, **mean_row(encoded) | how | padding(encoded, s))
 
     def scored(self, student: Loaded) -> None:
@@ -241,6 +250,7 @@ class Timing:
         encoded = [*bench.held_out.encoded, *bench.encoded][:_SCORED]
         spelt = learnt_bytes(encoded, student.tokenizer)
         reference = as_scorer(bench.teacher, compute) if bench.reference else None
+        self.start_peaks()  # what was trained is let go only now
         began = time.perf_counter()
         score(encoded, spelt, as_scorer(student, compute), reference, student.pad_id)
         self.note("score", time.perf_counter() - began, both=bool(reference), **mean_row(encoded))

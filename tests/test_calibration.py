@@ -10,12 +10,13 @@ from pennyweight.line import Line
 from pennyweight.model.device import choose
 
 
-def paced(monkeypatch, steps: int, first: int = 1, each: float = 2.0) -> list[tuple[str, dict]]:
+def paced(monkeypatch, steps: int, first: int = 1, each: float = 2.0, updates: int = 1) -> list[tuple[str, dict]]:
     """Entries of the ledger after a training of ``steps``, from ``first`` on, ``each`` seconds a step."""
     clock, entries, reached = [100.0], [], []
     monkeypatch.setattr(line.time, "monotonic", lambda: clock[0])
     held = object.__new__(Line)
     held.foretold = held.allowance = None
+    held.recipe = SimpleNamespace(method=SimpleNamespace(updates=updates))
     held.run = SimpleNamespace(ledger=SimpleNamespace(append=lambda kind, body: entries.append((kind, body))))
     reach = held.paced("kd-0", steps, lambda step, note: reached.append(step))
     for step in range(first, steps + 1):
@@ -40,7 +41,12 @@ def test_from_where_a_checkpoint_left_off(monkeypatch):
 
 
 def test_of_a_short_training_after_half_of_it(monkeypatch):
-    assert [[e["step"] for _, e in paced(monkeypatch, steps)] for steps in (4, 8, 21, 39)] == [[3], [5], [11], [21]]
+    assert [[e["step"] for _, e in paced(monkeypatch, steps)] for steps in (4, 8, 21, 39)] == [[3], [5], [12], [21]]
+
+
+def test_not_before_a_student_has_written_again(monkeypatch):
+    assert [e["step"] for _, e in paced(monkeypatch, 12, updates=8)] == [9]  # which it does before steps 1 and 9
+    assert [e["step"] for _, e in paced(monkeypatch, 100, updates=8)] == [25] and paced(monkeypatch, 8, updates=8) == []
 
 
 def test_not_where_nothing_is_left(monkeypatch):

@@ -58,7 +58,8 @@ SPREAD = {"measured": (0.75, 1.35), "shipped": (0.6, 2.0)}
 class Pace:
     """A device, and how fast it is taken to be. ``spread``: ends of a time by its middle; ``reason`` says so.
     ``factors``: how many times what the formulas have was taken when it was tried, by what was done
-    (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``); ``peaks``: the most bytes that
+    (``train kd``, ``targets``, ``score``, ``write student``, ``data``, ``prepare``, ``draw``; of a teacher ``train
+    teacher``, ``score teacher``, ``write teacher``, ``prepare teacher``); ``peaks``: the most bytes that
     each of these took; ``watts``: of the whole trial, where a counter told."""
 
     chip: Chip

@@ -59,7 +59,8 @@ class Pass:
 class Work:
     """A stage: what it does, in words, and its passes. ``bytes``: that it leaves on disk. ``opens``: times
     that a model is opened or saved, or that long for what else there is. ``sent``, ``got``: tokens of
-    prompts and responses, where a server writes. ``prepared``: rows that are drawn or read, and tokens of each;
+    prompts and responses, where a server writes. ``prepared``: rows that are drawn or read, and tokens of each
+    (of a trained teacher's problems as many of the data's as take as long);
     ``tasks``: kinds of problems that are drawn, each by a process."""
 
     stage: str

@@ -95,7 +95,8 @@ def reckon(recipe: Recipe, of: Subjects, rows: Rows, pace: Pace, price: PriceRan
     total["disk"] = _added([*filter(None, [total.get("disk")]), _ends(beside(recipe, of))])
     total["memory"] = max((s["memory"] for s in stages if s["memory"]), key=lambda m: m["high"], default=None)
     if pace.peak is not None:  # what the process takes was seen, which no formula knows better
-        total["memory"] = _ends((pace.peak, pace.grown(pace.peak, "before"), 1.25 * pace.peak))
+        most = pace.grown(pace.peak, "before")
+        total["memory"] = _ends((pace.peak, most, max(1.25 * pace.peak, 2 * most - pace.peak)))
     return {
         "name": recipe.name,
         "method": recipe.method.kind,
@@ -291,5 +292,7 @@ def _reasons(recipe: Recipe, rows: Rows, pace: Pace, price: PriceRange | None) -
     else:
         out["money"] = "no price of this machine is known: give one with --price, or budget.usd_per_hour"
     out["memory"] = "rows of a mean batch, and of data.context at the high end; within 10 % for rows of a length"
+    if pace.peak is not None:
+        out["memory"] += "; in all by what the recipe took when it was tried here"
     out["disk"] = SAID
     return out

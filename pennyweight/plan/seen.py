@@ -24,9 +24,10 @@ from pennyweight.version import __version__
 Seen = Mapping[str, Any]
 """``rehearsal.rehearse``'s, of one recipe"""
 
+_FORMAT = 2  # of what is kept of a trial; of another one nothing is read
 _TELLING = 0.5  # seconds of a stage that tell how long others of its kind take
 
-_PAST = ("prepare", "prepare teacher", "draw", "opening", "first", "data", "targets", "train teacher")
+_PAST = ("prepare", "prepare teacher", "draw", "data", "targets", "train teacher")
 """What is over when students train."""
 
 TRIED = (0.8, 1.3)
@@ -66,8 +67,8 @@ def retold(
     over: Mapping[str, float],
 ) -> float:
     """Seconds of the stages that are still to come after ``stage``, told by what is known once it trains: how long rows
-    are, and what its training takes. Where the recipe was tried before, by what it took then: other trainings are as
-    many times off as this one.
+    are, and what its training takes. Where the recipe was tried before, by what it took then: of other trainings the
+    geometric middle of that and of as many times as this one is off.
 
     Args:
         recipe, of, rows, pace: as they were taken before the run.
@@ -80,7 +81,8 @@ def retold(
     said = {w.stage: sum(pace.factor(w.stage, p) * pace.seconds(p, 1) for p in w.passes) for w in each}
     factor = seconds / said[stage] if said.get(stage) else 1.0
     if pace.factors:
-        factors = {k: v * factor if k.startswith("train ") else v for k, v in pace.factors.items()}
+        # Both the trial and these steps are a few seconds of a machine that others use as well: their middle counts.
+        factors = {k: v * factor**0.5 if k.startswith("train ") else v for k, v in pace.factors.items()}
     else:
         times = {s: over[s] / said[s] for s in ("data", "targets") if said.get(s) and over.get(s, 0.0) > _TELLING}
         # A training tells of the machine and of its own formula alike: what is written goes by the former only.
@@ -114,8 +116,6 @@ def seen_pace(pace: Pace, of: Subjects, seen: Seen) -> Pace:
 def _said(pace: Pace, of: Subjects, timed: Seen) -> float:
     """Seconds that the formulas have for what was timed; 0 where they have none for it."""
     what = timed["what"]
-    if what in ("opening", "first"):
-        return 0.0
     if what == "draw":
         return DRAWING * timed["tasks"]
     if what.startswith("prepare"):
@@ -142,7 +142,9 @@ def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
     at_once = min(timed["rows"], most)
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
-    how["distilled"] = what.removeprefix("train ") in ("kd", "on_policy", "offline")  # as plan/work.py has it
+    how["precision"] = timed.get("precision", "")
+    # As plan/work.py has it: a teacher's pass beside the steps is none.
+    how["distilled"] = kind == "train" and what.removeprefix("train ") in ("kd", "on_policy", "offline")
     how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0), "micro": timed.get("micro", 0)}
     return Pass(kind, shapes, (steps,) * 3, at_once, ends, (new,) * 3, **how)  # type: ignore[arg-type]
 
@@ -190,7 +192,7 @@ def trial_of(recipe: Recipe) -> Trial | None:
 
 def _place_of(recipe: Recipe) -> Path:
     whole = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in ("name", "log", "budget")}
-    return cache() / "trials" / f"{sha256_json([__version__, platform.node(), _by_what_it_is(whole)])}.json"
+    return cache() / "trials" / f"{sha256_json([__version__, _FORMAT, platform.node(), _by_what_it_is(whole)])}.json"
 
 
 def _by_what_it_is(part: Any) -> Any:

@@ -165,12 +165,13 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         return Work("data", "draws problems", opens=0, prepared=drawn, tasks=len(source.tasks))
     else:
         return Work("data", "reads rows", prepared=(rows.train + rows.held_out, rows.length[1]))
+    tasks = len(source.tasks) if isinstance(source, TaskData) else 0
     if of.teacher is None:
         sent, got = (tuple(count * n for n in ends) for ends in (prompt, new))
         return Work("data", "a server writes", sent=sent, got=got)  # type: ignore[arg-type]
     steps = _always(max(1.0, count / _WRITTEN_AT_ONCE))
     writes = Pass("write", of.teacher, steps, min(count, _WRITTEN_AT_ONCE), prompt, new, who="teacher")
-    return Work("data", "the teacher writes", (writes,), prepared=(count, rows.length[1]))
+    return Work("data", "the teacher writes", (writes,), prepared=(count, rows.length[1]), tasks=tasks)
 
 
 def _without_responses(source: Any) -> bool:
