@@ -21,6 +21,12 @@ from test_report_scatter import with_copies
 from pennyweight.cli import main
 from pennyweight.errors import RecipeError
 from pennyweight.meter.bill import per_point
+from pennyweight.plan.pace import on_this
+from pennyweight.plan.reckon import reckon
+from pennyweight.plan.seen import seen_pace
+from pennyweight.plan.subjects import subjects_of
+from pennyweight.plan.work import rows_of
+from pennyweight.recipe_file import load
 from pennyweight.report.chain_page import (
     chain_bill,
     chain_headline,
@@ -189,6 +195,16 @@ def test_the_page_of_a_chain(no_charts):
     found |= {"version": "0.1.0", "peak_memory_bytes": 1e9}
     page = KO.page(render_chain(found))
     assert left_in_english(texts(page), "Pennyweight sft") == [] and 'href="a/report.html">a</a>' in page
+
+
+def test_reasons_of_a_recipe_that_was_tried():
+    recipe = load(Path(__file__).parent / "tiny.toml")
+    of = subjects_of(recipe)
+    step = {"what": "train sft", "seconds": 1.0, "memory": 7e8, "rows": 8, "length": 40.0}
+    pace = seen_pace(on_this(None, 1, False), of, {"timed": [step], "watts": 50.0})
+    reasons = reckon(recipe, of, rows_of(recipe), pace, None)["reasons"]
+    assert "50 W" in reasons["kwh"] and "tried here" in reasons["memory"]
+    assert left_in_english([KO(r) for r in reasons.values()], "data context trained budget usd_per_hour price") == []
 
 
 def test_what_a_model_will_take(capsys, monkeypatch, tmp_path):
