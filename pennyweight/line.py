@@ -108,7 +108,7 @@ class Line:
         one from half of them."""
         began: list[tuple[int, float]] = []
         each = getattr(self.recipe.method, "updates", 1)  # steps for what is written once
-        enough = each * math.ceil(min(_STEPS, max(1, math.ceil(_SHARE * steps))) / each)
+        enough = each * math.ceil(min(_STEPS, _SHARE * steps) / each)
 
         def reached(step: int, note: str) -> None:
             if self.allowance is not None:

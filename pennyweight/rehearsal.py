@@ -32,7 +32,8 @@ from pennyweight.timing import Timing
 
 def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What was seen of one recipe: ``rows`` (how long, and how many where all were read), ``timed`` by what was done,
-    ``bytes_per_token`` of targets by a teacher that is there already, ``vocabulary``; empty where a server teaches.
+    ``bytes_per_token`` of targets by a teacher that is there already, ``watts`` where a counter tells, ``vocabulary``;
+    empty where a server teaches.
 
     Args:
         folder: gets models that stand in for those that the run would make: ``teacher`` and ``student``.
@@ -58,9 +59,9 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
         by.arm(arm)
     by.scored(student)
     asked = recipe.evaluate.problems if bench.held_out.problems else 0
-    if asked or METHODS[recipe.method.kind].rolls:
-        rolls = METHODS[recipe.method.kind].rolls
-        at_once = recipe.train.batch * getattr(recipe.method, "updates", 1) if rolls else 0
+    rolls = METHODS[recipe.method.kind].rolls
+    at_once = recipe.train.batch * getattr(recipe.method, "updates", 1) if rolls else 0
+    if asked or rolls:
         by.written("student", student, max(asked, at_once))
     if made if recipe.data.responses.by == "teacher" else asked:  # one at hand wrote the data
         by.written("teacher", bench.teacher, asked)

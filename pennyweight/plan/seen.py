@@ -15,7 +15,7 @@ from pennyweight.atomic import write_whole
 from pennyweight.plan.hardware import Chip, Figure
 from pennyweight.plan.pace import DRAWING, Pace
 from pennyweight.plan.passes import Pass, Subjects
-from pennyweight.plan.work import ENCODED_ONLY, Rows, works
+from pennyweight.plan.work import DISTILLED, ENCODED_ONLY, Rows, works
 from pennyweight.recipe import Recipe
 from pennyweight.records import sha256_json
 from pennyweight.teacher.store import cache
@@ -143,8 +143,7 @@ def _pass(timed: Seen, who: str, shapes: Any, kind: str = "") -> Pass:
     steps = timed["rows"] / at_once
     how = {"rank": timed.get("rank", 0), "recompute": timed.get("recompute", False), "who": who}
     how["precision"] = timed.get("precision", "")
-    # As plan/work.py has it: a teacher's pass beside the steps is none.
-    how["distilled"] = kind == "train" and what.removeprefix("train ") in ("kd", "on_policy", "offline")
+    how["distilled"] = kind == "train" and what.removeprefix("train ") in DISTILLED
     how |= {"learnt": timed.get("learnt", 1.0), "padded": timed.get("padded", 1.0), "micro": timed.get("micro", 0)}
     return Pass(kind, shapes, (steps,) * 3, at_once, ends, (new,) * 3, **how)  # type: ignore[arg-type]
 

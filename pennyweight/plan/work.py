@@ -120,6 +120,9 @@ def works(recipe: Recipe, of: Subjects, rows: Rows) -> list[Work]:
     return [*out, *_evaluations(recipe, of, rows, list(methods))]
 
 
+DISTILLED = ("kd", "on_policy", "offline")
+"""Arms that learn a teacher's distribution."""
+
 ENCODED_ONLY = 0.55
 """What a problem of a teacher that is trained takes, as times one of the data's, which is judged and divided, too."""
 
@@ -165,12 +168,12 @@ def _data(recipe: Recipe, of: Subjects, rows: Rows) -> Work | None:
         return Work("data", "draws problems", opens=0, prepared=drawn, tasks=len(source.tasks))
     else:
         return Work("data", "reads rows", prepared=(rows.train + rows.held_out, rows.length[1]))
-    tasks = len(source.tasks) if isinstance(source, TaskData) else 0
     if of.teacher is None:
         sent, got = (tuple(count * n for n in ends) for ends in (prompt, new))
         return Work("data", "a server writes", sent=sent, got=got)  # type: ignore[arg-type]
     steps = _always(max(1.0, count / _WRITTEN_AT_ONCE))
     writes = Pass("write", of.teacher, steps, min(count, _WRITTEN_AT_ONCE), prompt, new, who="teacher")
+    tasks = len(source.tasks) if isinstance(source, TaskData) else 0
     return Work("data", "the teacher writes", (writes,), prepared=(count, rows.length[1]), tasks=tasks)
 
 
@@ -242,7 +245,7 @@ def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
     s, student, size = recipe.train, of.student, _always(4.0 * of.student.parameters)
     m, name = recipe.method, f"{arm}-{seed}"
     if arm in ("sft", "kd"):
-        passes = [_trained(student, s, rows.length, rows, distilled=arm == "kd")]
+        passes = [_trained(student, s, rows.length, rows, distilled=arm in DISTILLED)]
         if arm == "kd" and recipe.targets.kind == "dense" and of.teacher is not None:
             passes.append(_live(of.teacher, s, rows.length, rows))
         return Work(name, f"trains by {arm}", tuple(passes), size)
@@ -268,7 +271,7 @@ def _arm(recipe: Recipe, of: Subjects, rows: Rows, arm: str, seed: int) -> Work:
         if getattr(m, "kl", 0.0):
             passes.append(_live(student, s, whole, rows))  # the start, that is held on to
     return Work(
-        name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows, None, arm != "grpo")), size
+        name, f"writes and trains by {arm}", (*passes, _trained(student, s, whole, rows, None, arm in DISTILLED)), size
     )
 
 
