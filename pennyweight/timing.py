@@ -52,6 +52,7 @@ _READ = 5000  # rows that are read at most, to know how many there are of each s
 _SCORED, _WRITTEN = 64, (64, 512)  # rows scored; written where no problems are asked, and at the most
 _SHAPES = 16  # of batches that are met first, since kernels are made, and kept, for each
 _LOOKED = 64  # steps in which they are looked for
+_TO_THE_END = 4.0  # seconds that a row may take which is written on to the limit
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
 
 
@@ -272,14 +273,23 @@ class Timing:
         began = time.perf_counter()
         how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
         generate(model.model, prompts, max_tokens=most, batch=256, **how)
+        took, to_the_end = time.perf_counter() - began, self.bench.recipe.evaluate.max_tokens
+        if max(most) < to_the_end and took * to_the_end < _TO_THE_END * max(most):
+            # A model that does not find its end writes on to the limit, which takes more memory: here in one row.
+            most_of_all = [to_the_end] + [1] * (count - 1)
+            generate(model.model, prompts, max_tokens=most_of_all, batch=256, **how)
         length, new = fmean(map(len, prompts)), fmean(most)
-        self.note(f"write {who}", time.perf_counter() - began, rows=count, length=length, new=new)
+        self.note(f"write {who}", took, rows=count, length=length, new=new)
 
 
 def _of_each_shape(batches: Callable[[int], list[Batch]], steps: int) -> list[int]:
-    """The first steps that have a shape each; before them that of the most tokens, which takes the most memory."""
-    found: dict[tuple[Any, ...], int] = {}
+    """Steps that have a shape of a batch which those before them here have not. The first is that of the most tokens,
+    which takes the most memory."""
+    shapes = [{tuple(b.ids.shape) for b in batches(step)} for step in range(steps)]
+    largest = max(range(steps), key=lambda step: max((rows * width for rows, width in shapes[step]), default=0))
+    found, met = [largest], shapes[largest]
     for step in range(steps):
-        found.setdefault(tuple(tuple(b.ids.shape) for b in batches(step)), step)
-    largest = max(found, key=lambda shape: max((rows * width for rows, width in shape), default=0))
-    return [found.pop(largest), *found.values()]
+        if shapes[step] - met:
+            found.append(step)
+            met = met | shapes[step]
+    return found

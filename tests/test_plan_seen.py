@@ -9,6 +9,7 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pennyweight.data.sources import read
 from pennyweight.errors import RecipeError
@@ -181,6 +182,14 @@ def test_the_start_of_drawing_is_told_apart_from_what_each_row_takes(tmp_path, m
     assert told["draw"]["seconds"] == pytest.approx(start if size > 512 else 1.2, abs=1e-3)
     assert told["prepare teacher"]["seconds"] > drew[1][1] - told["draw"]["seconds"] - 1e-6
     assert told["draw"]["tasks"] == 1 and told["prepare"]["seconds"] >= 0
+
+
+def test_a_trial_meets_the_largest_batch_first_and_then_each_shape_once():
+    from pennyweight.timing import _of_each_shape
+
+    sizes = [[(8, 32), (2, 16)], [(8, 32)], [(8, 64), (8, 32)], [(2, 16)], [(3, 16), (8, 32)], [(3, 16), (8, 64)], []]
+    steps = [[SimpleNamespace(ids=torch.empty(shape)) for shape in step] for step in sizes]
+    assert _of_each_shape(steps.__getitem__, len(steps)) == [2, 0, 4]
 
 
 def test_rows_take_as_long_to_prepare_as_those_that_were_timed():

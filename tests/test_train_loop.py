@@ -214,3 +214,15 @@ def test_rows_are_filled_up_to_few_widths_and_by_little():
     for low in (16, 64, 1024):
         assert len({w for w in widths if low < w <= 2 * low}) == 16
     assert [round_width(w) for w in widths] == widths
+
+
+def test_packed_rows_have_few_widths_and_lose_nothing():
+    data = samples(400)
+    batches = [b for step in range(25) for b in Packer(data, 16, 4, 0, 0, pack=True, context=64)(step)]
+    assert len({b.ids.shape[1] for b in batches}) > 1
+    assert {b.ids.shape[1] for b in batches} <= {8 * n for n in range(1, 9)}
+    for b in batches:
+        learnt = [t for s in b.placed for t, m in zip(s.ids[1:], s.mask[1:], strict=True) if m]
+        assert b.loss_labels.tolist() == learnt
+    longer = Packer(data, 16, 4, 0, 0, pack=True, context=10)(0)  # than the context is many a sample
+    assert sum(b.count for b in longer) == sum(len(s.loss_positions) for b in longer for s in b.placed)

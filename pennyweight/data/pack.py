@@ -17,6 +17,7 @@ from pennyweight.records import Encoded
 from pennyweight.settings import Schedule
 
 IGNORE = -100
+_PARTS = 8  # of the context, to which rows that several samples share are filled up
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def collate(rows: list[list[Encoded]], pad_id: int, length: int | None = None) -
     model that is given them and no mask keeps samples of one row blind to each other. In a row of one sample the
     padding continues its positions, which no earlier token can see.
     """
-    width = length or round_width(max(1, *(sum(len(s.ids) - 1 for s in row) for row in rows)))
+    width = length or round_width(_width(rows))
     ids = torch.full((len(rows), width), pad_id)
     positions = torch.zeros((len(rows), width), dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORE)
@@ -94,6 +95,11 @@ def collate(rows: list[list[Encoded]], pad_id: int, length: int | None = None) -
             start = end
         positions[r, start:] = torch.arange(width - start) + (start if len(row) == 1 else 0)
     return Batch(ids, positions, labels, tuple(s for row in rows for s in row))
+
+
+def _width(rows: list[list[Encoded]]) -> int:
+    """Positions of the longest row."""
+    return max(1, *(sum(len(s.ids) - 1 for s in row) for row in rows))
 
 
 def round_width(width: int) -> int:
@@ -163,10 +169,18 @@ class Packer:
         else:
             rows = [[s] for s in sorted(chosen, key=lambda s: len(s.ids))]
         mine = rows if self.ranks == 1 else dealt(rows, self.ranks)[self.rank]
-        batches = [collate(mine[a : a + self.micro], self.pad_id) for a in range(0, len(mine), self.micro)]
+        batches = [self._laid(mine[a : a + self.micro]) for a in range(0, len(mine), self.micro)]
         most = -(-len(rows) // self.ranks)  # rows of a process
         spare = -(-most // self.micro) - len(batches)
-        return batches + [replace(collate(rows[:1], self.pad_id), spare=True)] * spare
+        return batches + [replace(self._laid(rows[:1]), spare=True)] * spare
+
+    def _laid(self, rows: list[list[Encoded]]) -> Batch:
+        """Rows as a batch. Packed ones also differ in their number, so that they have fewer widths: most are full, and
+        1 to 2 % more tokens are few shapes (``round_width``) less."""
+        if not self.pack:
+            return collate(rows, self.pad_id)
+        part = max(1, self.context // _PARTS)
+        return collate(rows, self.pad_id, -(-_width(rows) // part) * part)
 
     def _at(self, index: int) -> Encoded:
         epoch, place = divmod(index, len(self.samples))

@@ -12,6 +12,7 @@ from typing import Any
 from pennyweight.evaluate.agreement import Routed, Scored, as_scorer, score
 from pennyweight.evaluate.held_out import HeldOut
 from pennyweight.evaluate.intervals import wilson
+from pennyweight.meter.peak import give_back
 from pennyweight.model.device import Compute
 from pennyweight.model.generate import Generated, generate
 from pennyweight.model.loaded import Loaded, text_of
@@ -70,6 +71,7 @@ def examine(
         found.metrics["agreement_parent"] = beside.per_token("same", sampling.seed)
     if isinstance(loaded, Loaded) and not loaded.writes:
         return found
+    give_back()  # scoring is done with its memory, and writing begins with none of it
     if held_out.problems:
         asked = list(zip(held_out.problems, held_out.prompts, strict=True))
         found.outputs = _solve(found, "", loaded, asked, judge, sampling, progress)

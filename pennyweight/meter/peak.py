@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 
 
-def start_peak() -> None:
-    """Give back what is no longer used, and start the peak anew, each where the system can (Linux).
+def give_back() -> None:
+    """Give the system what is no longer used, where it can take it (glibc).
 
     What an allocator keeps for later would else be part of the peak of everything that comes after.
     """
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # of glibc, malloc_trim(3)
+        ctypes.CDLL(None).malloc_trim(0)  # malloc_trim(3)
+
+
+def start_peak() -> None:
+    """Give back what is no longer used, and start the peak anew, where the system can (Linux)."""
+    give_back()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

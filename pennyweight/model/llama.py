@@ -178,15 +178,15 @@ class LlamaRows:
         if asked == old or (asked < old and not self.plain):
             return
         self.room = asked if self.plain else max(asked, 2 * old)
-        like, shape = self.embedding, (2, self.rows, self.k, self.room, self.d)
-        stored = [like.new_zeros(shape) for _ in self.blocks]
+        like, shape, kept = self.embedding, (2, self.rows, self.k, self.room, self.d), min(old, self.room)
         bias = like.new_full((self.rows, self.k if self.plain else 1, 1, self.room), -torch.inf)
         if old:
-            kept = min(old, self.room)
             bias[..., :kept] = self.bias[..., :kept]
-            for new, before in zip(stored, self.cache, strict=True):
-                new[..., :kept, :] = before[..., :kept, :]
-        self.cache, self.bias, self.looked_at = stored, bias, ()
+        self.bias, self.looked_at, self.views = bias, (), []  # views would keep each layer that is let go here
+        self.cache = self.cache if old else [like[:0, :1]] * len(self.blocks)
+        for i, now in enumerate(self.cache):
+            self.cache[i] = like.new_zeros(shape)
+            self.cache[i][..., :kept, :] = now[..., :kept, :]
         self.cos, self.sin = _angles(self.rotary, self.room, like)
         slots = torch.arange(2 * self.rows * self.k, device=like.device).view(2, self.rows, self.k) * self.room
         self.places = slots.transpose(0, 1).flatten(1)  # (rows, 2 K): where each row's keys, then its values, begin
