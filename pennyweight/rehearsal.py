@@ -61,10 +61,14 @@ def rehearse(recipe: Recipe, folder: Path) -> dict[str, Any]:
     asked = recipe.evaluate.problems if bench.held_out.problems else 0
     rolls = METHODS[recipe.method.kind].rolls
     at_once = recipe.train.batch * getattr(recipe.method, "updates", 1) if rolls else 0
+    limit = recipe.evaluate.max_tokens if asked else 1
     if asked or rolls:
-        by.written("student", student, max(asked, at_once))
-    if made if recipe.data.responses.by == "teacher" else asked:  # one at hand wrote the data
-        by.written("teacher", bench.teacher, asked)
+        longest = getattr(recipe.method, "max_tokens", 1) if rolls else 1
+        by.written("student", student, max(asked, at_once), max(limit, longest))
+    responses = recipe.data.responses
+    if made if responses.by == "teacher" else asked:  # one at hand wrote the data
+        longest = responses.max_tokens if responses.by == "teacher" else 1
+        by.written("teacher", bench.teacher, asked, max(limit, longest))
     rows = by.counted(recipe.data) or lengths(bench.encoded, recipe.train) | {"kept": kept}
     joules = counters.joules().get("cpu" if gpu is None else "gpu")
     return {

@@ -52,7 +52,7 @@ _READ = 5000  # rows that are read at most, to know how many there are of each s
 _SCORED, _WRITTEN = 64, (64, 512)  # rows scored; written where no problems are asked, and at the most
 _SHAPES = 16  # of batches that are met first, since kernels are made, and kept, for each
 _LOOKED = 64  # steps in which they are looked for
-_TO_THE_END = 4.0  # seconds that a row may take which is written on to the limit
+_TO_THE_LIMIT = 4.0  # seconds, about, that rows may take which are written on to the limit
 _SECONDS, _LEAST, _MOST, _PATIENCE = 1.5, 4, 60, 30.0  # of a training that is timed, and its steps; at the most
 
 
@@ -260,9 +260,10 @@ class Timing:
             score(encoded, spelt, reference, None, student.pad_id)
             self.note("score teacher", time.perf_counter() - began, **mean_row(encoded))
 
-    def written(self, who: str, model: Loaded, asked: int) -> None:
+    def written(self, who: str, model: Loaded, asked: int, limit: int) -> None:
         """Rows written from the prompts there are, as many tokens as their responses have, as an evaluation of so many
-        problems has them."""
+        problems has them; where that takes seconds, once more up to the ``limit`` of tokens, for the memory that models
+        take which do not find their end."""
         count = min(asked or _WRITTEN[0], _WRITTEN[1])
         samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:count]
         if not samples or not model.writes:
@@ -273,11 +274,9 @@ class Timing:
         began = time.perf_counter()
         how = {"temperature": 1.0, "eos_ids": set(), "pad_id": model.pad_id, "seed": 0, "context": self.bench.context}
         generate(model.model, prompts, max_tokens=most, batch=256, **how)
-        took, to_the_end = time.perf_counter() - began, self.bench.recipe.evaluate.max_tokens
-        if max(most) < to_the_end and took * to_the_end < _TO_THE_END * max(most):
-            # A model that does not find its end writes on to the limit, which takes more memory: here in one row.
-            most_of_all = [to_the_end] + [1] * (count - 1)
-            generate(model.model, prompts, max_tokens=most_of_all, batch=256, **how)
+        took, limit = time.perf_counter() - began, min(limit, self.bench.context)
+        if max(most) < limit and took * limit < _TO_THE_LIMIT * max(most):
+            generate(model.model, prompts, max_tokens=limit, batch=256, **how)
         length, new = fmean(map(len, prompts)), fmean(most)
         self.note(f"write {who}", took, rows=count, length=length, new=new)
 

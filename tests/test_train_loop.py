@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pennyweight.data.pack import IGNORE, Packer, collate, first_fit, round_width
+from pennyweight.data.pack import IGNORE, Packer, collate, first_fit, order, round_width
 from pennyweight.errors import LedgerError, Tripped
 from pennyweight.loss.divergence import DIVERGENCES, Divergence
 from pennyweight.loss.signals import Dense
@@ -214,15 +214,24 @@ def test_rows_are_filled_up_to_few_widths_and_by_little():
     for low in (16, 64, 1024):
         assert len({w for w in widths if low < w <= 2 * low}) == 16
     assert [round_width(w) for w in widths] == widths
+    fewer = [round_width(n, 4) for n in range(1, 5000)]
+    assert all(0 <= w - n <= n / 4 for n, w in enumerate(fewer, 1))
+    assert len({w for w in fewer if 64 < w <= 128}) == 4
 
 
-def test_packed_rows_have_few_widths_and_lose_nothing():
+@pytest.mark.parametrize("context", [10, 64, 100, 250, 1003])
+def test_packed_rows_have_few_widths_and_lose_nothing(context):
     data = samples(400)
-    batches = [b for step in range(25) for b in Packer(data, 16, 4, 0, 0, pack=True, context=64)(step)]
-    assert len({b.ids.shape[1] for b in batches}) > 1
-    assert {b.ids.shape[1] for b in batches} <= {8 * n for n in range(1, 9)}
+    pack = Packer(data, 64, 4, 0, 0, pack=True, context=context)
+    steps = [pack(step) for step in range(12)]
+    for number, step in enumerate(steps):
+        asked = [data[int(order(len(data), 0, i // 400)[i % 400])].id for i in range(64 * number, 64 * number + 64)]
+        assert sorted(s.id for b in step for s in b.placed) == sorted(asked)
+    batches = [b for step in steps for b in step]
     for b in batches:
+        width = b.ids.shape[1]
+        assert width <= max(context, *(len(s.ids) for s in data))  # never past the context, but for a sample that is
+        assert width <= 1.25 * (1 + (b.labels != IGNORE).nonzero()[:, 1].max())  # a label is a sample's last token
         learnt = [t for s in b.placed for t, m in zip(s.ids[1:], s.mask[1:], strict=True) if m]
         assert b.loss_labels.tolist() == learnt
-    longer = Packer(data, 16, 4, 0, 0, pack=True, context=10)(0)  # than the context is many a sample
-    assert sum(b.count for b in longer) == sum(len(s.loss_positions) for b in longer for s in b.placed)
+    assert len({b.ids.shape[1] for b in batches}) <= 8

@@ -17,7 +17,6 @@ from pennyweight.records import Encoded
 from pennyweight.settings import Schedule
 
 IGNORE = -100
-_PARTS = 8  # of the context, to which rows that several samples share are filled up
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,14 @@ def _width(rows: list[list[Encoded]]) -> int:
     return max(1, *(sum(len(s.ids) - 1 for s in row) for row in rows))
 
 
-def round_width(width: int) -> int:
-    """The next of sixteen widths to each doubling: 6 % more at the most.
+def round_width(width: int, widths: int = 16) -> int:
+    """The next of sixteen widths to each doubling: 6 % more at the most. ``widths``: a power of two, where it is not
+    sixteen.
 
     Libraries keep kernels for every shape they have met, about 9 MB for each of a small model in bfloat16 on a CPU, and
     let none of them go; widths that differ by a token each would fill the memory with them.
     """
-    step = max(1, 1 << (width.bit_length() - 5)) if width > 16 else 1
+    step = max(1, (1 << (width.bit_length() - 1)) // widths)
     return -(-width // step) * step
 
 
@@ -175,12 +175,12 @@ class Packer:
         return batches + [replace(self._laid(rows[:1]), spare=True)] * spare
 
     def _laid(self, rows: list[list[Encoded]]) -> Batch:
-        """Rows as a batch. Packed ones also differ in their number, so that they have fewer widths: most are full, and
-        1 to 2 % more tokens are few shapes (``round_width``) less."""
+        """Rows as a batch. Packed batches already differ in their number of rows, so that they have fewer widths; a
+        row is longer than the context only where a sample is."""
         if not self.pack:
             return collate(rows, self.pad_id)
-        part = max(1, self.context // _PARTS)
-        return collate(rows, self.pad_id, -(-_width(rows) // part) * part)
+        width = _width(rows)
+        return collate(rows, self.pad_id, min(round_width(width, 4), max(self.context, width)))
 
     def _at(self, index: int) -> Encoded:
         epoch, place = divmod(index, len(self.samples))

@@ -71,7 +71,8 @@ def examine(
         found.metrics["agreement_parent"] = beside.per_token("same", sampling.seed)
     if isinstance(loaded, Loaded) and not loaded.writes:
         return found
-    give_back()  # scoring is done with its memory, and writing begins with none of it
+    if held_out.problems or held_out.harder or held_out.openings:
+        give_back()  # main memory that scoring is done with would count towards the peak of writing
     if held_out.problems:
         asked = list(zip(held_out.problems, held_out.prompts, strict=True))
         found.outputs = _solve(found, "", loaded, asked, judge, sampling, progress)

@@ -182,8 +182,8 @@ class LlamaRows:
         bias = like.new_full((self.rows, self.k if self.plain else 1, 1, self.room), -torch.inf)
         if old:
             bias[..., :kept] = self.bias[..., :kept]
-        self.bias, self.looked_at, self.views = bias, (), []  # views would keep each layer that is let go here
-        self.cache = self.cache if old else [like[:0, :1]] * len(self.blocks)
+        self.bias, self.looked_at, self.views = bias, (), []  # views would keep all old layers until the last is copied
+        self.cache = self.cache if old else [like.new_zeros(2, self.rows, self.k, 0, self.d)] * len(self.blocks)
         for i, now in enumerate(self.cache):
             self.cache[i] = like.new_zeros(shape)
             self.cache[i][..., :kept, :] = now[..., :kept, :]
