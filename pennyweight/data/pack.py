@@ -175,12 +175,13 @@ class Packer:
         return batches + [replace(self._laid(rows[:1]), spare=True)] * spare
 
     def _laid(self, rows: list[list[Encoded]]) -> Batch:
-        """Rows as a batch. Packed batches already differ in their number of rows, so that they have fewer widths; a
-        row is longer than the context only where a sample is."""
+        """Rows as a batch. Packed batches already differ in their number of rows, so that they have fewer widths; none
+        is filled up past the context."""
         if not self.pack:
             return collate(rows, self.pad_id)
         width = _width(rows)
-        return collate(rows, self.pad_id, min(round_width(width, 4), max(self.context, width)))
+        filled = round_width(width, 4)
+        return collate(rows, self.pad_id, min(filled, self.context) if width <= self.context else filled)
 
     def _at(self, index: int) -> Encoded:
         epoch, place = divmod(index, len(self.samples))
