@@ -192,6 +192,24 @@ def test_a_trial_meets_the_largest_batch_first_and_then_each_shape_once():
     assert _of_each_shape(steps.__getitem__, len(steps)) == [2, 0, 4]
 
 
+@pytest.mark.parametrize(
+    "seconds,limit,written", [(4.0, 1000, [[5, 7], 64]), (0.0, 1000, [[5, 7]]), (4.0, 7, [[5, 7]])]
+)
+def test_rows_are_written_up_to_the_limit_where_that_takes_seconds(tmp_path, monkeypatch, seconds, limit, written):
+    from pennyweight import timing
+
+    asked = []
+    monkeypatch.setattr(timing, "_TO_THE_LIMIT", seconds)
+    monkeypatch.setattr(timing, "generate", lambda model, prompts, max_tokens, **how: asked.append(max_tokens))
+    monkeypatch.setattr(timing, "read_samples", lambda file: [SimpleNamespace(prompt="?")] * 9)
+    monkeypatch.setattr(timing, "prompt_ids", lambda sample, tokenizer: [1, 2, 3])
+    rows = [SimpleNamespace(loss_positions=range(n)) for n in (5, 7)]
+    by = timing.Timing(SimpleNamespace(folder=tmp_path, compute=choose("cpu", "float32"), encoded=rows, context=64))
+    by.written("student", SimpleNamespace(model=None, tokenizer=None, writes=True, pad_id=0), 2, limit)
+    assert asked == written
+    assert [(t["rows"], t["length"], t["new"]) for t in by.timed] == [(2, 3.0, 6.0)]
+
+
 def test_rows_take_as_long_to_prepare_as_those_that_were_timed():
     pace, of = parts()[3], parts()[1]
     work = Work("data", "reads rows", opens=0, prepared=(1000.0, 50.0))
