@@ -262,8 +262,8 @@ class Timing:
 
     def written(self, who: str, model: Loaded, asked: int, limit: int) -> None:
         """Rows written from the prompts there are, as many tokens as their responses have, as an evaluation of so many
-        problems has them; where that takes seconds, once more up to the ``limit`` of tokens, for the memory that models
-        take which do not find their end."""
+        problems has them; where that takes no more than seconds, again up to the ``limit`` of tokens, for the memory
+        that models take which do not find their end."""
         count = min(asked or _WRITTEN[0], _WRITTEN[1])
         samples = [s for s in read_samples(self.folder / "data" / "train.jsonl") if s.prompt][:count]
         if not samples or not model.writes:
